@@ -1,0 +1,310 @@
+"""The recipe: everything that defines a run except what the ds_config owns (precision, ZeRO, micro-batch).
+
+A recipe is a YAML file checked against the models below: defaults < YAML < `key.sub=value` overrides.
+Modules of aclip take plain arguments; only the builders read a Recipe.
+"""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from aclip.errors import ConfigError
+
+
+class Part(BaseModel):
+    """A frozen section of the recipe that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ImageTowerConfig(Part):
+    name: str = "vit_base_patch16_224"
+    """Any timm VisionTransformer with a CLS token and learned positions."""
+    resolution: int = Field(224, gt=0)
+    """Side of a student view, pixels; overrides the size in the name."""
+    kwargs: dict[str, Any] = {}
+    """More keyword arguments for timm, e.g. {embed_dim: 192, depth: 3, num_heads: 3}."""
+    freeze_patch_embed: bool = True
+    """Patch embedding stays at its initialisation (MoCo v3), in student and teacher."""
+    checkpoint_activations: bool = False
+    """Recomputes each block in the backward pass: less memory, about a third more time."""
+
+
+class TextTowerConfig(Part):
+    width: int = Field(512, gt=0)
+    heads: int = Field(8, gt=0)
+    layers: int = Field(12, gt=0)
+    context_length: int = Field(77, ge=3)
+    """Tokens of a caption, start and end included; longer captions are cut, the end token stays."""
+    checkpoint_activations: bool = False
+
+
+class ModelConfig(Part):
+    image: ImageTowerConfig = ImageTowerConfig()
+    text: TextTowerConfig = TextTowerConfig()
+    embed_dim: int = Field(512, gt=0)
+    """Size of the joint embedding."""
+
+
+class ViewsConfig(Part):
+    student: int = Field(2, ge=1, le=2)
+    """Views of an image that the student contrasts with the caption."""
+    scale: tuple[float, float] = (0.5, 1.0)
+    """Area of a student view as a share of the image, RandomResizedCrop's `scale`."""
+
+
+class AugmentConfig(Part):
+    """Colour augmentation of the student views; the teacher view gets none."""
+
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """ColorJitter's brightness, contrast, saturation, hue."""
+    jitter_prob: float = Field(0.8, ge=0, le=1)
+    grayscale_prob: float = Field(0.2, ge=0, le=1)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the Gaussian's standard deviation, pixels."""
+    blur_prob: float = Field(0.1, ge=0, le=1)
+    solarize_prob: float = Field(0.2, ge=0, le=1)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+class MaskConfig(Part):
+    policy: Literal["none", "random", "attentive", "inverse"] = "attentive"
+    """attentive keeps the blocks that the teacher attends to, inverse the others."""
+    keep_ratio: float = Field(0.5, gt=0, le=1)
+    """Share of the blocks that is kept, rounded up: 0.5 of 49 is 25."""
+    block_size: int = Field(2, ge=1)
+    """A block is block_size x block_size patches."""
+
+
+class TeacherConfig(Part):
+    resolution: int = Field(224, gt=0)
+    """Side of the teacher view, pixels; half the student's in A-CLIP-eff."""
+    momentum: float = Field(0.996, ge=0, le=1)
+    """EMA momentum at the first step; it rises to 1 on a cosine over the run."""
+
+
+class LossConfig(Part):
+    """Weights of the loss terms; a term with weight 0 builds no module and costs nothing."""
+
+    contrastive: float = Field(1.0, gt=0)
+    simclr: float = Field(1.0, ge=0)
+    byol: float = Field(2.0, ge=0)
+    simclr_temperature: float = Field(0.1, gt=0)
+    simclr_widths: tuple[int, int, int] = (4096, 4096, 256)
+    """Hidden, hidden and output width of the SimCLR head."""
+    byol_widths: tuple[int, int] = (4096, 256)
+    """Hidden and output width of BYOL's projector and predictor."""
+    max_logit_scale: float = Field(100.0, gt=1)
+
+
+class OptimizerConfig(Part):
+    """AdamW; biases, norms and other 1-d parameters get no weight decay."""
+
+    lr: float = Field(5e-4, gt=0)
+    warmup_start_lr: float = Field(1e-6, ge=0)
+    final_lr: float = Field(1e-5, ge=0)
+    weight_decay: float = Field(0.5, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-8, gt=0)
+
+
+class DataConfig(Part):
+    train: str | list[str] = []
+    """Shards: path, glob or braces, e.g. /data/yfcc/{00000..01499}.tar; `demo` for the built-in scenes."""
+    val: str | list[str] = []
+    """Shards for evaluation; empty for none."""
+    lanes: int | None = Field(None, ge=1)
+    """Virtual lanes that fix the global order. Divides global_batch_size; ranks x workers divides it."""
+    workers: int | None = Field(None, ge=0)
+    """Worker processes of a rank; empty for the largest number up to 8 that cores and lanes allow."""
+    shuffle_block: int = Field(512, ge=1)
+    """Samples that a lane shuffles together."""
+    min_image_side: int = Field(16, ge=1)
+    """Images with a shorter side, pixels, are skipped and counted."""
+
+
+class TrainConfig(Part):
+    global_batch_size: int = Field(4096, ge=2)
+    """Images of one optimizer step over all ranks."""
+    epochs: float = Field(25, gt=0)
+    """Passes over the data; the schedules end there."""
+    warmup_epochs: float = Field(1, ge=0)
+    seed: int = Field(0, ge=0)
+    log_every: int = Field(10, ge=1)
+    """Steps between two progress lines."""
+    checkpoint_every: int = Field(1_000_000, ge=1)
+    """Samples between two checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """The newest N checkpoints stay."""
+    evaluate_every: int = Field(5_000_000, ge=0)
+    """Samples between two evaluations; 0 for the end only."""
+
+
+class Recipe(Part):
+    """One run's method, data and schedule."""
+
+    description: str = ""
+    model: ModelConfig = ModelConfig()
+    views: ViewsConfig = ViewsConfig()
+    augment: AugmentConfig = AugmentConfig()
+    mask: MaskConfig = MaskConfig()
+    teacher: TeacherConfig | None = None
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.mask.policy in ("attentive", "inverse") or self.loss.byol > 0
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> "Recipe":
+        if self.needs_teacher and self.teacher is None:
+            raise ValueError(
+                f"teacher is empty, but mask.policy {self.mask.policy} with loss.byol "
+                f"{self.loss.byol:g} needs one; set teacher.resolution, or mask.policy to none or "
+                "random and loss.byol to 0"
+            )
+        if self.teacher is not None and not self.needs_teacher:
+            raise ValueError(
+                f"teacher.resolution is {self.teacher.resolution}, but neither mask.policy "
+                f"{self.mask.policy} nor a loss uses a teacher; remove teacher from the recipe"
+            )
+        if self.loss.simclr > 0 and self.views.student != 2:
+            raise ValueError(
+                f"loss.simclr is {self.loss.simclr:g} with views.student {self.views.student}, but "
+                "it compares two views; set views.student to 2 or loss.simclr to 0"
+            )
+        low, high = self.views.scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(
+                f"views.scale is [{low:g}, {high:g}]; give two shares of the area with "
+                "0 < low <= high <= 1"
+            )
+        return self
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes that ship with aclip, sorted."""
+    folder = resources.files("aclip") / "recipes"
+    return sorted(path.name[:-5] for path in folder.iterdir() if path.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: list[str] = ()) -> Recipe:
+    """Reads a recipe by its name or a YAML file's path and applies `key.sub=value` overrides.
+
+    Values of overrides are YAML: `loss.simclr=0`, `views.scale=[0.3,1]`, `teacher=null`.
+
+    Raises:
+        ConfigError: no such recipe or file, not YAML, an unknown key (names the nearest), a value
+            of the wrong type or out of range, or parts that contradict each other.
+    """
+    values = _read_yaml(name_or_path)
+    for override in overrides:
+        _apply_override(values, override)
+    _refuse_unknown_keys(values, Recipe, "")
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        raise ConfigError(_describe(error, name_or_path)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out; load_recipe reads it back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(name_or_path: str) -> dict:
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or "/" in name_or_path:
+        if not path.is_file():
+            raise ConfigError(f"--recipe is {name_or_path}, but there is no such file; check the path")
+        text = path.read_text()
+    elif name_or_path in recipe_names():
+        text = (resources.files("aclip") / "recipes" / f"{name_or_path}.yaml").read_text()
+    else:
+        raise ConfigError(
+            f"--recipe is {name_or_path}, which is not a recipe{_nearest(name_or_path, recipe_names())}; "
+            f"take one of {', '.join(recipe_names())}, or a path to a YAML file"
+        )
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--recipe is {name_or_path}, but it is not YAML: {_one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--recipe is {name_or_path}, but it does not hold keys and values")
+    return values
+
+
+def _apply_override(values: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override is {override}; write it as key.sub=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key} is {text}, which is not YAML: {_one_line(error)}") from None
+    if isinstance(value, str):
+        value = _as_number(value)
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise ConfigError(f"override is {override}, but {parent} is a value, not a section")
+    values[leaf] = value
+
+
+def _as_number(text: str) -> float | str:
+    """`1e-3` is a number to everybody but YAML 1.1."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _refuse_unknown_keys(values: dict, part: type[BaseModel], prefix: str) -> None:
+    for key, value in values.items():
+        field = part.model_fields.get(key)
+        if field is None:
+            known = [f"{prefix}{name}" for name in part.model_fields]
+            raise ConfigError(
+                f"{prefix}{key} is not a key of the recipe{_nearest(f'{prefix}{key}', known)}; "
+                f"known here: {', '.join(known)}"
+            )
+        section = _section_type(field.annotation)
+        if section is not None and isinstance(value, dict):
+            _refuse_unknown_keys(value, section, f"{prefix}{key}.")
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _describe(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    if not field:
+        return first["msg"].removeprefix("Value error, ")
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{field} is {first['input']!r}, but {message}; change it in {source} or on the command line"
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,45 @@
+"""Packaging of aclip: the folder ``kernels/`` is installed as ``aclip.kernels`` (CONTRIBUTING.md says why)."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="aclip",
+    version="0.1.0",
+    description="Pre-trains CLIP-style models with attentive token removal (A-CLIP) on DeepSpeed",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["aclip", "aclip.*"])
+    + ["aclip.kernels"]
+    + [f"aclip.kernels.{name}" for name in find_packages("kernels")],
+    package_dir={"aclip.kernels": "kernels"},
+    package_data={"aclip": ["recipes/*.yaml"]},
+    install_requires=[
+        "torch==2.14.1",
+        "torchvision==0.29.1",
+        "deepspeed==0.19.8",
+        "timm==1.0.31",
+        "transformers==5.24.0",
+        "open_clip_torch==3.3.0",
+        "webdataset==1.0.2",
+        "pydantic==2.14.4",
+        "pyyaml==6.0.4",
+        "safetensors>=0.6",
+        "fsspec>=2025.3",
+        "filelock>=3.16",
+        "braceexpand>=0.1.7",
+        "numpy>=2.0",
+        "pillow>=11.0",
+        "matplotlib>=3.10",
+        "tensorboard>=2.19",
+    ],
+    extras_require={
+        "dev": [
+            "pytest==9.2.0",
+            "pytest-benchmark==5.3.1",
+            "ruff==0.17.6",
+            "pre-commit>=4.0",
+            "ninja",
+        ],
+    },
+    classifiers=["Private :: Do Not Upload", "License :: OSI Approved :: MIT License"],
+)
