@@ -1,0 +1,259 @@
+"""Student to DeepSpeed engine: checks of the ds_config, parameter groups, optimizer, process group.
+
+The ds_config owns micro-batch, precision, ZeRO, clipping, communication and offload; the recipe owns
+the global batch, the optimizer and its schedule. A contradiction is refused here.
+"""
+
+import copy
+import datetime
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from aclip import cpu_bf16
+from aclip.config import OptimizerConfig
+from aclip.errors import ConfigError
+from aclip.models.student import Student
+
+# DeepSpeed ignores a misspelt top-level key silently, so the known ones are listed here (0.19.8).
+KNOWN_KEYS = frozenset(
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps fp16 bf16 amp "
+    "torch_autocast gradient_clipping zero_optimization zero_allow_untested_optimizer "
+    "zero_force_ds_cpu_optimizer communication_data_type seq_parallel_communication_data_type "
+    "prescale_gradients gradient_predivide_factor gradient_allreduce_op sparse_gradients "
+    "disable_allgather data_types dump_state steps_per_print wall_clock_breakdown memory_breakdown "
+    "log_level comms_logger flops_profiler activation_checkpointing aio compile compression_training "
+    "tensorboard wandb csv_monitor comet checkpoint nebula elasticity autotuning monitor_config "
+    "disable_python_gc data_efficiency curriculum_learning tensor_parallel hybrid_engine "
+    "sparse_attention pipeline use_node_local_storage graph_harvesting timers "
+    "dataloader_drop_last managed_gradient_accumulation".split()
+)
+RECIPE_KEYS = {
+    "optimizer": "optimizer",
+    "scheduler": "optimizer (lr, warmup_start_lr, final_lr) and train.warmup_epochs",
+}
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class DsConfig:
+    """A checked ds_config.
+
+    Attributes:
+        path: the file it came from.
+        values: the file's content with train_batch_size and accumulation written out.
+        micro_batch_size: images per rank and micro_step.
+        num_micro_steps: micro_steps of one optimizer step.
+        stage: of ZeRO.
+        dtype: compute dtype, torch.float32 or torch.bfloat16.
+    """
+
+    path: str
+    values: dict[str, Any]
+    micro_batch_size: int
+    num_micro_steps: int
+    stage: int
+    dtype: torch.dtype
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        offload = self.values.get("zero_optimization", {}).get("offload_optimizer", {})
+        return offload.get("device", "none") != "none"
+
+    def engine_values(self) -> dict[str, Any]:
+        """What DeepSpeed gets: aclip counts micro_steps itself, since one backward pass more than the
+        micro_steps runs when the losses span all of them (aclip/trainer.py)."""
+        values = copy.deepcopy(self.values)
+        values.pop("train_batch_size")
+        values["train_micro_batch_size_per_gpu"] = self.micro_batch_size
+        values["gradient_accumulation_steps"] = 1
+        values.setdefault("steps_per_print", 2**31)
+        values["zero_force_ds_cpu_optimizer"] = False
+        return values
+
+
+def read_ds_config(path: str, global_batch_size: int, world_size: int) -> DsConfig:
+    """Reads and checks a ds_config file.
+
+    Raises:
+        ConfigError: missing, not JSON, an unknown top-level key, 'auto' where DeepSpeed would take a
+            default, fp16, or a batch size that contradicts the recipe or the number of ranks.
+    """
+    values = _read_json(path)
+    _refuse_unknown_keys(values, path)
+    _refuse_auto(values, path, "")
+    stage = values.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero_optimization.stage is {stage!r} in {path}; choose 0, 1, 2 or 3")
+    micro, num_micro_steps = _batch_sizes(values, path, global_batch_size, world_size)
+    values["train_batch_size"] = global_batch_size
+    values["train_micro_batch_size_per_gpu"] = micro
+    values["gradient_accumulation_steps"] = num_micro_steps
+    # Unset means 1.0 to DeepSpeed, which clips silently.
+    values.setdefault("gradient_clipping", 0.0)
+    return DsConfig(path, values, micro, num_micro_steps, stage, _dtype(values, stage, path))
+
+
+def init_distributed() -> torch.device:
+    """Joins the launcher's process group and returns this rank's device."""
+    _avoid_shared_memory_build()
+    deepspeed.init_distributed(
+        get_accelerator().communication_backend_name(),
+        auto_mpi_discovery=False,
+        timeout=COLLECTIVE_TIMEOUT,
+        verbose=False,
+    )
+    if get_accelerator().device_name() == "cpu":
+        return torch.device("cpu")
+    device = torch.device(get_accelerator().current_device_name())
+    get_accelerator().set_device(device.index)
+    return device
+
+
+def build_engine(student: Student, config: OptimizerConfig, ds_config: DsConfig):
+    """Wraps the student in a DeepSpeed engine.
+
+    Biases, norms, the logit scale and other 1-d parameters get no weight decay; frozen parameters
+    are in no group.
+    """
+    _avoid_shared_memory_build()
+    if ds_config.dtype == torch.bfloat16 and get_accelerator().device_name() == "cpu":
+        cpu_bf16.use_fp32_products_if_faster()
+    if ds_config.stage == 3:
+        for parameter in student.image.external_parameters():
+            deepspeed.zero.register_external_parameter(student.image, parameter)
+    engine, *_ = deepspeed.initialize(
+        model=student,
+        optimizer=_build_optimizer(student, config, ds_config),
+        config=ds_config.engine_values(),
+    )
+    if dist.is_initialized():
+        group = deepspeed.utils.groups._get_data_parallel_group()
+        # DeepSpeed's own group does not inherit the timeout of init_distributed (0.19.8).
+        dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
+    return engine
+
+
+def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters in two groups: with weight decay, and 1-d ones without."""
+    trainable = [p for p in student.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if p.ndim > 1]
+    rest = [p for p in trainable if p.ndim <= 1]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+
+
+def _build_optimizer(student: Student, config: OptimizerConfig, ds_config: DsConfig):
+    groups = parameter_groups(student, config.weight_decay)
+    settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if ds_config.offloads_optimizer and get_accelerator().device_name() != "cpu":
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def _read_json(path: str) -> dict:
+    if not Path(path).is_file():
+        raise ConfigError(
+            f"--ds_config is {path}, but there is no such file; take one from ds_configs/"
+        )
+    try:
+        values = json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--ds_config is {path}, but it is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--ds_config is {path}, but it does not hold a JSON object")
+    return values
+
+
+def _refuse_unknown_keys(values: dict, path: str) -> None:
+    for key in values:
+        if key in RECIPE_KEYS:
+            raise ConfigError(
+                f"{key} is set in {path}, but the recipe owns it; remove it there and set the "
+                f"recipe's {RECIPE_KEYS[key]}"
+            )
+        if key not in KNOWN_KEYS:
+            nearest = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
+            hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+            raise ConfigError(
+                f"{key} in {path} is not a key that DeepSpeed reads{hint}; remove or rename it"
+            )
+
+
+def _refuse_auto(values: dict, path: str, prefix: str) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _refuse_auto(value, path, f"{prefix}{key}.")
+        elif value == "auto":
+            raise ConfigError(
+                f"{prefix}{key} is 'auto' in {path}, which DeepSpeed would silently take for its "
+                "default; write the value or remove the key"
+            )
+
+
+def _batch_sizes(
+    values: dict, path: str, global_batch_size: int, world_size: int
+) -> tuple[int, int]:
+    """Micro-batch and micro_steps; what the file leaves open follows from the global batch."""
+    micro = values.get("train_micro_batch_size_per_gpu")
+    num_micro_steps = values.get("gradient_accumulation_steps")
+    for key, value in values.items():
+        if key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps") and (
+            not isinstance(value, int) or isinstance(value, bool) or value < 1
+        ):
+            raise ConfigError(f"{key} is {value!r} in {path}; give a whole number from 1")
+    train_batch_size = values.get("train_batch_size", global_batch_size)
+    if train_batch_size != global_batch_size:
+        raise ConfigError(
+            f"train_batch_size is {train_batch_size} in {path}, but the recipe's "
+            f"train.global_batch_size is {global_batch_size}; make them equal or remove the former"
+        )
+    if global_batch_size % world_size:
+        raise ConfigError(
+            f"train.global_batch_size is {global_batch_size}, which {world_size} ranks do not "
+            "divide; change it or the number of ranks"
+        )
+    local = global_batch_size // world_size
+    if micro is None:
+        micro = local // (num_micro_steps or 1)
+    if num_micro_steps is None:
+        num_micro_steps = max(1, local // micro)
+    if micro * num_micro_steps != local:
+        raise ConfigError(
+            f"train.global_batch_size is {global_batch_size}, but {world_size} ranks x "
+            f"train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {num_micro_steps} "
+            f"make {world_size * micro * num_micro_steps}; change one of them in {path} or the recipe"
+        )
+    return micro, num_micro_steps
+
+
+def _dtype(values: dict, stage: int, path: str) -> torch.dtype:
+    if values.get("fp16", {}).get("enabled"):
+        raise ConfigError(
+            f"fp16.enabled is true in {path}, but aclip trains in bf16 or fp32; use bf16.enabled"
+        )
+    if not values.get("bf16", {}).get("enabled"):
+        return torch.float32
+    if stage == 0:
+        raise ConfigError(
+            f"bf16.enabled is true with zero_optimization.stage 0 in {path}, where DeepSpeed has no "
+            "fp32 masters to read; use stage 1, which is the same without sharding on one GPU"
+        )
+    return torch.bfloat16
+
+
+def _avoid_shared_memory_build() -> None:
+    """On CPU, DeepSpeed would compile a collective that training never calls and that leaks 69 MB of
+    /dev/shm per rank and run (0.19.8)."""
+    if get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,89 @@
+"""Collectives of the loss and the evaluation: rank, world size, all-gather with gradient, global sum.
+
+Without an initialised process group everything is the identity, so that losses run in one process.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.num_rows = x.shape[0]
+        gathered = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(gathered, x.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # Every rank's loss reads this rank's rows, so their gradients add up.
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.narrow(0, rank() * ctx.num_rows, ctx.num_rows)
+
+
+class _SumWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad
+
+
+def gather_with_grad(x: Tensor) -> Tensor:
+    """Rows of all ranks in rank order; the gradient flows back to the rank that owns a row.
+
+    The backward pass sums over ranks. With each rank's loss the mean over its own rows and gradients
+    averaged over ranks (as DeepSpeed does), that is the gradient of the global mean.
+
+    Args:
+        x: (n, ...) float, the same shape on every rank.
+
+    Returns:
+        (world_size * n, ...), same dtype.
+    """
+    return _GatherWithGrad.apply(x) if world_size() > 1 else x
+
+
+def sum_with_grad(x: Tensor) -> Tensor:
+    """The sum of `x` over all ranks, elementwise; the backward pass sums over ranks too."""
+    return _SumWithGrad.apply(x) if world_size() > 1 else x
+
+
+def all_gather_rows(x: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, without gradient; the number of rows may differ by rank.
+
+    Args:
+        x: (n_r, ...), equal in everything but n_r on every rank.
+
+    Returns:
+        (sum of n_r, ...), same dtype.
+    """
+    if world_size() == 1:
+        return x
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
+    counts[rank()] = x.shape[0]
+    dist.all_reduce(counts)
+    counts = counts.tolist()
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: x.shape[0]] = x
+    gathered = x.new_empty(world_size() * max(counts), *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded)
+    parts = gathered.split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

@@ -1,0 +1,71 @@
+"""Which patches a student view keeps: the scores and boxes that the `attentive_pack` op reads."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Scores per view source and how many blocks of them are kept.
+
+    Attributes:
+        scores: with boxes (B, 1, S, S), the teacher's scores of its own view; without (B, V, G, G),
+            scores that lie on each student view's grid already. Float, no gradient.
+        teacher_box: (B, 4) int32, pixels of the source image, or None.
+        view_boxes: (B, V, 4) int32, same convention, or None.
+        num_kept_blocks: of the (G / block_size)^2 blocks of a view.
+        block_size: patches per side of a block.
+    """
+
+    scores: Tensor
+    teacher_box: Tensor | None
+    view_boxes: Tensor | None
+    num_kept_blocks: int
+    block_size: int
+
+    @property
+    def num_kept_patches(self) -> int:
+        return self.num_kept_blocks * self.block_size**2
+
+
+def count_kept_blocks(grid: int, block_size: int, keep_ratio: float) -> int:
+    """The share `keep_ratio` of a view's blocks, rounded up: 25 of 49 at 0.5."""
+    num_blocks = (grid // block_size) ** 2
+    # 0.3 * 10 is 3.0000000000000004 in floats, and that is not four blocks.
+    return math.ceil(keep_ratio * num_blocks - 1e-9)
+
+
+def select(
+    policy: str,
+    num_kept_blocks: int,
+    block_size: int,
+    *,
+    teacher_scores: Tensor | None = None,
+    teacher_box: Tensor | None = None,
+    view_boxes: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Selection | None:
+    """Builds the selection of a mask policy.
+
+    Args:
+        policy: none, random, attentive or inverse.
+        num_kept_blocks, block_size: see Selection.
+        teacher_scores: (B, S, S) float, for attentive and inverse.
+        teacher_box, view_boxes: see Selection, for attentive and inverse.
+        noise: (B, V, G / block_size, G / block_size) uniform, for random.
+
+    Returns:
+        The selection, or None when every patch is kept.
+    """
+    if policy == "none":
+        return None
+    if policy == "random":
+        # A block's four equal patch scores have exactly the block's score as their mean.
+        scores = noise.repeat_interleave(block_size, 2).repeat_interleave(block_size, 3)
+        return Selection(scores, None, None, num_kept_blocks, block_size)
+    scores = teacher_scores.detach().unsqueeze(1)
+    if policy == "inverse":
+        scores = -scores
+    return Selection(scores, teacher_box, view_boxes, num_kept_blocks, block_size)

@@ -1,0 +1,65 @@
+"""What stands behind the towers: self-supervised heads, BatchNorm over all ranks, the logit scale."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from aclip.gather import sum_with_grad, world_size
+
+
+class GlobalBatchNorm(nn.Module):
+    """BatchNorm over the rows of all ranks, fp32 statistics, always those of the batch.
+
+    The heads exist only during training, so no running statistics are kept. torch's SyncBatchNorm
+    refuses CPU tensors and breaks when DeepSpeed casts the parameters to bf16.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (n, width), the same n on every rank; returns the same shape and dtype."""
+        rows = x.float()
+        count = len(rows) * world_size()
+        # Two passes: the deviations are exact where sum(x^2) - sum(x)^2 would cancel.
+        mean = sum_with_grad(rows.sum(0)) / count
+        centred = rows - mean
+        variance = sum_with_grad(centred.square().sum(0)) / count
+        normed = centred * torch.rsqrt(variance + self.eps)
+        return (normed * self.weight.float() + self.bias.float()).to(x.dtype)
+
+
+def mlp_head(widths: list[int]) -> nn.Sequential:
+    """Linear, BatchNorm, ReLU between the widths; the last layer is linear alone.
+
+    Source: the heads of MoCo v3 and SLIP; method of A-CLIP, arXiv:2212.08653.
+    """
+    layers: list[nn.Module] = []
+    for width, next_width in zip(widths[:-2], widths[1:-1], strict=True):
+        layers += [nn.Linear(width, next_width, bias=False), GlobalBatchNorm(next_width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+
+
+class LogitScale(nn.Module):
+    """The learnable temperature of the contrastive loss, stored as its logarithm in shape (1,).
+
+    Near its ceiling the logarithm's bf16 step is 3 % of the scale, so the forward pass uses the fp32
+    value that `exact` holds (aclip/engine.py sets it after each step) while the gradient goes to the
+    parameter.
+    """
+
+    def __init__(self, initial: float = 1 / 0.07):
+        super().__init__()
+        self.log_logit_scale = nn.Parameter(torch.full((1,), math.log(initial)))
+        self.exact: Tensor | None = None
+
+    def forward(self) -> Tensor:
+        """The scale itself, (1,) fp32."""
+        value = self.log_logit_scale.float()
+        if self.exact is not None:
+            value = value + (self.exact.to(value.device) - value).detach()
+        return value.exp()

@@ -1,0 +1,229 @@
+"""The image tower: a timm VisionTransformer driven by our own forward.
+
+Only kept patches enter the blocks, and the last block computes its query, projection and MLP for the
+CLS row alone: the feature is read there, so nothing else of the last block's output is used.
+B images, P patches, N = 1 + P tokens, C width.
+"""
+
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, resample_abs_pos_embed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from aclip.errors import ConfigError
+from aclip.kernels.attentive_pack import attentive_pack
+from aclip.kernels.cls_attention_scores import cls_attention_scores
+from aclip.masking import Selection
+
+
+class ImageTower(nn.Module):
+    """Images to CLS features, over all patches or the kept ones.
+
+    Args:
+        name: a timm VisionTransformer with a CLS token and learned positions.
+        resolution: side of the images, pixels.
+        kwargs: more keyword arguments of the timm model.
+        freeze_patch_embed: the patch embedding gets no gradient.
+        checkpoint_activations: recompute each block in the backward pass.
+
+    Raises:
+        ConfigError: timm doesn't know the name or a keyword, or it is another kind of network.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        resolution: int,
+        kwargs: dict[str, Any] | None = None,
+        freeze_patch_embed: bool = True,
+        checkpoint_activations: bool = False,
+    ):
+        super().__init__()
+        self.vit = _build_vit(name, resolution, kwargs or {})
+        self.checkpoint_activations = checkpoint_activations
+        self.grid = self.vit.patch_embed.grid_size[0]
+        self.width = self.vit.embed_dim
+        if freeze_patch_embed:
+            self.vit.patch_embed.requires_grad_(False)
+
+    def external_parameters(self) -> list[nn.Parameter]:
+        """Parameters that this module reads outside the call of the module that owns them.
+
+        ZeRO-3 leaves such a weight empty unless it is told.
+        """
+        vit, qkv, proj = self.vit, self.vit.blocks[-1].attn.qkv, self.vit.patch_embed.proj
+        parameters = [vit.cls_token, vit.pos_embed, qkv.weight, qkv.bias, proj.weight, proj.bias]
+        return [parameter for parameter in parameters if parameter is not None]
+
+    def forward(self, pixels: Tensor, selection: Selection | None = None) -> Tensor:
+        """Encodes images to features.
+
+        Args:
+            pixels: (M, 3, R, R) float, normalised; with a selection M = B * V, sample-major.
+            selection: which patches are kept; all when empty.
+
+        Returns:
+            (M, C), the normalised CLS token.
+        """
+        tokens = self._embed_patches(pixels)
+        if selection is None:
+            x = self._add_cls_and_positions(tokens)
+        else:
+            x, _ = attentive_pack(
+                tokens,
+                self.vit.cls_token.flatten(),
+                self.vit.pos_embed[0],
+                selection.scores,
+                selection.teacher_box,
+                selection.view_boxes,
+                selection.num_kept_blocks,
+                selection.block_size,
+            )
+        x = self.vit.norm_pre(self.vit.pos_drop(x))
+        for block in self.vit.blocks[:-1]:
+            x = self._run(block, x)
+        x = self._run(cls_only_block, self.vit.blocks[-1], x)
+        return self.vit.norm(x)[:, 0]
+
+    def forward_with_scores(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes images and also returns the attention of the CLS query to every patch.
+
+        Args:
+            pixels: (B, 3, T, T) float, normalised; T may differ from the tower's resolution, then
+                the positions are interpolated.
+
+        Returns:
+            features (B, C), and scores (B, g, g) fp32: mean over heads and layers of the CLS row's
+            softmax, g patches per side. No gradient through the scores.
+
+        Source: A-CLIP, arXiv:2212.08653, section 3.2.
+        """
+        tokens = self._embed_patches(pixels)
+        scores = tokens.new_zeros(tokens.shape[:2], dtype=torch.float32)
+        weight = 1.0 / len(self.vit.blocks)
+        x = self.vit.norm_pre(self.vit.pos_drop(self._add_cls_and_positions(tokens)))
+        for block in self.vit.blocks[:-1]:
+            x = _block_with_scores(block, x, scores, weight)
+        x = cls_only_block(self.vit.blocks[-1], x, scores, weight)
+        side = pixels.shape[-1] // self.vit.patch_embed.patch_size[0]
+        return self.vit.norm(x)[:, 0], scores.view(-1, side, side)
+
+    def _embed_patches(self, pixels: Tensor) -> Tensor:
+        embed = self.vit.patch_embed
+        side = embed.patch_size[0]
+        # The convolution's stride is its kernel, so it is one matrix product over the patches.
+        patches = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (M, 3, g, p, g, p)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (M, P, 3 * p * p)
+        return embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
+
+    def _add_cls_and_positions(self, tokens: Tensor) -> Tensor:
+        positions = self.vit.pos_embed
+        if tokens.shape[1] + 1 != positions.shape[1]:
+            side = round(tokens.shape[1] ** 0.5)
+            positions = resample_abs_pos_embed(positions, [side, side])
+        cls = self.vit.cls_token.expand(len(tokens), -1, -1)
+        return torch.cat([cls, tokens], dim=1) + positions
+
+    def _run(self, function, *args) -> Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+
+def cls_only_block(
+    block: Block, x: Tensor, scores: Tensor | None = None, weight: float = 0.0
+) -> Tensor:
+    """The CLS row of a transformer block's output; equal to `block(x)[:, :1]`.
+
+    Args:
+        block: a timm Block.
+        x: (B, N, C).
+        scores: (B, N - 1) fp32, receives `weight` x the head-mean CLS attention, in place.
+
+    Returns:
+        (B, 1, C).
+    """
+    attn = block.attn
+    normed = block.norm1(x)
+    dim = attn.attn_dim
+    q_weight, kv_weight = attn.qkv.weight.split([dim, 2 * dim])
+    q_bias, kv_bias = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([dim, 2 * dim])
+    q = F.linear(normed[:, :1], q_weight, q_bias)
+    kv = F.linear(normed, kv_weight, kv_bias)
+    q = attn.q_norm(_split_heads(q, attn, 1)[0])  # (B, H, 1, d)
+    k, v = _split_heads(kv, attn, 2)
+    k = attn.k_norm(k)
+    if scores is not None:
+        cls_attention_scores(q[:, :, 0], k.transpose(1, 2), scores, weight)
+    out = _attend(attn, q, k, v)
+    cls = x[:, :1] + block.drop_path1(block.ls1(out))
+    return cls + block.drop_path2(block.ls2(block.mlp(block.norm2(cls))))
+
+
+def _block_with_scores(block: Block, x: Tensor, scores: Tensor, weight: float) -> Tensor:
+    attn = block.attn
+    q, k, v = _split_heads(attn.qkv(block.norm1(x)), attn, 3)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    cls_attention_scores(q[:, :, 0], k.transpose(1, 2), scores, weight)
+    x = x + block.drop_path1(block.ls1(_attend(attn, q, k, v)))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _split_heads(x: Tensor, attn: Attention, parts: int) -> tuple[Tensor, ...]:
+    """(B, N, parts * H * d) to `parts` tensors (B, H, N, d), strided views."""
+    heads = x.view(x.shape[0], x.shape[1], parts, attn.num_heads, attn.head_dim)
+    return heads.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _attend(attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (B, H, n, d)
+    out = out.transpose(1, 2).flatten(2)
+    return attn.proj_drop(attn.proj(attn.norm(out)))
+
+
+def _build_vit(name: str, resolution: int, kwargs: dict[str, Any]) -> VisionTransformer:
+    field = "model.image"
+    if not timm.is_model(name):
+        raise ConfigError(
+            f"{field}.name is {name}, which timm does not know; take a VisionTransformer, e.g. "
+            "vit_base_patch16_224"
+        )
+    try:
+        vit = timm.create_model(name, num_classes=0, img_size=resolution, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"{field} is {name} at {resolution} px with {kwargs}, which timm refuses: {error}; "
+            "change model.image.kwargs or resolution"
+        ) from None
+    problem = _unsupported(vit, resolution)
+    if problem:
+        raise ConfigError(
+            f"{field}.name is {name}, which {problem}; take a VisionTransformer with a CLS token and "
+            "learned positions, e.g. vit_base_patch16_224"
+        )
+    return vit
+
+
+def _unsupported(vit: nn.Module, resolution: int) -> str | None:
+    if type(vit) is not VisionTransformer:
+        return f"is a {type(vit).__name__}"
+    if vit.num_prefix_tokens != 1 or vit.cls_token is None:
+        return f"has {vit.num_prefix_tokens} prefix tokens"
+    if vit.pos_embed is None or vit.no_embed_class:
+        return "has no learned position for its CLS token"
+    if vit.global_pool != "token":
+        return f"pools by {vit.global_pool}"
+    if not all(type(block) is Block and type(block.attn) is Attention for block in vit.blocks):
+        return "has blocks of another kind"
+    if vit.blocks[0].attn.gate is not None:
+        return "has gated attention"
+    patch_height, patch_width = vit.patch_embed.patch_size
+    if patch_height != patch_width or resolution % patch_height:
+        return f"cuts {resolution} px into patches of {patch_height} x {patch_width} px"
+    return None

@@ -1,0 +1,112 @@
+"""The EMA teacher: which patches matter, what BYOL aims at, and the model that is evaluated."""
+
+import copy
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from aclip.models.student import Student
+
+# Parameters that ZeRO-3 gathers at once: bounds the memory of an update.
+GATHER_CHUNK = 16
+TRAINING_ONLY = ("simclr_head", "byol_predictor", "logit_scale")
+
+
+@dataclass
+class TeacherOutput:
+    """scores (B, g, g) fp32 attention per patch of the teacher view, features (B, C)."""
+
+    scores: Tensor
+    features: Tensor
+
+
+class Teacher:
+    """An exponential moving average of the student's towers, projections and BYOL projector.
+
+    The average is kept in fp32 whatever the compute dtype: at momentum 0.996 an average stored in
+    bf16 misses most of a small learning rate's movement. Each rank holds all of it, so an update
+    needs no communication except for ZeRO-3's gathering of the student's weights.
+
+    Args:
+        student: before DeepSpeed wraps it; copied.
+        dtype: compute dtype of the forward passes.
+        device: where the teacher lives.
+    """
+
+    def __init__(self, student: Student, dtype: torch.dtype, device: torch.device):
+        self.model = copy.deepcopy(student)
+        for name in TRAINING_ONLY:
+            if hasattr(self.model, name):
+                delattr(self.model, name)
+        self.model.requires_grad_(False).eval().to(device)
+        self._average = {name: p.detach().float() for name, p in self.model.named_parameters()}
+        self.model.to(dtype)
+        self._compute = dict(self.model.named_parameters())
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> TeacherOutput:
+        """pixels (B, 3, T, T) normalised -> scores and features of the teacher view."""
+        features, scores = self.model.image.forward_with_scores(pixels)
+        return TeacherOutput(scores, features)
+
+    @torch.no_grad()
+    def project(self, features: Tensor) -> Tensor:
+        """BYOL's target from the features (B, C) of the whole local batch: (B, D)."""
+        return self.model.byol_projector(features)
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_image(pixels)
+
+    @torch.no_grad()
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        return self.model.encode_text(tokens)
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, momentum: float) -> None:
+        """average = momentum * average + (1 - momentum) * student, for every parameter.
+
+        Args:
+            student: the trained module; under ZeRO-3 its parameters are gathered here, so every
+                rank must call.
+            momentum: in [0, 1].
+        """
+        pairs = [
+            (name, parameter)
+            for name, parameter in student.named_parameters()
+            if name in self._average and parameter.requires_grad
+        ]
+        for start in range(0, len(pairs), GATHER_CHUNK):
+            chunk = pairs[start : start + GATHER_CHUNK]
+            with gathered([parameter for _, parameter in chunk]):
+                averages = [self._average[name] for name, _ in chunk]
+                weights = [parameter.detach().float() for _, parameter in chunk]
+                torch._foreach_lerp_(averages, weights, 1 - momentum)
+        self._refresh_compute_weights()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The fp32 average by parameter name."""
+        return self._average
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, average in self._average.items():
+            average.copy_(state[name])
+        self._refresh_compute_weights()
+
+    def _refresh_compute_weights(self) -> None:
+        names = [name for name, p in self._compute.items() if p.dtype != torch.float32]
+        if names:
+            torch._foreach_copy_(
+                [self._compute[name].data for name in names],
+                [self._average[name] for name in names],
+            )
+
+
+def gathered(parameters: list[nn.Parameter]):
+    """A context in which ZeRO-3's partitioned parameters are whole; free for any other."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()
