@@ -1,0 +1,189 @@
+"""attentive_pack as a torch op: checks, dispatch, shapes for torch.compile, autograd."""
+
+import torch
+from aclip.kernels.attentive_pack.reference import (
+    attentive_pack_backward_reference,
+    attentive_pack_reference,
+    grid_side,
+    inverse_map,
+)
+from aclip.kernels.common import (
+    FLOAT_DTYPES,
+    check_device,
+    check_dtype,
+    check_shape,
+)
+from torch import Tensor
+
+
+def attentive_pack(
+    tokens: Tensor,
+    cls_token: Tensor,
+    pos_embed: Tensor,
+    scores: Tensor,
+    teacher_box: Tensor | None,
+    view_boxes: Tensor | None,
+    num_kept_blocks: int,
+    block_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Keeps the best-scored blocks of patches of every view and packs them for the ViT.
+
+    Arguments, dtypes and the exact meaning are those of `attentive_pack_reference`.
+
+    Returns:
+        packed (B*V, 1+K, C) in the dtype of tokens, and keep_ids (B, V, K) int64 ascending.
+        Gradients flow to tokens, cls_token and pos_embed, none to scores.
+
+    Raises:
+        ValueError: a shape, dtype, device or count does not fit; on CPU also a box without area.
+            On CUDA reading the boxes would stall the device: a length below 1 counts as 1 there.
+    """
+    _check(tokens, cls_token, pos_embed, scores, teacher_box, view_boxes)
+    grid = grid_side(tokens.shape[1])
+    if block_size < 1 or grid % block_size:
+        raise ValueError(f"block_size is {block_size}; it must divide the {grid} patches a side.")
+    if not 1 <= num_kept_blocks <= (grid // block_size) ** 2:
+        raise ValueError(
+            f"num_kept_blocks is {num_kept_blocks}; it must be 1 to {(grid // block_size) ** 2}, "
+            f"the blocks of a {grid} x {grid} grid."
+        )
+    packed, keep_ids, _ = _attentive_pack(
+        tokens,
+        cls_token,
+        pos_embed,
+        scores.detach(),
+        teacher_box,
+        view_boxes,
+        num_kept_blocks,
+        block_size,
+    )
+    return packed, keep_ids
+
+
+def _check(
+    tokens: Tensor,
+    cls_token: Tensor,
+    pos_embed: Tensor,
+    scores: Tensor,
+    teacher_box: Tensor | None,
+    view_boxes: Tensor | None,
+) -> None:
+    check_shape("tokens", tokens, (None, None, None))
+    rows, patches, width = tokens.shape
+    check_shape("cls_token", cls_token, (width,))
+    check_shape("pos_embed", pos_embed, (1 + patches, width))
+    check_shape("scores", scores, (None, None, None, None))
+    batch, sources = scores.shape[:2]
+    if (teacher_box is None) != (view_boxes is None):
+        missing = "teacher_box" if teacher_box is None else "view_boxes"
+        raise ValueError(f"{missing} is None; give both boxes, or neither.")
+    if teacher_box is not None and view_boxes is not None:
+        check_shape("view_boxes", view_boxes, (batch, None, 4))
+        check_shape("teacher_box", teacher_box, (batch, 4))
+        check_shape("scores", scores, (batch, 1, scores.shape[3], None))
+        views = view_boxes.shape[1]
+        for name, box in (("teacher_box", teacher_box), ("view_boxes", view_boxes)):
+            check_dtype(name, box, (torch.int32,))
+            check_device(name, box, tokens.device)
+    else:
+        views = sources
+        grid = grid_side(patches)
+        check_shape("scores", scores, (batch, views, grid, grid))
+    if rows != batch * views:
+        raise ValueError(f"tokens has {rows} rows; {batch} samples of {views} views need another.")
+    floats = {"tokens": tokens, "cls_token": cls_token, "pos_embed": pos_embed, "scores": scores}
+    for name, tensor in floats.items():
+        check_dtype(name, tensor, FLOAT_DTYPES)
+        check_device(name, tensor, tokens.device)
+
+
+@torch.library.custom_op("aclip::attentive_pack", mutates_args=())
+def _attentive_pack(
+    tokens: Tensor,
+    cls_token: Tensor,
+    pos_embed: Tensor,
+    scores: Tensor,
+    teacher_box: Tensor | None,
+    view_boxes: Tensor | None,
+    num_kept_blocks: int,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not tokens.is_cuda:
+        _check_areas("teacher_box", teacher_box)
+        _check_areas("view_boxes", view_boxes)
+    arguments = (
+        tokens,
+        cls_token,
+        pos_embed,
+        scores,
+        teacher_box,
+        view_boxes,
+        num_kept_blocks,
+        block_size,
+    )
+    packed, keep_ids = attentive_pack_reference(*arguments)
+    return packed, keep_ids, inverse_map(keep_ids, tokens.shape[1])
+
+
+def _check_areas(name: str, boxes: Tensor | None) -> None:
+    if boxes is not None and bool((boxes[..., 2:] < 1).any()):
+        raise ValueError(f"{name} has a box of zero size; height and width must be 1 or more.")
+
+
+@_attentive_pack.register_fake
+def _(tokens, cls_token, pos_embed, scores, teacher_box, view_boxes, num_kept_blocks, block_size):
+    rows, patches, width = tokens.shape
+    batch = scores.shape[0]
+    views = scores.shape[1] if view_boxes is None else view_boxes.shape[1]
+    kept = num_kept_blocks * block_size**2
+    return (
+        tokens.new_empty(rows, 1 + kept, width),
+        tokens.new_empty(batch, views, kept, dtype=torch.int64),
+        tokens.new_empty(batch, views, patches, dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("aclip::attentive_pack_backward", mutates_args=())
+def _attentive_pack_backward(
+    grad_packed: Tensor,
+    inverse: Tensor,
+    grad_tokens: bool,
+    grad_cls: bool,
+    grad_pos: bool,
+    pos_dtype: torch.dtype,
+    cls_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = (grad_packed, inverse, grad_tokens, grad_cls, grad_pos, pos_dtype, cls_dtype)
+    return attentive_pack_backward_reference(*arguments)
+
+
+@_attentive_pack_backward.register_fake
+def _(grad_packed, inverse, grad_tokens, grad_cls, grad_pos, pos_dtype, cls_dtype):
+    rows, _, width = grad_packed.shape
+    patches = inverse.shape[2]
+    return (
+        grad_packed.new_empty((rows, patches, width) if grad_tokens else (0,)),
+        grad_packed.new_empty((width,) if grad_cls else (0,), dtype=cls_dtype),
+        grad_packed.new_empty((1 + patches, width) if grad_pos else (0,), dtype=pos_dtype),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    _, cls_token, pos_embed = inputs[:3]
+    _, keep_ids, inverse = output
+    ctx.mark_non_differentiable(keep_ids, inverse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inverse)
+    ctx.dtypes = pos_embed.dtype, cls_token.dtype
+
+
+def _backward(ctx, grad_packed, *_):
+    if grad_packed is None:
+        return (None,) * 8
+    (inverse,) = ctx.saved_tensors
+    needed = list(ctx.needs_input_grad[:3])
+    grads = _attentive_pack_backward(grad_packed, inverse, *needed, *ctx.dtypes)
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * 5
+
+
+_attentive_pack.register_autograd(_backward, setup_context=_setup_context)
