@@ -38,8 +38,9 @@ def attentive_pack(
         ValueError: a shape, dtype, device or count does not fit; on CPU also a box without area.
             On CUDA reading the boxes would stall the device: a length below 1 counts as 1 there.
     """
-    _check(tokens, cls_token, pos_embed, scores, teacher_box, view_boxes)
+    check_shape("tokens", tokens, (None, None, None))
     grid = grid_side(tokens.shape[1])
+    _check(tokens, cls_token, pos_embed, scores, teacher_box, view_boxes)
     if block_size < 1 or grid % block_size:
         raise ValueError(f"block_size is {block_size}; it must divide the {grid} patches a side.")
     if not 1 <= num_kept_blocks <= (grid // block_size) ** 2:
@@ -68,7 +69,6 @@ def _check(
     teacher_box: Tensor | None,
     view_boxes: Tensor | None,
 ) -> None:
-    check_shape("tokens", tokens, (None, None, None))
     rows, patches, width = tokens.shape
     check_shape("cls_token", cls_token, (width,))
     check_shape("pos_embed", pos_embed, (1 + patches, width))

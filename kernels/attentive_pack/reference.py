@@ -50,7 +50,7 @@ def attentive_pack_reference(
     blocks = block_scores(scores, teacher_box, view_boxes, grid, block_size)
     keep_ids = best_patches(blocks, num_kept_blocks, block_size)
 
-    ids = keep_ids.view(num_rows, -1)
+    ids = keep_ids.flatten(0, 1)
     kept = tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, width))
     packed = tokens.new_empty(num_rows, 1 + ids.shape[1], width)
     packed[:, 0] = (cls_token.float() + pos_embed[0].float()).to(tokens.dtype)
@@ -88,10 +88,12 @@ def attentive_pack_backward_reference(
     """
     width = grad_packed.shape[-1]
     rows = inverse.flatten(0, 1)
-    d_tokens = d_cls = d_pos = grad_packed.new_empty(0)
-    if grad_cls or grad_pos:
-        first = grad_packed[:, 0].sum(0, dtype=torch.float32)
-        d_cls = first.to(cls_dtype) if grad_cls else d_cls.to(cls_dtype)
+    d_tokens = grad_packed.new_empty(0)
+    d_cls = grad_packed.new_empty(0, dtype=cls_dtype)
+    d_pos = grad_packed.new_empty(0, dtype=pos_dtype)
+    first = grad_packed[:, 0].sum(0, dtype=torch.float32)
+    if grad_cls:
+        d_cls = first.to(cls_dtype, copy=True)
     if grad_tokens or grad_pos:
         index = (rows.long() + 1).unsqueeze(-1)
         at_patches = grad_packed.gather(1, index.expand(-1, -1, width))
@@ -101,7 +103,7 @@ def attentive_pack_backward_reference(
             d_pos = torch.cat([first.unsqueeze(0), per_patch]).to(pos_dtype)
         if grad_tokens:
             d_tokens = at_patches
-    return d_tokens, d_cls.to(cls_dtype), d_pos.to(pos_dtype)
+    return d_tokens, d_cls, d_pos
 
 
 def grid_side(num_patches: int) -> int:
@@ -143,7 +145,7 @@ def best_patches(blocks: Tensor, num_kept_blocks: int, block_size: int) -> Tenso
     offsets = torch.arange(block_size, device=blocks.device)
     inside = offsets.unsqueeze(1) * (side * block_size) + offsets
     ids = corner.unsqueeze(-1) + inside.flatten()
-    return ids.view(batch, views, -1).sort(-1).values
+    return ids.flatten(2).sort(-1).values
 
 
 def _remap(view: Tensor, outer: Tensor, size: int, grid: int, block_size: int) -> Tensor:

@@ -44,7 +44,7 @@ def augment_views_reference(
 
     Source: the same as torchvision.transforms.v2.functional on float images, one image at a time.
     """
-    images = views.float() / 255
+    images = views.contiguous().float() / 255
     if params is not None and views.shape[0] > 0:
         columns = dict(zip(AUGMENT_PARAMS, params.unbind(1), strict=True))
         images = _jitter(images, columns)
