@@ -37,9 +37,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written; the previous one is intact."""
 
 
-def save(
-    root: Path, engine, teacher: Teacher | None, state: dict[str, Any], keep: int
-) -> Path:
+def save(root: Path, engine, teacher: Teacher | None, state: dict[str, Any], keep: int) -> Path:
     """Writes a checkpoint and makes it the latest. A collective: every rank calls.
 
     Args:
@@ -156,9 +154,13 @@ def _publish(root: Path, partial: Path, folder: Path) -> None:
         _sync(partial / name)
     _sync(partial)
     if folder.exists():
-        # The same samples were saved before and trained again after a resume from an older one.
-        shutil.rmtree(folder)
-    os.rename(partial, folder)
+        # The run went on from an older checkpoint and reached this number of samples again.
+        replaced = folder.with_suffix(".replaced.tmp")
+        os.rename(folder, replaced)
+        os.rename(partial, folder)
+        shutil.rmtree(replaced)
+    else:
+        os.rename(partial, folder)
     _sync(root)
     pointer = root / f"{LATEST}.tmp"
     pointer.write_text(folder.name)
@@ -190,7 +192,10 @@ def _latest(root: Path) -> Path | None:
     if not pointer.is_file():
         return None
     folder = root / pointer.read_text().strip()
-    return folder if (folder / MANIFEST).is_file() else None
+    if (folder / MANIFEST).is_file():
+        return folder
+    complete = _complete(root)
+    return complete[-1] if complete else None
 
 
 def _verify(folder: Path) -> str | None:

@@ -224,7 +224,9 @@ def _read_yaml(name_or_path: str) -> dict:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or "/" in name_or_path:
         if not path.is_file():
-            raise ConfigError(f"--recipe is {name_or_path}, but there is no such file; check the path")
+            raise ConfigError(
+                f"--recipe is {name_or_path}, but there is no such file; check the path"
+            )
         text = path.read_text()
     elif name_or_path in recipe_names():
         text = (resources.files("aclip") / "recipes" / f"{name_or_path}.yaml").read_text()
@@ -236,7 +238,9 @@ def _read_yaml(name_or_path: str) -> dict:
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"--recipe is {name_or_path}, but it is not YAML: {_one_line(error)}") from None
+        raise ConfigError(
+            f"--recipe is {name_or_path}, but it is not YAML: {_one_line(error)}"
+        ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"--recipe is {name_or_path}, but it does not hold keys and values")
     return values

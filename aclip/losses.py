@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aclip.gather import gather_with_grad, rank
+from aclip.models.student import StudentOutput
 
 
 def contrastive(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
@@ -83,3 +84,28 @@ def byol(predictions: Tensor, targets: Tensor) -> Tensor:
 def _own_columns(num_rows: int, device: torch.device) -> Tensor:
     """The columns of the gathered batch that hold this rank's rows: (num_rows,) int64."""
     return torch.arange(num_rows, device=device) + rank() * num_rows
+
+
+def total(
+    output: StudentOutput, byol_target: Tensor | None, weights: dict[str, float], temperature: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the terms whose weight is not 0.
+
+    Args:
+        output: of the student.
+        byol_target: (B, D), the teacher's projection; read only when byol has a weight.
+        weights: contrastive, simclr, byol.
+        temperature: of simclr.
+
+    Returns:
+        Scalar fp32 loss with gradient, and the unweighted, detached terms.
+    """
+    terms = {
+        "contrastive": contrastive(output.image_embeds, output.text_embeds, output.logit_scale)
+    }
+    if weights["simclr"] > 0:
+        terms["simclr"] = simclr(output.simclr_embeds, temperature)
+    if weights["byol"] > 0:
+        terms["byol"] = byol(output.byol_predictions, byol_target)
+    loss = sum(weights[name] * term for name, term in terms.items())
+    return loss, {name: term.detach() for name, term in terms.items()}

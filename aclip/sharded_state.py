@@ -112,7 +112,9 @@ class ShardedState:
             dist.all_reduce(whole)
         return whole.view(shape)
 
-    def _fragment(self, parameter: nn.Parameter, kind: str, create: bool = False) -> Fragment | None:
+    def _fragment(
+        self, parameter: nn.Parameter, kind: str, create: bool = False
+    ) -> Fragment | None:
         """This rank's part of `kind`, None if it owns no element or the moment does not exist yet."""
         if self._stage == 0:
             flat, offset, start, numel = parameter, 0, 0, parameter.numel()

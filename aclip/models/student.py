@@ -132,5 +132,3 @@ def _check_mask(recipe: Recipe, image: ImageTower) -> None:
             f"teacher.resolution is {recipe.teacher.resolution}, which patches of {patch} px do not "
             "divide; choose a multiple"
         )
-
-

@@ -1,0 +1,194 @@
+"""One pre-training run: checks the inputs, prepares the run folder, trains, prints the results."""
+
+import argparse
+import json
+import os
+import platform
+import socket
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from aclip import checkpoint
+from aclip.config import Recipe, dump_recipe, load_recipe
+from aclip.data.batch import resolve_lanes, resolve_workers
+from aclip.data.demo import ensure_demo_data
+from aclip.data.shards import Shard, index_shards, list_shards
+from aclip.engine import init_distributed, read_ds_config
+from aclip.errors import ConfigError
+from aclip.evaluation.during_training import Evaluator
+from aclip.gather import rank, world_size
+from aclip.trainer import EXIT_STOPPED_BY_SIGNAL, NonFiniteLoss, Trainer
+
+EXIT_NON_FINITE = 3
+DEMO = "demo"
+
+
+def pretrain(arguments: argparse.Namespace) -> int:
+    """Runs `launch/pretrain.py` with its parsed arguments; returns the exit status."""
+    _default_to_one_rank()
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    recipe = _read_recipe(arguments)
+    ds_config = read_ds_config(arguments.ds_config, recipe.train.global_batch_size, num_ranks)
+    run_folder = Path(arguments.output or f"runs/{Path(arguments.recipe).stem}")
+    _check_writable(run_folder)
+    say = print if os.environ["RANK"] == "0" else _silent
+    recipe, shards, val_shards = _find_data(recipe, say)
+    _check_lanes(recipe, shards, num_ranks)
+    resume_from = checkpoint.find(run_folder / "checkpoints", arguments.resume)
+
+    device = init_distributed()
+    trainer = Trainer(
+        recipe,
+        ds_config,
+        shards,
+        run_folder,
+        resume_from,
+        device,
+        evaluator=Evaluator(recipe, val_shards, run_folder) if val_shards else None,
+    )
+    if rank() == 0:
+        _record(run_folder, recipe, ds_config.values)
+    say(_headline(recipe, trainer, ds_config, resume_from, run_folder), flush=True)
+    try:
+        finished = trainer.train()
+    except (NonFiniteLoss, checkpoint.CheckpointError) as error:
+        print(f"[rank {rank()}] error: {error}", flush=True)
+        return EXIT_NON_FINITE
+    finally:
+        trainer.close()
+    if not finished:
+        say(f"stopped by SIGTERM at {trainer.samples:,} samples; the same command continues")
+        return EXIT_STOPPED_BY_SIGNAL
+    if trainer.evaluations:
+        say(results_table(trainer.evaluations), flush=True)
+    say(f"the run is complete: {run_folder}", flush=True)
+    return 0
+
+
+def results_table(evaluations: dict[str, dict]) -> str:
+    """Chance, before, student and teacher as a text table, one row per metric, in percent."""
+    before, end = evaluations.get("before", {}), evaluations["end"]
+    columns = [
+        ("chance", end.get("chance", {})),
+        ("before", before.get("student", {})),
+        ("student", end.get("student", {})),
+        ("teacher", end.get("teacher", {})),
+    ]
+    columns = [(title, values) for title, values in columns if values]
+    names = list(end["student"])
+    width = max(len(name) for name in names)
+    lines = [" " * width + "".join(f"{title:>10}" for title, _ in columns)]
+    for name in names:
+        cells = (f"{100 * v[name]:9.1f}%" if name in v else " " * 10 for _, v in columns)
+        lines.append(f"{name:<{width}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def _read_recipe(arguments: argparse.Namespace) -> Recipe:
+    overrides = list(arguments.overrides)
+    if arguments.train:
+        overrides.append(f"data.train={json.dumps(arguments.train)}")
+        if arguments.recipe == DEMO and not arguments.val:
+            overrides.append("data.val=[]")
+    if arguments.val:
+        overrides.append(f"data.val={json.dumps(arguments.val)}")
+    recipe = load_recipe(arguments.recipe, overrides)
+    if not recipe.data.train:
+        raise ConfigError(
+            f"data.train is empty in {arguments.recipe}; give shards with --train, e.g. --train "
+            "'/data/yfcc15m/{00000..01499}.tar'"
+        )
+    return recipe
+
+
+def _find_data(recipe: Recipe, say) -> tuple[Recipe, list[Shard], list[str]]:
+    train, val = recipe.data.train, recipe.data.val
+    if train == DEMO:
+        say(
+            "This is the demo: a small model on built-in captioned scenes. For your own data: "
+            "--recipe aclip_vitb16 --train '/path/{00000..01499}.tar'",
+            flush=True,
+        )
+        demo = ensure_demo_data(say)
+        train, val = demo.train, val or demo.val
+    shards = index_shards(list_shards(train, "data.train"))
+    return recipe, shards, list_shards(val, "data.val") if val else []
+
+
+def _check_lanes(recipe: Recipe, shards: list[Shard], num_ranks: int) -> None:
+    lanes = resolve_lanes(recipe.data.lanes, len(shards), recipe.train.global_batch_size)
+    resolve_workers(recipe.data.workers, lanes, num_ranks)
+
+
+def _check_writable(run_folder: Path) -> None:
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        probe = run_folder / f".writable-{os.environ['RANK']}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--output is {run_folder}, which can't be written ({error.strerror}); give another folder"
+        ) from None
+
+
+def _record(run_folder: Path, recipe: Recipe, ds_values: dict) -> None:
+    """Writes what the run was made of: recipe, ds_config, versions and git commit."""
+    packages = ("torch", "deepspeed", "timm", "transformers", "open_clip_torch", "triton")
+    environment = {
+        "python": platform.python_version(),
+        "host": socket.gethostname(),
+        "ranks": world_size(),
+        "packages": {name: version(name) for name in packages},
+        "git_commit": _git_commit(),
+    }
+    (run_folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    (run_folder / "ds_config.json").write_text(json.dumps(ds_values, indent=2))
+    (run_folder / "environment.json").write_text(json.dumps(environment, indent=2))
+
+
+def _git_commit() -> str | None:
+    source = Path(__file__).resolve().parent
+    try:
+        result = subprocess.run(
+            ["git", "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() or None
+
+
+def _headline(recipe, trainer, ds_config, resume_from, run_folder) -> str:
+    precision = str(ds_config.dtype).removeprefix("torch.")
+    lines = [
+        f"{recipe.description or 'recipe'}: {trainer.num_steps:,} steps of "
+        f"{recipe.train.global_batch_size} images on {world_size()} ranks (micro-batch "
+        f"{ds_config.micro_batch_size} x {ds_config.num_micro_steps}), ZeRO-{ds_config.stage}, "
+        f"{precision}; run folder {run_folder}"
+    ]
+    if resume_from is not None:
+        lines.append(f"continuing from {resume_from} at {trainer.samples:,} samples")
+    return "\n".join(lines)
+
+
+def _default_to_one_rank() -> None:
+    """Without a launcher the script is its own single rank."""
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    if not torch.cuda.is_available():
+        # Ranks that share cores lose far more to contention than they gain from threads.
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+
+
+def _silent(*_, **__) -> None:
+    pass

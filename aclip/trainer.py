@@ -1,0 +1,390 @@
+"""The training loop: `train_step` is the one place that knows the order of a step."""
+
+import math
+import signal
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aclip import checkpoint, losses, masking
+from aclip.config import Recipe
+from aclip.data.augment import augment
+from aclip.data.batch import Batch, build_train_loader
+from aclip.data.shards import SKIP_KINDS, Shard
+from aclip.engine import DsConfig, build_engine
+from aclip.gather import all_gather_rows, rank, world_size
+from aclip.metrics import MetricsLogger, StepTimer
+from aclip.models.student import StudentOutput, build_student, kept_blocks
+from aclip.schedules import ema_momentum, learning_rate
+from aclip.sharded_state import ShardedState
+from aclip.teacher import Teacher, TeacherOutput
+
+EXIT_STOPPED_BY_SIGNAL = 143
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LOGIT_SCALE = "logit_scale.log_logit_scale"
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss of a step was NaN or infinite; names the step, the terms and the samples."""
+
+
+class Trainer:
+    """Trains one recipe from its data to its last sample.
+
+    Args:
+        recipe: what to train.
+        ds_config: checked against the recipe and the number of ranks.
+        shards: the training data, in the recipe's order.
+        run_folder: where checkpoints and metrics go.
+        resume_from: a checkpoint folder, or None to start new.
+        device: of this rank.
+        evaluator: called as evaluator(trainer) -> {"student": metrics, "teacher": metrics}, or None.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        ds_config: DsConfig,
+        shards: list[Shard],
+        run_folder: Path,
+        resume_from: Path | None,
+        device: torch.device,
+        evaluator=None,
+    ):
+        self.recipe = recipe
+        self.device = device
+        self.dtype = ds_config.dtype
+        self.micro_batch_size = ds_config.micro_batch_size
+        self.evaluator = evaluator
+        self.checkpoints = run_folder / "checkpoints"
+        dataset_size = sum(shard.num_samples for shard in shards)
+        batch_size = recipe.train.global_batch_size
+        self.num_steps = max(1, round(recipe.train.epochs * dataset_size / batch_size))
+        self.total_samples = self.num_steps * batch_size
+        self.warmup_samples = round(recipe.train.warmup_epochs * dataset_size)
+
+        student = build_student(recipe)
+        self.grid = student.image.grid
+        self.num_kept_blocks = kept_blocks(recipe, self.grid)
+        self.teacher = Teacher(student, self.dtype, device) if recipe.needs_teacher else None
+        self.engine = build_engine(student, recipe.optimizer, ds_config)
+        self.sharded_state = ShardedState(self.engine)
+
+        self.step = 0
+        self.cursors: Tensor | None = None
+        self.skipped = Counter()
+        self.evaluations: dict[str, dict] = {}
+        self._fingerprint = {"shards": len(shards), "samples": dataset_size}
+        if resume_from is not None:
+            self._resume(resume_from)
+        self._saved_at = self.samples if resume_from is not None else None
+        self._set_exact_logit_scale()
+        self._recent_skips = Counter()
+        self._pending: _Pending | None = None
+        self._signal = 0
+        self._local_cursors: Tensor | None = None
+        self.loader = build_train_loader(recipe, shards, rank(), world_size(), self.cursors)
+        self.logger = MetricsLogger(run_folder, self.total_samples, resumed_step=self.step)
+
+    @property
+    def samples(self) -> int:
+        return self.step * self.recipe.train.global_batch_size
+
+    def train(self) -> bool:
+        """Trains to the end; returns False when a signal stopped the run after a checkpoint."""
+        with self._signals():
+            if self.step == 0:
+                self._evaluate("before")
+            timer = StepTimer()
+            batches = iter(self.loader)
+            while self.step < self.num_steps:
+                with timer.waiting():
+                    batch = next(batches)
+                terms = self.train_step(batch)
+                timer.step(self.recipe.train.global_batch_size)
+                stop = self._after_step(batch, terms, timer)
+                if stop:
+                    self._save()
+                    return False
+            self._settle()
+            if "end" not in self.evaluations:
+                self._evaluate("end")
+            self._save()
+            return True
+
+    def train_step(self, batch: Batch) -> dict[str, Tensor]:
+        """One optimizer update on this rank's part of the global batch.
+
+        The losses span the whole global batch whatever the micro-batch is: with several micro_steps
+        the towers run once without gradient, heads and losses run on all features at once, and the
+        towers run again with each feature's gradient. That is exact, BatchNorm included.
+
+        Returns:
+            Unweighted loss terms and `loss`, of this rank, detached.
+        """
+        self._set_learning_rate()
+        micro_batches = batch.split(self.micro_batch_size)
+        taught = [self._teach(micro) for micro in micro_batches]
+        selections = [self._select(m, t) for m, t in zip(micro_batches, taught, strict=True)]
+        cached = len(micro_batches) > 1
+        features, rng_states = self._encode(micro_batches, selections, with_grad=not cached)
+        output = StudentOutput(**self.engine("project", *features))
+        byol_target = None
+        if self.recipe.loss.byol > 0:
+            byol_target = self.teacher.project(torch.cat([t.features for t in taught]))
+        weights = self.recipe.loss
+        loss, terms = losses.total(
+            output, byol_target, weights.model_dump(), weights.simclr_temperature
+        )
+        self._backward(loss, last=not cached)
+        if cached:
+            self._backward_through_towers(micro_batches, selections, features, rng_states)
+        self.engine.step()
+        self.step += 1
+        self._set_exact_logit_scale()
+        if self.teacher is not None:
+            momentum = ema_momentum(
+                self.samples, total=self.total_samples, start=self.recipe.teacher.momentum
+            )
+            self.teacher.update(self.engine.module, momentum)
+        return {"loss": loss.detach(), **terms}
+
+    def _teach(self, micro: Batch) -> TeacherOutput | None:
+        if self.teacher is None:
+            return None
+        pixels = augment(micro.teacher_view.to(self.device), None, self.recipe.augment, self.dtype)
+        return self.teacher.forward(pixels)
+
+    def _select(self, micro: Batch, taught: TeacherOutput | None) -> masking.Selection | None:
+        def to_device(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(self.device, non_blocking=True)
+
+        return masking.select(
+            self.recipe.mask.policy,
+            self.num_kept_blocks,
+            self.recipe.mask.block_size,
+            teacher_scores=None if taught is None else taught.scores,
+            teacher_box=to_device(micro.teacher_box),
+            view_boxes=to_device(micro.student_boxes),
+            noise=to_device(micro.mask_noise),
+        )
+
+    def _encode_one(self, micro: Batch, selection: masking.Selection | None):
+        views = micro.student_views.to(self.device, non_blocking=True)
+        params = micro.augment_params.to(self.device, non_blocking=True)
+        pixels = augment(views.flatten(0, 1), params.flatten(0, 1), self.recipe.augment, self.dtype)
+        tokens = micro.tokens.to(self.device, non_blocking=True)
+        return self.engine("encode", pixels.unflatten(0, views.shape[:2]), selection, tokens)
+
+    def _encode(self, micro_batches, selections, with_grad: bool):
+        """Features (B, V, C) and (B, W) of the local batch, and the random state before each part."""
+        features, rng_states = [], []
+        with torch.set_grad_enabled(with_grad):
+            for micro, selection in zip(micro_batches, selections, strict=True):
+                rng_states.append(_get_rng_state(self.device))
+                features.append(self._encode_one(micro, selection))
+        joined = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*features)]
+        if not with_grad:
+            joined = [part.detach().requires_grad_() for part in joined]
+        return joined, rng_states
+
+    def _backward_through_towers(self, micro_batches, selections, features, rng_states) -> None:
+        gradients = zip(*(f.grad.split(self.micro_batch_size) for f in features), strict=True)
+        for index, gradient in enumerate(gradients):
+            # The same dropout as in the pass whose features the losses saw.
+            _set_rng_state(rng_states[index], self.device)
+            parts = self._encode_one(micro_batches[index], selections[index])
+            surrogate = sum(
+                (part.float() * part_gradient.float()).sum()
+                for part, part_gradient in zip(parts, gradient, strict=True)
+            )
+            self._backward(surrogate, last=index == len(micro_batches) - 1)
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def _set_learning_rate(self) -> None:
+        config = self.recipe.optimizer
+        self.learning_rate = learning_rate(
+            self.samples,
+            total=self.total_samples,
+            warmup=self.warmup_samples,
+            start=config.warmup_start_lr,
+            peak=config.lr,
+            final=config.final_lr,
+        )
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+
+    def _set_exact_logit_scale(self) -> None:
+        ceiling = torch.tensor(self.recipe.loss.max_logit_scale).log().item()
+        exact = self.sharded_state.clamp_max(LOGIT_SCALE, ceiling)
+        self.engine.module.logit_scale.exact = exact
+
+    def _after_step(self, batch: Batch, terms: dict[str, Tensor], timer: StepTimer) -> bool:
+        """Logs, evaluates and saves what is due; returns whether a signal asks to stop."""
+        signals = self._settle()
+        self._pending = _Pending(self.step, terms, self._signal, batch.keys)
+        self._signal = 0
+        self._local_cursors = batch.cursors
+        self._recent_skips.update(batch.skipped)
+
+        train = self.recipe.train
+        at_end = self.step == self.num_steps
+        if self.step % train.log_every == 0 or at_end:
+            self._log(timer)
+        if signal.SIGTERM in signals:
+            return True
+        if not at_end and self._is_due(train.evaluate_every):
+            self._evaluate(f"{self.samples} samples")
+            timer.reset()
+        if signal.SIGUSR1 in signals or (not at_end and self._is_due(train.checkpoint_every)):
+            self._save()
+        return False
+
+    def _is_due(self, every: int) -> bool:
+        """Whether a multiple of `every` samples lies in the step that just ended."""
+        previous = self.samples - self.recipe.train.global_batch_size
+        return every > 0 and self.samples // every > previous // every
+
+    def _settle(self) -> set[int]:
+        """Reads what the last step left on the device: raises on every rank if its loss was not
+        finite, returns the signals that any rank received.
+
+        It is read one step late, so that the host does not wait for the device, and always before a
+        checkpoint is written.
+        """
+        if self._pending is None:
+            return set()
+        pending, self._pending = self._pending, None
+        values = pending.mean_terms()
+        if not all(math.isfinite(value) for value in values.values()):
+            everyone = [pending.keys]
+            if world_size() > 1:
+                everyone = [None] * world_size()
+                dist.all_gather_object(everyone, pending.keys)
+            listed = ", ".join(f"{name} {value:g}" for name, value in values.items())
+            samples = " ".join(key for keys in everyone for key in keys)
+            raise NonFiniteLoss(
+                f"the loss of step {pending.step} is not finite ({listed}); the last checkpoint is "
+                f"intact; the batch's samples: {samples}"
+            )
+        return pending.signals()
+
+    def _log(self, timer: StepTimer) -> None:
+        self._join_skips()
+        self.logger.log(
+            self.step,
+            self.samples,
+            self._pending.mean_terms(),
+            learning_rate=self.learning_rate,
+            logit_scale=self.engine.module.logit_scale.exact.exp().item(),
+            gradient_norm=_to_float(self.engine.get_global_grad_norm()),
+            skipped=dict(self.skipped),
+            **timer.summary(),
+        )
+
+    def _join_skips(self) -> None:
+        """Adds the samples skipped since the last call, of all ranks, to the run's total."""
+        counts = torch.tensor([self._recent_skips[k] for k in SKIP_KINDS], device=self.device)
+        if world_size() > 1:
+            dist.all_reduce(counts)
+        for kind, count in zip(SKIP_KINDS, counts.tolist(), strict=True):
+            if count:
+                self.skipped[kind] += count
+        self._recent_skips.clear()
+
+    def _evaluate(self, when: str) -> None:
+        if self.evaluator is None:
+            return
+        self.engine.eval()
+        results = self.evaluator(self)
+        self.engine.train()
+        self.evaluations[when] = results
+        for name, metrics in results.items():
+            self.logger.log_evaluation(self.samples, name, metrics)
+
+    def _save(self) -> None:
+        """Writes a checkpoint of this moment unless there is one; the run survives a full disk."""
+        if self._saved_at == self.samples:
+            return
+        self._settle()
+        self._join_skips()
+        if self._local_cursors is not None:
+            self.cursors = all_gather_rows(self._local_cursors.to(self.device)).cpu()
+        state = {
+            "samples": self.samples,
+            "step": self.step,
+            "world_size": world_size(),
+            "cursors": None if self.cursors is None else self.cursors.tolist(),
+            "skipped": dict(self.skipped),
+            "evaluations": self.evaluations,
+            "data": self._fingerprint,
+        }
+        keep = self.recipe.train.keep_checkpoints
+        checkpoint.save(self.checkpoints, self.engine, self.teacher, state, keep)
+        self._saved_at = self.samples
+
+    def _resume(self, folder: Path) -> None:
+        state = checkpoint.read_state(folder)
+        checkpoint.load(folder, self.engine, self.teacher, state["step"])
+        self.step = state["step"]
+        self.cursors = torch.tensor(state["cursors"])
+        self.skipped.update(state["skipped"])
+        self.evaluations = state["evaluations"]
+
+    @contextmanager
+    def _signals(self):
+        """SIGTERM asks for a checkpoint and the end, SIGUSR1 for a checkpoint."""
+
+        def remember(number, frame):
+            self._signal = number
+
+        previous = {s: signal.signal(s, remember) for s in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+class _Pending:
+    """A step's terms and signals, summed over the ranks, not yet read by the host."""
+
+    def __init__(self, step: int, terms: dict[str, Tensor], received: int, keys: list[str]):
+        self.step = step
+        self.keys = keys
+        self._names = list(terms)
+        sums = torch.stack([term.float() for term in terms.values()])
+        flags = torch.tensor([float(received == number) for number in SIGNALS])
+        self._sums = torch.cat([sums, flags.to(sums.device)])
+        if world_size() > 1:
+            dist.all_reduce(self._sums)
+
+    def mean_terms(self) -> dict[str, float]:
+        return {n: s / world_size() for n, s in zip(self._names, self._sums.tolist())}  # noqa: B905
+
+    def signals(self) -> set[int]:
+        flags = self._sums[len(self._names) :].tolist()
+        return {number for number, flag in zip(SIGNALS, flags, strict=True) if flag}
+
+
+def _get_rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(
+        device
+    ) if device.type == "cuda" else None
+
+
+def _set_rng_state(states: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def _to_float(value) -> float | None:
+    return None if value is None else float(value)
