@@ -8,6 +8,7 @@ import copy
 import datetime
 import difflib
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,8 @@ def read_ds_config(path: str, global_batch_size: int, world_size: int) -> DsConf
 def init_distributed() -> torch.device:
     """Joins the launcher's process group and returns this rank's device."""
     _avoid_shared_memory_build()
+    # DeepSpeed 0.19.8 calls torch's collectives by names that torch 2.14 warns about at every call.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     deepspeed.init_distributed(
         get_accelerator().communication_backend_name(),
         auto_mpi_discovery=False,

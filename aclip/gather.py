@@ -21,7 +21,7 @@ class _GatherWithGrad(torch.autograd.Function):
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.num_rows = x.shape[0]
         gathered = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous())
+        dist.all_gather_single(gathered, x.contiguous())
         return gathered
 
     @staticmethod
@@ -84,6 +84,6 @@ def all_gather_rows(x: Tensor) -> Tensor:
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: x.shape[0]] = x
     gathered = x.new_empty(world_size() * max(counts), *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded)
+    dist.all_gather_single(gathered, padded)
     parts = gathered.split(max(counts))
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

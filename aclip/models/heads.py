@@ -34,14 +34,15 @@ class GlobalBatchNorm(nn.Module):
 
 
 def mlp_head(widths: list[int]) -> nn.Sequential:
-    """Linear, BatchNorm, ReLU between the widths; the last layer is linear alone.
+    """Linear, BatchNorm, ReLU between the widths; the last layer is linear alone. No biases: one in
+    front of a BatchNorm has no gradient but rounding noise, which Adam would blow up to full steps.
 
     Source: the heads of MoCo v3 and SLIP; method of A-CLIP, arXiv:2212.08653.
     """
     layers: list[nn.Module] = []
     for width, next_width in zip(widths[:-2], widths[1:-1], strict=True):
         layers += [nn.Linear(width, next_width, bias=False), GlobalBatchNorm(next_width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=False))
 
 
 class LogitScale(nn.Module):

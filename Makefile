@@ -1,0 +1,40 @@
+# One word per job. The virtual environment in .venv is made on first use; set PYTHON to use another.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Ranks of the demo; empty for what the deepspeed launcher finds (every GPU of the machine).
+RANKS ?= $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || echo 2)
+
+.PHONY: demo test lint bench gpu-check
+
+demo: $(VENV)/.installed
+	PATH=$(abspath $(BIN)):$$PATH deepspeed $(if $(RANKS),--num_accelerators $(RANKS)) \
+		launch/pretrain.py --ds_config ds_configs/zero2.json --output runs/demo
+
+test: $(VENV)/.installed-dev
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/pytest tests/kernel --benchmark-only -o python_files='bench_*.py'
+
+# On a machine with a GPU: the tests that need one, then the kernel benchmarks.
+gpu-check: $(VENV)/.installed-dev
+	$(BIN)/python -c "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() \
+		else 'no GPU: gpu tests are skipped', torch.__version__)"
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest -m gpu -q
+	$(BIN)/pytest tests/kernel --benchmark-only -o python_files='bench_*.py'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python setup.py
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python setup.py
+	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@ $(VENV)/.installed

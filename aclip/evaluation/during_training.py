@@ -1,0 +1,124 @@
+"""Evaluation during training: student and teacher on the validation set, and the kept-patch picture."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from aclip import gather, masking
+from aclip.config import Recipe
+from aclip.data.augment import augment
+from aclip.data.shards import Shard
+from aclip.data.tokenizer import build_tokenizer
+from aclip.evaluation.suite import evaluate
+from aclip.visualize import kept_patches_figure, save_png
+
+NUM_PICTURED = 8
+BATCH_SIZE = 256
+
+
+class Evaluator:
+    """Scores the model of a trainer whenever it is called.
+
+    Args:
+        recipe: of the run.
+        shards: the validation set.
+        run_folder: pictures go to its `pictures` folder.
+    """
+
+    def __init__(self, recipe: Recipe, shards: list[Shard], run_folder: Path):
+        self._recipe = recipe
+        self._shards = shards
+        self._pictures = run_folder / "pictures"
+        self._tokenizer = build_tokenizer(recipe.model.text.context_length)
+        self._samples: list | None = None
+
+    def __call__(self, trainer) -> dict[str, dict[str, float]]:
+        """{"student": metrics, "teacher": metrics, "chance": metrics}; equal on every rank."""
+        engine, teacher = trainer.engine, trainer.teacher
+
+        def through_engine(task: str):
+            return lambda batch: engine(task, batch)
+
+        results = {
+            "student": self._score(
+                trainer, through_engine("encode_image"), through_engine("encode_text")
+            )
+        }
+        if teacher is not None:
+            results["teacher"] = self._score(trainer, teacher.encode_image, teacher.encode_text)
+        results["chance"] = chance(results["student"])
+        if gather.rank() == 0 and self._recipe.mask.policy != "none":
+            picture = self._draw(trainer)
+            save_png(picture, self._pictures / f"kept-patches-{trainer.samples:012d}.png")
+            trainer.logger.log_image("kept_patches", picture, trainer.step)
+        return results
+
+    def _score(self, trainer, encode_image, encode_text) -> dict[str, float]:
+        augmentation = self._recipe.augment
+        return evaluate(
+            encode_image,
+            encode_text,
+            self._shards,
+            self._tokenizer,
+            self._recipe.model.image.resolution,
+            BATCH_SIZE,
+            trainer.device,
+            trainer.dtype,
+            augmentation.mean,
+            augmentation.std,
+            gather,
+        )
+
+    def _draw(self, trainer) -> np.ndarray:
+        """The kept patches of the same eight validation samples and boxes every time."""
+        recipe = self._recipe
+        if self._samples is None:
+            self._samples = _first_samples(recipe, self._shards)
+        views = [views for views, _, _ in self._samples]
+        student_views = np.stack([v.student_views for v in views])
+        scores = None
+        if trainer.teacher is not None:
+            teacher_views = torch.from_numpy(np.stack([v.teacher_view for v in views]))
+            pixels = augment(teacher_views.to(trainer.device), None, recipe.augment, trainer.dtype)
+            scores = trainer.teacher.forward(pixels).scores
+        selection = masking.select(
+            recipe.mask.policy,
+            trainer.num_kept_blocks,
+            recipe.mask.block_size,
+            teacher_scores=scores,
+            teacher_box=torch.from_numpy(np.stack([v.teacher_box for v in views])).to(
+                trainer.device
+            ),
+            view_boxes=torch.from_numpy(np.stack([v.student_boxes for v in views])).to(
+                trainer.device
+            ),
+            noise=torch.stack([noise for _, noise, _ in self._samples]).to(trainer.device),
+        )
+        keep_ids = masking.kept_patches(selection, trainer.grid, student_views.shape[:2])
+        return kept_patches_figure(
+            np.stack([v.teacher_view for v in views]),
+            None if scores is None else scores.float().cpu().numpy(),
+            student_views,
+            keep_ids.cpu().numpy(),
+            trainer.grid,
+            [caption for _, _, caption in self._samples],
+        )
+
+
+def chance(metrics: dict[str, float]) -> dict[str, float]:
+    """What guessing scores on the same set, for each metric of `evaluate`."""
+    captions_per_image = metrics.get("num_captions", 0) / metrics["num_images"]
+    expected = {}
+    for name in metrics:
+        if name.startswith("zero_shot_top"):
+            num_answers, num_right = metrics["num_classes"], 1
+        elif name.startswith("image_to_text_r"):
+            num_answers, num_right = metrics["num_captions"], captions_per_image
+        elif name.startswith("text_to_image_r"):
+            num_answers, num_right = metrics["num_images"], 1
+        else:
+            continue
+        k = int(name.rstrip("0123456789") and name[len(name.rstrip("0123456789")) :])
+        expected[name] = min(1.0, k * num_right / num_answers)
+    return expected
