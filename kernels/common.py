@@ -1,6 +1,7 @@
 """What every op shares: the choice of backend and the checks of its arguments."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -44,3 +45,8 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     """Raises ValueError naming the argument unless it lies on `device`."""
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; it must be on {device} like the others.")
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current CUDA device; this makes it the tensor's own."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -12,6 +12,7 @@ from aclip.kernels.common import (
     check_device,
     check_dtype,
     check_shape,
+    use_triton,
 )
 from torch import Tensor
 
@@ -121,6 +122,11 @@ def _attentive_pack(
         num_kept_blocks,
         block_size,
     )
+    if use_triton(tokens):
+        # Triton is imported where it runs: a machine without a GPU need not have it.
+        from aclip.kernels.attentive_pack.kernel import launch_attentive_pack
+
+        return launch_attentive_pack(*arguments)
     packed, keep_ids = attentive_pack_reference(*arguments)
     return packed, keep_ids, inverse_map(keep_ids, tokens.shape[1])
 
@@ -154,6 +160,10 @@ def _attentive_pack_backward(
     cls_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = (grad_packed, inverse, grad_tokens, grad_cls, grad_pos, pos_dtype, cls_dtype)
+    if use_triton(grad_packed):
+        from aclip.kernels.attentive_pack.kernel import launch_attentive_pack_backward
+
+        return launch_attentive_pack_backward(*arguments)
     return attentive_pack_backward_reference(*arguments)
 
 

@@ -7,6 +7,7 @@ from aclip.kernels.common import (
     check_device,
     check_dtype,
     check_shape,
+    use_triton,
 )
 from torch import Tensor
 
@@ -35,7 +36,13 @@ def cls_attention_scores(q: Tensor, k: Tensor, scores: Tensor, weight: float) ->
 
 @torch.library.custom_op("aclip::cls_attention_scores", mutates_args=("scores",))
 def _cls_attention_scores(q: Tensor, k: Tensor, scores: Tensor, weight: float) -> None:
-    cls_attention_scores_reference(q, k, scores, weight)
+    if use_triton(q):
+        # Triton is imported where it runs: a machine without a GPU need not have it.
+        from aclip.kernels.cls_attention_scores.kernel import launch_cls_attention
+
+        launch_cls_attention(q, k, scores, weight)
+    else:
+        cls_attention_scores_reference(q, k, scores, weight)
 
 
 @_cls_attention_scores.register_fake
