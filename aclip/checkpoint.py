@@ -15,7 +15,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from aclip.errors import ConfigError
 from aclip.gather import rank, world_size
+from aclip.random_state import get_random_state, set_random_state
 from aclip.sharded_state import MASTER, ShardedState
 from aclip.teacher import Teacher
 
@@ -229,9 +229,7 @@ def _check_shapes(folder: Path, engine) -> None:
 
 def _gather_rng() -> dict[str, Tensor]:
     """The random state of every rank; only rank 0's result is complete."""
-    mine = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        mine["cuda"] = torch.cuda.get_rng_state()
+    mine = get_random_state()
     everyone: list[Any] = [mine]
     if world_size() > 1:
         everyone = [None] * world_size()
@@ -244,9 +242,9 @@ def _load_rng(folder: Path) -> None:
     if len({key.split(".")[0] for key in states}) != world_size():
         # No rank's stream continues on another number of ranks; only dropout ever reads it.
         return
-    torch.set_rng_state(states[f"{rank()}.cpu"])
-    if torch.cuda.is_available() and f"{rank()}.cuda" in states:
-        torch.cuda.set_rng_state(states[f"{rank()}.cuda"])
+    prefix = f"{rank()}."
+    mine = {k.removeprefix(prefix): v for k, v in states.items() if k.startswith(prefix)}
+    set_random_state(mine)
 
 
 def _from_rank_0(value: Any) -> Any:

@@ -20,7 +20,8 @@ from aclip.engine import init_distributed, read_ds_config
 from aclip.errors import ConfigError
 from aclip.evaluation.during_training import Evaluator
 from aclip.gather import rank, world_size
-from aclip.trainer import EXIT_STOPPED_BY_SIGNAL, NonFiniteLoss, Trainer
+from aclip.trainer import EXIT_STOPPED_BY_SIGNAL, Trainer
+from aclip.watch import NonFiniteLoss
 
 EXIT_NON_FINITE = 3
 DEMO = "demo"

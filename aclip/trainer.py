@@ -1,9 +1,7 @@
 """The training loop: `train_step` is the one place that knows the order of a step."""
 
-import math
 import signal
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,20 +14,18 @@ from aclip.data.augment import augment
 from aclip.data.batch import Batch, build_train_loader
 from aclip.data.shards import SKIP_KINDS, Shard
 from aclip.engine import DsConfig, build_engine
+from aclip.errors import ConfigError
 from aclip.gather import all_gather_rows, rank, world_size
 from aclip.metrics import MetricsLogger, StepTimer
 from aclip.models.student import StudentOutput, build_student, kept_blocks
+from aclip.random_state import get_random_state, set_random_state
 from aclip.schedules import ema_momentum, learning_rate
 from aclip.sharded_state import ShardedState
 from aclip.teacher import Teacher, TeacherOutput
+from aclip.watch import StepWatch
 
 EXIT_STOPPED_BY_SIGNAL = 143
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LOGIT_SCALE = "logit_scale.log_logit_scale"
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss of a step was NaN or infinite; names the step, the terms and the samples."""
 
 
 class Trainer:
@@ -84,8 +80,7 @@ class Trainer:
         self._saved_at = self.samples if resume_from is not None else None
         self._set_exact_logit_scale()
         self._recent_skips = Counter()
-        self._pending: _Pending | None = None
-        self._signal = 0
+        self.watch = StepWatch()
         self._local_cursors: Tensor | None = None
         self.loader = build_train_loader(recipe, shards, rank(), world_size(), self.cursors)
         self.logger = MetricsLogger(run_folder, self.total_samples, resumed_step=self.step)
@@ -96,7 +91,7 @@ class Trainer:
 
     def train(self) -> bool:
         """Trains to the end; returns False when a signal stopped the run after a checkpoint."""
-        with self._signals():
+        with self.watch.listening():
             if self.step == 0:
                 self._evaluate("before")
             timer = StepTimer()
@@ -110,11 +105,16 @@ class Trainer:
                 if stop:
                     self._save()
                     return False
-            self._settle()
+            self.watch.settle()
             if "end" not in self.evaluations:
                 self._evaluate("end")
             self._save()
             return True
+
+    def close(self) -> None:
+        """Ends the data workers and the log files."""
+        self.loader.close()
+        self.logger.close()
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer update on this rank's part of the global batch.
@@ -185,9 +185,12 @@ class Trainer:
         features, rng_states = [], []
         with torch.set_grad_enabled(with_grad):
             for micro, selection in zip(micro_batches, selections, strict=True):
-                rng_states.append(_get_rng_state(self.device))
+                rng_states.append(get_random_state())
                 features.append(self._encode_one(micro, selection))
-        joined = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*features)]
+        joined = [
+            torch.cat(parts) if len(parts) > 1 else parts[0]
+            for parts in zip(*features, strict=True)
+        ]
         if not with_grad:
             joined = [part.detach().requires_grad_() for part in joined]
         return joined, rng_states
@@ -196,7 +199,7 @@ class Trainer:
         gradients = zip(*(f.grad.split(self.micro_batch_size) for f in features), strict=True)
         for index, gradient in enumerate(gradients):
             # The same dropout as in the pass whose features the losses saw.
-            _set_rng_state(rng_states[index], self.device)
+            set_random_state(rng_states[index])
             parts = self._encode_one(micro_batches[index], selections[index])
             surrogate = sum(
                 (part.float() * part_gradient.float()).sum()
@@ -228,9 +231,9 @@ class Trainer:
 
     def _after_step(self, batch: Batch, terms: dict[str, Tensor], timer: StepTimer) -> bool:
         """Logs, evaluates and saves what is due; returns whether a signal asks to stop."""
-        signals = self._settle()
-        self._pending = _Pending(self.step, terms, self._signal, batch.keys)
-        self._signal = 0
+        self.watch.settle()
+        signals = self.watch.take_signals()
+        self.watch.put(self.step, terms, batch.keys)
         self._local_cursors = batch.cursors
         self._recent_skips.update(batch.skipped)
 
@@ -252,36 +255,12 @@ class Trainer:
         previous = self.samples - self.recipe.train.global_batch_size
         return every > 0 and self.samples // every > previous // every
 
-    def _settle(self) -> set[int]:
-        """Reads what the last step left on the device: raises on every rank if its loss was not
-        finite, returns the signals that any rank received.
-
-        It is read one step late, so that the host does not wait for the device, and always before a
-        checkpoint is written.
-        """
-        if self._pending is None:
-            return set()
-        pending, self._pending = self._pending, None
-        values = pending.mean_terms()
-        if not all(math.isfinite(value) for value in values.values()):
-            everyone = [pending.keys]
-            if world_size() > 1:
-                everyone = [None] * world_size()
-                dist.all_gather_object(everyone, pending.keys)
-            listed = ", ".join(f"{name} {value:g}" for name, value in values.items())
-            samples = " ".join(key for keys in everyone for key in keys)
-            raise NonFiniteLoss(
-                f"the loss of step {pending.step} is not finite ({listed}); the last checkpoint is "
-                f"intact; the batch's samples: {samples}"
-            )
-        return pending.signals()
-
     def _log(self, timer: StepTimer) -> None:
         self._join_skips()
         self.logger.log(
             self.step,
             self.samples,
-            self._pending.mean_terms(),
+            self.watch.mean_terms(),
             learning_rate=self.learning_rate,
             logit_scale=self.engine.module.logit_scale.exact.exp().item(),
             gradient_norm=_to_float(self.engine.get_global_grad_norm()),
@@ -313,7 +292,7 @@ class Trainer:
         """Writes a checkpoint of this moment unless there is one; the run survives a full disk."""
         if self._saved_at == self.samples:
             return
-        self._settle()
+        self.watch.settle()
         self._join_skips()
         if self._local_cursors is not None:
             self.cursors = all_gather_rows(self._local_cursors.to(self.device)).cpu()
@@ -330,60 +309,28 @@ class Trainer:
         checkpoint.save(self.checkpoints, self.engine, self.teacher, state, keep)
         self._saved_at = self.samples
 
+    def _check_continues(self, folder: Path, state: dict) -> None:
+        """Refuses a checkpoint after which the stream of samples would not go on as it was."""
+        batch_size = self.recipe.train.global_batch_size
+        if state["samples"] != state["step"] * batch_size:
+            raise ConfigError(
+                f"train.global_batch_size is {batch_size}, but {folder} was trained with "
+                f"{state['samples'] // state['step']}; set it back, or use --resume none"
+            )
+        if state["data"] != self._fingerprint:
+            raise ConfigError(
+                f"data.train has {self._fingerprint}, but {folder} was trained on {state['data']}; "
+                "give the same shards, or use --resume none with another --output"
+            )
+
     def _resume(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
+        self._check_continues(folder, state)
         checkpoint.load(folder, self.engine, self.teacher, state["step"])
         self.step = state["step"]
         self.cursors = torch.tensor(state["cursors"])
         self.skipped.update(state["skipped"])
         self.evaluations = state["evaluations"]
-
-    @contextmanager
-    def _signals(self):
-        """SIGTERM asks for a checkpoint and the end, SIGUSR1 for a checkpoint."""
-
-        def remember(number, frame):
-            self._signal = number
-
-        previous = {s: signal.signal(s, remember) for s in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
-class _Pending:
-    """A step's terms and signals, summed over the ranks, not yet read by the host."""
-
-    def __init__(self, step: int, terms: dict[str, Tensor], received: int, keys: list[str]):
-        self.step = step
-        self.keys = keys
-        self._names = list(terms)
-        sums = torch.stack([term.float() for term in terms.values()])
-        flags = torch.tensor([float(received == number) for number in SIGNALS])
-        self._sums = torch.cat([sums, flags.to(sums.device)])
-        if world_size() > 1:
-            dist.all_reduce(self._sums)
-
-    def mean_terms(self) -> dict[str, float]:
-        return {n: s / world_size() for n, s in zip(self._names, self._sums.tolist())}  # noqa: B905
-
-    def signals(self) -> set[int]:
-        flags = self._sums[len(self._names) :].tolist()
-        return {number for number, flag in zip(SIGNALS, flags, strict=True) if flag}
-
-
-def _get_rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(
-        device
-    ) if device.type == "cuda" else None
-
-
-def _set_rng_state(states: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        torch.cuda.set_rng_state(states[1], device)
 
 
 def _to_float(value) -> float | None:
