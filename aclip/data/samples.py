@@ -1,0 +1,88 @@
+"""One training sample: a raw sample's caption and views, everything random keyed by its place."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from aclip.config import Recipe
+from aclip.data.augment import draw_augment_params
+from aclip.data.lanes import sample_rng
+from aclip.data.shards import RawSample, Skip, read_captions, read_image_bytes, shard_names
+from aclip.data.views import Views, decode_image, make_views
+from aclip.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a batch stacks: augment_params (V, 9) and mask_noise (V, blocks, blocks) are fp32."""
+
+    key: str
+    caption: str
+    views: Views
+    augment_params: np.ndarray
+    mask_noise: np.ndarray | None
+
+
+class SampleMaker:
+    """Makes samples as a recipe asks for; the same place in the stream gives the same sample.
+
+    Args:
+        recipe: decides views, augmentation and mask noise, and which images are too small.
+        urls: the shards' files; samples are named by them.
+    """
+
+    def __init__(self, recipe: Recipe, urls: list[str]):
+        self.recipe = recipe
+        self.names = shard_names(urls)
+        self.blocks = patch_grid(recipe) // recipe.mask.block_size
+
+    def make(
+        self, lane: int, shard_index: int, raw: RawSample, epoch: int, position: int
+    ) -> Sample | Skip:
+        """The sample of `raw`, which stands at (epoch, position) of a lane."""
+        captions = read_captions(raw)
+        if isinstance(captions, Skip):
+            return captions
+        content = read_image_bytes(raw)
+        if isinstance(content, Skip):
+            return content
+        recipe = self.recipe
+        image = decode_image(content, recipe.data.min_image_side)
+        if isinstance(image, Skip):
+            return image
+        # The order of draws is part of what a seed means: add new ones at the end.
+        rng = sample_rng(recipe.train.seed, lane, epoch, position)
+        caption = captions[rng.integers(len(captions))]
+        views = make_views(
+            image,
+            rng,
+            recipe.views.student,
+            recipe.views.scale,
+            recipe.model.image.resolution,
+            recipe.teacher.resolution if recipe.needs_teacher else None,
+        )
+        params = draw_augment_params(rng, recipe.augment, recipe.views.student)
+        noise = None
+        if recipe.mask.policy == "random":
+            noise = rng.random((recipe.views.student, self.blocks, self.blocks), dtype=np.float32)
+        return Sample(f"{self.names[shard_index]}/{raw.key}", caption, views, params, noise)
+
+
+def patch_grid(recipe: Recipe) -> int:
+    """Patches per side of a student view, from the recipe alone: workers build no tower.
+
+    Raises:
+        ConfigError: the tower's patch size is neither in its keyword arguments nor in its name.
+    """
+    image = recipe.model.image
+    patch = image.kwargs.get("patch_size")
+    if patch is None:
+        in_name = re.search(r"patch(\d+)", image.name)
+        if in_name is None:
+            raise ConfigError(
+                f"model.image.name is {image.name}, which does not name a patch size; set "
+                "model.image.kwargs.patch_size"
+            )
+        patch = in_name[1]
+    return image.resolution // int(patch)

@@ -1,0 +1,53 @@
+"""Captions -> token ids: CLIP's byte-pair encoding as open_clip ships it, with its cleaning."""
+
+from functools import cached_property
+
+from torch import Tensor
+
+VOCAB_SIZE = 49408
+START_ID = 49406
+END_ID = 49407
+
+
+class Tokenizer:
+    """Encodes captions; pickles without its tables, which a worker process loads again.
+
+    Args:
+        context_length: most tokens of a caption, start and end included.
+    """
+
+    vocab_size = VOCAB_SIZE
+
+    def __init__(self, context_length: int):
+        self.context_length = context_length
+
+    def __reduce__(self):
+        return Tokenizer, (self.context_length,)
+
+    @cached_property
+    def _simple(self):
+        # Here, because open_clip takes seconds to import and some commands never tokenize.
+        from open_clip import SimpleTokenizer
+
+        return SimpleTokenizer(context_length=self.context_length, clean="lower")
+
+    def encode(self, captions: list[str]) -> Tensor:
+        """Encodes cleaned captions (ftfy, HTML entities, white space, lower case).
+
+        Returns:
+            (B, L) int64, L the longest caption's length; 0 after the end token. A caption longer
+            than context_length is cut, and its last token is the end token.
+        """
+        if not captions:
+            return self._simple([""])[:0, :0]
+        tokens = self._simple(captions)
+        return cut_padding(tokens)
+
+
+def cut_padding(tokens: Tensor) -> Tensor:
+    """Cuts (B, L) tokens after the last end token; the end token has the greatest id."""
+    return tokens[:, : int(tokens.argmax(1).max()) + 1]
+
+
+def build_tokenizer(context_length: int) -> Tokenizer:
+    return Tokenizer(context_length)

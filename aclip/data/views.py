@@ -1,0 +1,154 @@
+"""Views of an image: decode, draw boxes, crop. A box is (top, left, height, width) in pixels."""
+
+import io
+import math
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from aclip.data.shards import Skip
+
+RATIO = (3 / 4, 4 / 3)
+TRIES = 10
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP")
+"""What a member called jpg, png or webp may hold; Pillow's other decoders are not offered bytes."""
+# What Pillow's decoders raise on damaged bytes.
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    OverflowError,
+    IndexError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """V student views of one image, and the teacher's if there is one.
+
+    Arrays: student_views (V, 3, R, R) uint8, teacher_view (3, T, T) uint8, student_boxes (V, 4) and
+    teacher_box (4,) int32.
+    """
+
+    student_views: np.ndarray
+    student_boxes: np.ndarray
+    teacher_view: np.ndarray | None
+    teacher_box: np.ndarray | None
+
+
+def decode_image(content: bytes, min_side: int = 1) -> Image.Image | Skip:
+    """Decodes an image to RGB.
+
+    Returns:
+        The image, or Skip: "unreadable_image" (damaged, of no known format, or with more pixels
+        than Image.MAX_IMAGE_PIXELS), "image_too_small" (a side under `min_side` pixels).
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            if min(image.size) < min_side:
+                return Skip("image_too_small")
+            return image.convert("RGB")
+        except DECODE_ERRORS:
+            return Skip("unreadable_image")
+
+
+def make_views(
+    image: Image.Image,
+    rng: np.random.Generator,
+    num_student: int,
+    scale: tuple[float, float],
+    resolution: int,
+    teacher_resolution: int | None,
+) -> Views:
+    """Cuts the student views, and the teacher view that contains them if it has a resolution.
+
+    The teacher's box is drawn in any case, so that what is drawn after it does not depend on it.
+    """
+    width, height = image.size
+    boxes = [random_box(rng, height, width, scale) for _ in range(num_student)]
+    around = teacher_box(rng, boxes, height, width)
+    has_teacher = teacher_resolution is not None
+    return Views(
+        student_views=np.stack([crop(image, box, resolution) for box in boxes]),
+        student_boxes=np.array(boxes, dtype=np.int32),
+        teacher_view=crop(image, around, teacher_resolution) if has_teacher else None,
+        teacher_box=np.array(around, dtype=np.int32) if has_teacher else None,
+    )
+
+
+def random_box(
+    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float]
+) -> Box:
+    """Draws a box by the rule of torchvision's RandomResizedCrop.
+
+    Its area is a uniform share in `scale` of the image, its ratio log-uniform in 3/4 to 4/3. After
+    10 draws that do not fit: the largest centred box whose ratio is in range.
+    """
+    for _ in range(TRIES):
+        area = height * width * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = int(rng.integers(height - box_height + 1))
+            left = int(rng.integers(width - box_width + 1))
+            return top, left, box_height, box_width
+    box_height = min(height, round(width / RATIO[0]))
+    box_width = min(width, round(height * RATIO[1]))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def teacher_box(rng: np.random.Generator, boxes: list[Box], height: int, width: int) -> Box:
+    """Draws a box around all student boxes.
+
+    Their union, grown on each side by a uniform share of the room between it and the image's edge.
+
+    Source: A-CLIP, arXiv:2212.08653, section 3.2; microsoft/A-CLIP's datasets.py takes one view's
+    height for its left here, so that its student boxes may leave the teacher's.
+    """
+    top = min(box[0] for box in boxes)
+    left = min(box[1] for box in boxes)
+    bottom = max(box[0] + box[2] for box in boxes)
+    right = max(box[1] + box[3] for box in boxes)
+    top -= int(rng.integers(top + 1))
+    left -= int(rng.integers(left + 1))
+    bottom += int(rng.integers(height - bottom + 1))
+    right += int(rng.integers(width - right + 1))
+    return top, left, bottom - top, right - left
+
+
+def crop(image: Image.Image, box: Box, resolution: int) -> np.ndarray:
+    """Resamples a box to (3, resolution, resolution) uint8: bilinear, antialiased."""
+    top, left, height, width = box
+    region = (left, top, left + width, top + height)
+    resized = image.resize((resolution, resolution), Image.Resampling.BILINEAR, box=region)
+    return np.asarray(resized).transpose(2, 0, 1)
+
+
+def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
+    """Brings the shorter side to `resolution` and cuts the centre, for evaluation.
+
+    Returns:
+        (3, resolution, resolution) uint8; bilinear, antialiased, sizes as in torchvision's Resize
+        and CenterCrop.
+    """
+    width, height = image.size
+    short = min(width, height)
+    size = (resolution * width // short, resolution * height // short)
+    resized = image.resize(size, Image.Resampling.BILINEAR)
+    left, top = (round((side - resolution) / 2) for side in size)
+    region = (left, top, left + resolution, top + resolution)
+    return np.asarray(resized.crop(region)).transpose(2, 0, 1)

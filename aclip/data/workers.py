@@ -1,0 +1,90 @@
+"""Worker processes and threads beside a training process: how they start, and how they end."""
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+HANDLED_BY_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ITEMS_AHEAD = 2
+"""Batches that lie ready in pinned memory before a CUDA device asks for them."""
+
+
+def start_method() -> multiprocessing.context.BaseContext:
+    """fork, or forkserver once CUDA runs in this process, which a fork must not inherit."""
+    if not torch.cuda.is_initialized():
+        return multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "aclip.data.batch", "open_clip"])
+    return context
+
+
+@contextmanager
+def signals_held():
+    """Processes started inside never see the signals that the main process handles.
+
+    They inherit the signal mask, also through the forkserver. Blocked rather than ignored, so that
+    one that comes for the main process meanwhile is not lost.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_BY_MAIN)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def end_when_told_by(main_process: int, worker: int) -> None:
+    """Ends this worker at SIGTERM from the main process, which so stops its children at exit.
+
+    SIGTERM from elsewhere, such as a launcher that sends it to the whole process tree, is for the
+    main process, which may need the worker's batches until it has saved a checkpoint.
+    """
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def run_ahead(items: Iterator[Any], device: int | None) -> Iterator[Any]:
+    """Runs an iterator in a thread, so that the copy into pinned memory overlaps the step."""
+    ready: queue.Queue = queue.Queue(ITEMS_AHEAD)
+    stop = threading.Event()
+
+    def put(item: tuple) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.5)
+            except queue.Full:
+                continue
+
+    def run() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)
+        try:
+            for item in items:
+                put((item, None))
+                if stop.is_set():
+                    return
+        except BaseException as error:  # handed over, and raised in the main thread
+            put((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
+        thread.join()
