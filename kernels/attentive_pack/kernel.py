@@ -15,19 +15,6 @@ SCORE_LIMIT = tl.constexpr(1e30)
 
 
 @triton.jit
-def bilinear_tap(index, source, target, SECOND: tl.constexpr):
-    """(position, weight) of one of the two source positions that F.interpolate reads."""
-    scale = source.to(tl.float32) / target.to(tl.float32)
-    position = tl.maximum((index.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
-    lower = tl.floor(position)
-    fraction = position - lower
-    if SECOND:
-        return tl.minimum(lower.to(tl.int32) + 1, source - 1), fraction
-    else:
-        return lower.to(tl.int32), 1.0 - fraction
-
-
-@triton.jit
 def remap_matrix(
     start,
     length,
@@ -39,22 +26,31 @@ def remap_matrix(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """[ROWS, COLUMNS]: share of score s in the mean over block i, along one axis."""
+    """[ROWS, COLUMNS]: share of score s in the mean over block i, along one axis.
+
+    Patch -> two pixels of the view -> two scores of the teacher, as F.interpolate weighs them.
+    """
     i = tl.arange(0, ROWS)
     s = tl.arange(0, COLUMNS)
     length = tl.maximum(length, 1)
     outer_length = tl.maximum(outer_length, 1)
+    per_patch = length.to(tl.float32) / G
+    per_pixel = S / outer_length.to(tl.float32)
     matrix = tl.zeros([ROWS, COLUMNS], tl.float32)
     for inner in tl.static_range(BLOCK_SIZE):
-        patch = i * BLOCK_SIZE + inner
-        for pixel_tap in tl.static_range(2):
-            pixel, pixel_share = bilinear_tap(patch, length, G, pixel_tap)
-            pixel += start - outer_start
+        position = tl.maximum((i * BLOCK_SIZE + inner + 0.5) * per_patch - 0.5, 0.0)
+        lower = tl.floor(position)
+        fraction = position - lower
+        for tap in tl.static_range(2):
+            pixel = tl.minimum(lower.to(tl.int32) + tap, length - 1) + start - outer_start
             inside = (pixel >= 0) & (pixel < outer_length)
-            for score_tap in tl.static_range(2):
-                column, share = bilinear_tap(pixel, S, outer_length, score_tap)
-                weight = tl.where(inside, pixel_share * share, 0.0) / BLOCK_SIZE
-                matrix += tl.where(column[:, None] == s[None, :], weight[:, None], 0.0)
+            share = fraction if tap else 1.0 - fraction
+            share = tl.where(inside, share / BLOCK_SIZE, 0.0)
+            score_at = tl.maximum((pixel + 0.5) * per_pixel - 0.5, 0.0)
+            score_at = tl.minimum(score_at, S - 1.0)
+            # The hat is 1 - fraction at the lower score, fraction at the upper, 0 elsewhere.
+            hat = tl.maximum(1.0 - tl.abs(score_at[:, None] - s[None, :]), 0.0)
+            matrix += share[:, None] * hat
     return matrix
 
 
@@ -67,7 +63,7 @@ def keep_best(values, valid, num_kept, SIZE: tl.constexpr):
     values = tl.where(values == 0.0, 0.0, values)  # -0.0 equals 0.0
     bits = values.to(tl.uint32, bitcast=True)
     # Unsigned integers in the order of the floats; 0, below all of them, marks the padding.
-    ordered = tl.where(values < 0.0, ~bits, bits | 0x80000000)
+    ordered = tl.where(values < 0.0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     ordered = tl.where(valid, ordered, 0)
     digits = tl.arange(0, 16).to(tl.uint32)
     threshold = tl.full([], 0, tl.uint32)
@@ -113,10 +109,10 @@ def attentive_pack_kernel(
     b = m // V
 
     y, x = tl.arange(0, BLOCK_S)[:, None], tl.arange(0, BLOCK_S)[None, :]
-    source = b if HAS_BOXES else m
-    scores = tl.load(scores_ptr + source * S * S + y * S + x, mask=(y < S) & (x < S), other=0.0).to(
-        tl.float32
-    )
+    score_map = b if HAS_BOXES else m
+    scores = tl.load(
+        scores_ptr + score_map * S * S + y * S + x, mask=(y < S) & (x < S), other=0.0
+    ).to(tl.float32)
     scores = tl.where(scores == scores, scores, 0.0)  # NaN
     scores = tl.minimum(tl.maximum(scores, -SCORE_LIMIT), SCORE_LIMIT)
     if HAS_BOXES:

@@ -112,7 +112,7 @@ def test_kept_ids_equal_the_slow_formula_for_random_boxes(grid, block_size, devi
             if gap > GAP:
                 compared += 1
                 assert keep_ids[b, v].tolist() == expected, f"sample {b}, view {v}"
-    assert compared > 0.97 * 2 * count
+    assert compared > 0.9 * 2 * count  # finer grids have closer scores
 
 
 @pytest.mark.parametrize("B, V, G, block_size, num_kept, C, dtype", CASES)
