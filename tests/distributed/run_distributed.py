@@ -4,15 +4,19 @@ Forking (not spawning) lets a rank run a function of a test module, which import
 import by name. Test modules get `run_distributed` as a fixture (conftest.py beside this file).
 """
 
+import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
 import signal
+import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -42,35 +46,58 @@ def run_distributed(
     Raises:
         The first failing rank's own exception, with that rank's traceback as its cause.
         RuntimeError: a rank ended without a result.
-        TimeoutError: the run took longer than `timeout`.
+        TimeoutError: the run took longer than `timeout`; says where each rank stood.
         No process is left running in any of these cases.
     """
-    # This process holds the store, so no port is looked for first and lost to somebody else.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("fork")
-    processes, connections = [], []
-    try:
-        for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_run_rank, args=(fn, args, rank, world_size, store.port, sender)
+    processes, connections, stacks, stores = [], [], [], []
+    # The parent listens before it forks, so no port is looked for first and lost to somebody else,
+    # and serves only afterwards, so that no server thread holds a lock while a rank is forked.
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        try:
+            for rank in range(world_size):
+                receiver, sender = context.Pipe(duplex=False)
+                stack = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed below, after the ranks
+                rank_args = (fn, args, rank, world_size, port, sender, stack, 0.9 * timeout)
+                process = context.Process(target=_run_rank, args=rank_args)
+                process.start()
+                sender.close()  # an ended rank then reads as end of file
+                processes.append(process)
+                connections.append(receiver)
+                stacks.append(stack)
+            stores.append(
+                dist.TCPStore(
+                    "127.0.0.1",
+                    port,
+                    is_master=True,
+                    wait_for_workers=False,
+                    master_listen_fd=os.dup(server.fileno()),
+                )
             )
-            process.start()
-            sender.close()  # an ended rank then reads as end of file
-            processes.append(process)
-            connections.append(receiver)
-        return _collect(connections, processes, timeout)
-    finally:
-        for process in processes:
-            _kill(process)
-        for connection in connections:
-            connection.close()
+            return _collect(connections, processes, stacks, timeout)
+        finally:
+            for process in processes:
+                _kill(process)
+            stores.clear()  # a traceback may keep this frame, and with it the server's thread
+            for file in (*connections, *stacks):
+                file.close()
 
 
 def _run_rank(
-    fn: Callable[..., Any], args: tuple, rank: int, world_size: int, port: int, sender: Connection
+    fn: Callable[..., Any],
+    args: tuple,
+    rank: int,
+    world_size: int,
+    port: int,
+    sender: Connection,
+    stack: IO[str],
+    stack_after: float,
 ) -> None:
+    # Objects of the parent, whose threads do not exist here, must not be collected here.
+    gc.freeze()
     os.setsid()  # one process group a rank, so that its data workers can be killed with it
+    faulthandler.dump_traceback_later(stack_after, file=stack)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -102,13 +129,17 @@ def _pickle_failure(error: BaseException, text: str) -> bytes:
         return pickle.dumps((False, (RuntimeError(type(error).__name__), text)))
 
 
-def _collect(connections: list[Connection], processes: list, timeout: float) -> list[Any]:
+def _collect(
+    connections: list[Connection], processes: list, stacks: list[IO[str]], timeout: float
+) -> list[Any]:
     deadline = time.monotonic() + timeout
     results, pending = {}, dict(zip(connections, range(len(connections)), strict=True))
     while pending:
         ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise TimeoutError(f"ranks {sorted(pending.values())} did not end in {timeout:g} s")
+            late = sorted(pending.values())
+            where = "\n".join(f"rank {rank} stood at:\n{_text(stacks[rank])}" for rank in late)
+            raise TimeoutError(f"ranks {late} did not end in {timeout:g} s\n{where}")
         for connection in ready:
             rank = pending.pop(connection)
             try:
@@ -126,6 +157,11 @@ def _collect(connections: list[Connection], processes: list, timeout: float) -> 
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
     return [results[rank] for rank in range(len(connections))]
+
+
+def _text(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 def _kill(process: multiprocessing.Process) -> None:

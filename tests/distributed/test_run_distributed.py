@@ -51,8 +51,9 @@ def test_timeout_kills_ranks_and_their_children(run_distributed, tmp_path):
         (tmp_path / str(dist.get_rank())).write_text(str(child.pid))
         time.sleep(60)
 
-    with pytest.raises(TimeoutError, match="0, 1"):
+    with pytest.raises(TimeoutError, match="0, 1") as caught:
         run_distributed(hang, 2, timeout=5)
+    assert str(caught.value).count("in hang") == 2  # where each stood
     for path in tmp_path.iterdir():
         assert _has_ended(int(path.read_text()))
     assert len(list(tmp_path.iterdir())) == 2

@@ -1,0 +1,110 @@
+"""Evaluation on several ranks equals evaluation on one, sample by sample."""
+
+import io
+import json
+import math
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from aclip import gather
+from aclip.data.shards import index_shards
+from aclip.data.tokenizer import build_tokenizer
+from aclip.evaluation.suite import evaluate
+
+pytestmark = pytest.mark.distributed
+
+CLASSES = ["red thing", "blue thing", "thing with a rather long name", "other", "none", "last"]
+
+
+def write_set(folder, num_samples):
+    """Random images with 0 to 3 captions and mostly a label; a broken one and one without image."""
+    generator = np.random.default_rng(num_samples)
+    with tarfile.open(folder / "0.tar", "w") as archive:
+        for number in range(num_samples):
+            buffer = io.BytesIO()
+            pixels = generator.integers(256, size=(12, 9, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(buffer, "PNG")
+            captions = [f"caption {number} {i} {'long ' * i}" for i in range(number % 4)]
+            members = {
+                "png": b"broken" if number == 2 else buffer.getvalue(),
+                "json": json.dumps({"captions": captions}).encode(),
+            }
+            if number != 4:
+                members["cls"] = str(number * 5 % len(CLASSES)).encode()
+            for suffix, content in members.items():
+                info = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    (folder / "classnames.txt").write_text("\n".join(CLASSES))
+    templates = "a {c}.\nthe {c} is here\n{c}"
+    (folder / "zeroshot_classification_templates.txt").write_text(templates)
+    return index_shards([str(folder / "0.tar")])
+
+
+def evaluate_with_random_towers(shards, batch_size):
+    """Metrics, and how often each encoder was called."""
+    generator = torch.Generator().manual_seed(0)
+    image_weight = torch.randn(3 * 6 * 6, 5, generator=generator)
+    text_weight = torch.randn(49408, 5, generator=generator)
+    calls = {"image": 0, "text": 0}
+
+    def encode_image(pixels):
+        calls["image"] += 1
+        return pixels.flatten(1) @ image_weight
+
+    def encode_text(tokens):
+        calls["text"] += 1
+        return F.embedding(tokens, text_weight).where(tokens[..., None] > 0, 0).sum(1)
+
+    metrics = evaluate(
+        encode_image,
+        encode_text,
+        shards,
+        build_tokenizer(77),
+        resolution=6,
+        batch_size=batch_size,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        gather=gather,
+    )
+    return metrics, calls
+
+
+@pytest.mark.parametrize(
+    "num_samples, world_size, batch_size",
+    [
+        pytest.param(23, 2, 4, id="sizes that neither ranks nor batches divide"),
+        pytest.param(23, 3, 100, id="one batch a rank"),
+        pytest.param(6, 4, 1, id="ranks of one and two samples"),
+    ],
+)
+def test_ranks_together_score_what_one_rank_scores(
+    run_distributed, tmp_path, monkeypatch, num_samples, world_size, batch_size
+):
+    monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
+    shards = write_set(tmp_path, num_samples)
+    expected, _ = evaluate_with_random_towers(shards, 3)
+    assert expected["num_images"] + expected["num_skipped"] == num_samples
+    assert {"zero_shot_top5", "image_to_text_r10", "text_to_image_r1"} <= set(expected)
+
+    results = run_distributed(evaluate_with_random_towers, world_size, shards, batch_size)
+    for metrics, calls in results:
+        assert metrics == expected
+        assert calls == results[0][1]
+    assert results[0][1]["image"] == math.ceil(math.ceil(num_samples / world_size) / batch_size)
+
+
+def test_a_rank_without_any_sample_takes_part(run_distributed, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
+    shards = write_set(tmp_path, 2)
+    expected, _ = evaluate_with_random_towers(shards, 8)
+    results = run_distributed(evaluate_with_random_towers, 3, shards, 8)
+    assert [metrics for metrics, _ in results] == [expected] * 3
+    assert len({tuple(calls.items()) for _, calls in results}) == 1
