@@ -1,0 +1,110 @@
+"""contrastive_loss as a torch op: checks, dispatch, shapes for torch.compile, autograd."""
+
+import torch
+from aclip.kernels.common import check_device, check_dtype, check_shape, use_triton
+from aclip.kernels.contrastive_loss.reference import contrastive_loss_reference
+from torch import Tensor
+
+
+def contrastive_loss(
+    rows: Tensor, columns: Tensor, logit_scale: Tensor, labels_offset: int, chunk_size: int
+) -> Tensor:
+    """Mean cross-entropy of rows against columns; row i's positive is column labels_offset + i.
+
+    Equal to F.cross_entropy(logit_scale * rows @ columns.T, arange + labels_offset) up to fp32
+    rounding, with the logits of `chunk_size` rows in memory at a time.
+
+    Args:
+        rows: (n, E) fp32, n >= 1, normalised local embeddings.
+        columns: (N, E) fp32, normalised embeddings of the global batch.
+        logit_scale: (1,) fp32, the factor itself, not its logarithm.
+        labels_offset: rank * n where every rank has n rows.
+        chunk_size: rows whose logits exist at once.
+
+    Returns:
+        () fp32. Gradients flow to rows, columns and logit_scale. They are computed with the loss
+        wherever one of the three needs one, and kept until the backward pass: n + N rows of E.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or the labels leave the columns.
+    """
+    check_shape("rows", rows, (None, None))
+    num_rows, width = rows.shape
+    check_shape("columns", columns, (None, width))
+    check_shape("logit_scale", logit_scale, (1,))
+    for name, tensor in (("rows", rows), ("columns", columns), ("logit_scale", logit_scale)):
+        check_dtype(name, tensor, (torch.float32,))
+        check_device(name, tensor, rows.device)
+    if num_rows == 0:
+        raise ValueError("rows has no rows; the mean needs one or more.")
+    if not 0 <= labels_offset <= columns.shape[0] - num_rows:
+        raise ValueError(
+            f"labels_offset is {labels_offset}; with {num_rows} rows and {columns.shape[0]} "
+            f"columns it must be 0 to {columns.shape[0] - num_rows}."
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be 1 or more.")
+    grad = torch.is_grad_enabled()
+    return _contrastive_loss(
+        rows,
+        columns,
+        logit_scale,
+        labels_offset,
+        chunk_size,
+        grad and (rows.requires_grad or logit_scale.requires_grad),
+        grad and columns.requires_grad,
+    )[0]
+
+
+@torch.library.custom_op("aclip::contrastive_loss", mutates_args=())
+def _contrastive_loss(
+    rows: Tensor,
+    columns: Tensor,
+    logit_scale: Tensor,
+    labels_offset: int,
+    chunk_size: int,
+    grad_rows: bool,
+    grad_columns: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = (
+        rows.contiguous(),
+        columns.contiguous(),
+        logit_scale,
+        labels_offset,
+        chunk_size,
+        grad_rows,
+        grad_columns,
+    )
+    if use_triton(rows):
+        # Triton is imported where it runs: a machine without a GPU need not have it.
+        from aclip.kernels.contrastive_loss.kernel import launch_contrastive_loss
+
+        return launch_contrastive_loss(*arguments)
+    return contrastive_loss_reference(*arguments)
+
+
+@_contrastive_loss.register_fake
+def _(rows, columns, logit_scale, labels_offset, chunk_size, grad_rows, grad_columns):
+    return (
+        rows.new_empty(()),
+        rows.new_empty(rows.shape if grad_rows else (0,)),
+        rows.new_empty(columns.shape if grad_columns else (0,)),
+        rows.new_empty((1,) if grad_rows else (0,)),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    _, *grads = output
+    ctx.mark_non_differentiable(*grads)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*grads)
+
+
+def _backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 7
+    grads = zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+    return *(grad_loss * grad if need else None for grad, need in grads), *(None,) * 4
+
+
+_contrastive_loss.register_autograd(_backward, setup_context=_setup_context)
