@@ -1,0 +1,263 @@
+"""What a run reports: progress lines, metrics.jsonl and TensorBoard, written by rank 0 alone."""
+
+import json
+import math
+import os
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from aclip import gather
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+RATE_WINDOW = 20
+"""Progress lines that the remaining time is estimated from."""
+
+
+class MetricsLogger:
+    """Writes a run's metrics; on ranks other than 0 every method does nothing.
+
+    metrics.jsonl holds one JSON object a line: `{"samples", "step", "terms", ...}` for a log step,
+    `{"samples", "evaluation", "metrics"}` for an evaluation. TensorBoard's axis is samples.
+
+    Args:
+        run_folder: gets metrics.jsonl and the folder tensorboard.
+        total_samples: of the whole run.
+        resumed_samples: where this process goes on; what was written beyond is dropped. With 0 the
+            file starts anew.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        total_samples: int,
+        resumed_samples: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._total_samples = total_samples
+        self._clock = clock
+        self._marks = deque(maxlen=RATE_WINDOW + 1)
+        self._is_writer = gather.rank() == 0
+        if not self._is_writer:
+            return
+        # Here, because other ranks and other users of this module can do without it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        run_folder.mkdir(parents=True, exist_ok=True)
+        self._file = run_folder / METRICS_FILE
+        # A new run evaluates at 0 samples, a resumed one does not do again what was done there.
+        purge_from = resumed_samples + 1 if resumed_samples else 0
+        self._keep(lambda line: line["samples"] < purge_from)
+        self._tensorboard = SummaryWriter(
+            str(run_folder / TENSORBOARD_FOLDER), purge_step=purge_from
+        )
+
+    def log(self, step: int, samples: int, terms: dict[str, Any], **values: Any) -> None:
+        """Writes a log step and prints its progress line.
+
+        Args:
+            step: optimizer steps done.
+            samples: samples seen.
+            terms: numbers by name, `loss` among them.
+            **values: numbers, None for one that is not known, or dicts of numbers; those with a
+                meaning on the progress line are learning_rate, images_per_second,
+                data_wait_percent, memory_gib (added if absent) and skipped.
+        """
+        if not self._is_writer:
+            return
+        values = {"memory_gib": peak_memory_gib()} | values
+        line = _plain({"samples": samples, "step": step, "terms": terms, **values})
+        self._append(line)
+        for name, value in _flatten({f"terms/{k}": v for k, v in line["terms"].items()}):
+            self._tensorboard.add_scalar(name, value, samples)
+        rest = {k: v for k, v in line.items() if k not in ("samples", "terms")}
+        for name, value in _flatten(rest):
+            self._tensorboard.add_scalar(f"train/{name}", value, samples)
+        self._marks.append((self._clock(), samples))
+        print(self._progress(line), flush=True)
+
+    def log_evaluation(self, samples: int, name: str, metrics: dict[str, Any]) -> None:
+        """Writes and prints one model's evaluation; one of the same name and place is replaced.
+
+        Args:
+            samples: samples seen.
+            name: of the evaluated model, such as student.
+            metrics: shares in [0, 1], and counts with names that start with num_.
+        """
+        if not self._is_writer:
+            return
+        place = {"samples": samples, "evaluation": name}
+        self._keep(lambda line: not place.items() <= line.items())
+        line = _plain({**place, "metrics": metrics})
+        self._append(line)
+        for metric, value in _flatten(line["metrics"]):
+            self._tensorboard.add_scalar(f"{name}/{metric}", value, samples)
+        self._tensorboard.flush()
+        shown = "  ".join(_show_metric(*pair) for pair in _flatten(line["metrics"]))
+        print(f"evaluation of {name} at {samples:,} samples  {shown}", flush=True)
+
+    def log_image(self, tag: str, array: np.ndarray, samples: int) -> None:
+        """Adds a (H, W, 3) uint8 picture to TensorBoard."""
+        if self._is_writer:
+            self._tensorboard.add_image(tag, array, samples, dataformats="HWC")
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        if self._is_writer:
+            self._tensorboard.close()
+
+    def _append(self, line: dict) -> None:
+        with open(self._file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def _keep(self, wanted: Callable[[dict], bool]) -> None:
+        """Rewrites the file without the lines that are not wanted, all at once or not at all."""
+        if not self._file.exists():
+            return
+        lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [text for text in lines if (line := _parse(text)) is not None and wanted(line)]
+        if kept == lines:
+            return
+        temporary = self._file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self._file)
+
+    def _progress(self, line: dict) -> str:
+        step, samples, total = line["step"], line["samples"], self._total_samples
+        steps = math.ceil(total * step / samples) if samples else 0
+        parts = [f"step {step:,}/{steps:,}", f"{samples:,} samples ({100 * samples / total:.1f} %)"]
+        parts += [f"{name} {_show(value, '.4g')}" for name, value in line["terms"].items()]
+        for name, form in (
+            ("images_per_second", "{:,.4g} img/s"),
+            ("data_wait_percent", "data wait {:.0f} %"),
+            ("learning_rate", "lr {:.2e}"),
+            ("memory_gib", "{:.1f} GiB"),
+        ):
+            if line.get(name) is not None:
+                parts.append(form.format(line[name]))
+        num_skipped = sum((line.get("skipped") or {}).values())
+        if num_skipped:
+            parts.append(f"skipped {num_skipped:,}")
+        return "  ".join([*parts, f"ETA {self._remaining(samples, line.get('images_per_second'))}"])
+
+    def _remaining(self, samples: int, images_per_second: float | None) -> str:
+        """Time to the end at the pace of the last progress lines, with pauses for evaluation."""
+        (first_time, first), (last_time, last) = self._marks[0], self._marks[-1]
+        pace = images_per_second
+        if last > first and last_time > first_time:
+            pace = (last - first) / (last_time - first_time)
+        if not pace:
+            return "unknown"
+        return show_duration(max(0, self._total_samples - samples) / pace)
+
+
+class StepTimer:
+    """Throughput and data-wait share of the last steps, as the host sees them.
+
+        with timer.waiting():
+            batch = next(batches)
+        ...
+        timer.step(images)
+
+    On an accelerator the host runs ahead of the device; over a window of steps the times agree.
+
+    Args:
+        window: steps.
+        clock: seconds.
+    """
+
+    def __init__(self, window: int = 50, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._steps = deque(maxlen=window)  # (seconds, seconds waited, images)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins a step now: the time since the last one, an evaluation say, counts for none."""
+        self._start = self._clock()
+        self._waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._waited += self._clock() - start
+
+    def step(self, images: int) -> None:
+        """Ends a step of so many images over all ranks, and begins the next."""
+        self._steps.append((self._clock() - self._start, self._waited, images))
+        self.reset()
+
+    def summary(self) -> dict[str, float | None]:
+        """images_per_second and data_wait_percent over the window; None before the first step."""
+        seconds = sum(step[0] for step in self._steps)
+        if not seconds:
+            return {"images_per_second": None, "data_wait_percent": None}
+        return {
+            "images_per_second": sum(step[2] for step in self._steps) / seconds,
+            "data_wait_percent": 100 * sum(step[1] for step in self._steps) / seconds,
+        }
+
+
+def peak_memory_gib() -> float:
+    """The most memory that this rank has held on its device, or this process without a device."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def show_duration(seconds: float) -> str:
+    """`45 s`, `3 min 05 s`, `2 h 07 min` or `3 d 04 h`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    if seconds < 86400:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    return f"{seconds // 86400} d {seconds % 86400 // 3600:02d} h"
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and arrays of one number as numbers; what is not finite as None, as JSON asks for."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flatten(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Numbers by name, `skipped/no_image` for one of a dict; what is None is left out."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{key}", number) for key, number in _flatten(value))
+        elif value is not None:
+            yield name, value
+
+
+def _parse(text: str) -> dict | None:
+    """A line of metrics.jsonl, or None for one that a killed process left unfinished."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if text.endswith("\n") and isinstance(line, dict) and "samples" in line else None
+
+
+def _show(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
+
+
+def _show_metric(name: str, value: float) -> str:
+    return f"{name} {value:,.0f}" if name.startswith("num_") else f"{name} {100 * value:.2f} %"
