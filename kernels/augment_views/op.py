@@ -11,6 +11,7 @@ from aclip.kernels.common import (
     check_device,
     check_dtype,
     check_shape,
+    use_triton,
 )
 from torch import Tensor
 
@@ -49,6 +50,11 @@ def augment_views(
 def _augment_views(
     views: Tensor, params: Tensor | None, mean: Tensor, std: Tensor, dtype: torch.dtype
 ) -> Tensor:
+    if use_triton(views):
+        # Triton is imported where it runs: a machine without a GPU need not have it.
+        from aclip.kernels.augment_views.kernel import launch_augment_views
+
+        return launch_augment_views(views, params, mean, std, dtype)
     return augment_views_reference(views, params, mean, std, dtype)
 
 

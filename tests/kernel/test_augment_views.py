@@ -9,6 +9,7 @@ from aclip.kernels.augment_views import (
     augment_views,
     augment_views_reference,
 )
+from aclip.kernels.common import INTERPRET
 from torchvision.transforms.v2 import functional as TF
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])
@@ -136,6 +137,18 @@ def test_no_views_give_an_empty_result(params, device):
     actual = run(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), params, device, torch.bfloat16)
     assert actual.shape == (0, 3, 8, 8)
     assert actual.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(
+    not (INTERPRET or torch.cuda.is_available()), reason="the reference has no buffers"
+)
+def test_a_batch_done_in_parts_equals_one_done_at_once(monkeypatch, device):
+    from aclip.kernels.augment_views import kernel
+
+    views, params = make_views(7, 8), make_params(7)
+    at_once = run(views, params, device)
+    monkeypatch.setattr(kernel, "BUFFER_BYTES", 3 * 2 * 3 * 8 * 8 * 4)  # three views
+    assert torch.equal(run(views, params, device), at_once)
 
 
 def test_opcheck(device):

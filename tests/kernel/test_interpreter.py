@@ -1,0 +1,32 @@
+"""Runs this folder's tests once more on the Triton kernels, interpreted on the CPU.
+
+Triton reads TRITON_INTERPRET when a kernel is defined, so that takes a process of its own. What
+passes there has equalled the slow formulas and the references on poisoned memory, forward and
+backward, and has passed opcheck and compiled as one graph.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from aclip.kernels.common import INTERPRET
+
+HERE = Path(__file__).parent
+OPS = ("attentive_pack", "cls_attention_scores", "augment_views", "contrastive_loss")
+
+
+@pytest.mark.skipif(INTERPRET, reason="this is the interpreted run")
+@pytest.mark.parametrize("op", OPS)
+def test_interpreted_kernel_passes_every_test_of_its_op(op):
+    environment = {name: value for name, value in os.environ.items() if name != "ACLIP_KERNELS"}
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # Arguments are refused before a kernel is chosen; those tests have nothing new to say here.
+    command = [sys.executable, "-m", "pytest", str(HERE / f"test_{op}.py"), "-q", "-x"]
+    command += ["-p", "no:cacheprovider", "-k", "not wrong_arguments"]
+    run = subprocess.run(
+        command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
