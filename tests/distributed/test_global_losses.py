@@ -212,7 +212,7 @@ def test_rows_are_gathered_in_rank_order_whatever_their_number(run_distributed):
             results.append(
                 (gather.all_gather_rows(rows), gather.all_gather_rows(rows[:, 0, 0] / 7))
             )
-        flags = torch.tensor([rank == 1] * rank)
+        flags = torch.tensor([rank == 1] * rank, dtype=torch.bool)
         return results, gather.all_gather_rows(flags), gather.rank(), gather.world_size()
 
     for rank, (results, flags, own_rank, size) in enumerate(run_distributed(gather_all, 3)):
