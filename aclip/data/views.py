@@ -14,7 +14,7 @@ from aclip.data.shards import Skip
 
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What a member called jpg, png or webp may hold; Pillow's other decoders are not offered bytes."""
 # What Pillow's decoders raise on damaged bytes.
 DECODE_ERRORS = (
@@ -135,7 +135,7 @@ def crop(image: Image.Image, box: Box, resolution: int) -> np.ndarray:
     top, left, height, width = box
     region = (left, top, left + width, top + height)
     resized = image.resize((resolution, resolution), Image.Resampling.BILINEAR, box=region)
-    return np.asarray(resized).transpose(2, 0, 1)
+    return _channels_first(resized)
 
 
 def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
@@ -151,4 +151,9 @@ def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
     resized = image.resize(size, Image.Resampling.BILINEAR)
     left, top = (round((side - resolution) / 2) for side in size)
     region = (left, top, left + resolution, top + resolution)
-    return np.asarray(resized.crop(region)).transpose(2, 0, 1)
+    return _channels_first(resized.crop(region))
+
+
+def _channels_first(image: Image.Image) -> np.ndarray:
+    # A copy: what numpy sees of an image can't be written, and torch warns of that.
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

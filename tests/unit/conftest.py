@@ -1,0 +1,38 @@
+"""Shards for the tests of aclip.data, written member by member."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def write_tar(tmp_path):
+    """write_tar(name, [(member name, bytes), ...]) -> path of a tar in the test's folder."""
+
+    def write(name: str, members: list[tuple[str, bytes]]) -> str:
+        path = Path(tmp_path) / name
+        with tarfile.open(path, "w") as archive:
+            for member_name, content in members:
+                member = tarfile.TarInfo(member_name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def encode_image():
+    """encode_image(width, height, seed, format) -> bytes of a picture of coloured noise."""
+
+    def encode(width: int, height: int, seed: int = 0, image_format: str = "JPEG") -> bytes:
+        pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, image_format)
+        return buffer.getvalue()
+
+    return encode

@@ -1,0 +1,165 @@
+"""The order of the lanes: complete, seeded, independent of bad samples, resumable anywhere."""
+
+import os
+from collections import Counter
+
+import pytest
+
+from aclip.data.lanes import LaneStream, resolve_lanes, resolve_workers
+from aclip.data.shards import Shard, Skip
+from aclip.errors import ConfigError
+
+COUNTS = (5, 3, 8, 4, 7)
+
+
+@pytest.fixture
+def shards(write_tar):
+    return [
+        Shard(write_tar(f"{s}.tar", [(f"{s}-{i}.txt", b"x") for i in range(count)]), count)
+        for s, count in enumerate(COUNTS)
+    ]
+
+
+def open_lane(shards, lane=0, num_lanes=2, block=4, cursor=(0, 0), seed=0, bad=()):
+    def prepare(shard_index, raw, epoch, position):
+        return Skip("no_image") if raw.key in bad else (raw.key, epoch, position)
+
+    return LaneStream(shards, lane, num_lanes, seed, block, cursor, prepare)
+
+
+def keys_of_epoch(samples, epoch=0):
+    return [key for key, its_epoch, _ in samples if its_epoch == epoch]
+
+
+def test_every_sample_comes_once_in_a_lane_epoch(shards):
+    for epoch in (0, 1):
+        keys = [
+            key
+            for lane in range(2)
+            for key in keys_of_epoch(open_lane(shards, lane).take(60), epoch)
+        ]
+        assert Counter(keys) == Counter(f"{s}-{i}" for s, n in enumerate(COUNTS) for i in range(n))
+
+
+def test_epochs_and_seeds_and_lanes_differ_in_order(shards):
+    samples = open_lane(shards, num_lanes=1).take(54)
+    first, second = keys_of_epoch(samples, 0), keys_of_epoch(samples, 1)
+    other = keys_of_epoch(open_lane(shards, num_lanes=1, seed=1).take(27), 0)
+    assert sorted(first) == sorted(second) == sorted(other)
+    assert first != second and first != other
+
+
+def test_samples_stay_in_their_block(shards):
+    in_order = keys_of_epoch(open_lane(shards, num_lanes=1, block=1).take(27))
+    shuffled = keys_of_epoch(open_lane(shards, num_lanes=1, block=4).take(27))
+    assert shuffled != in_order
+    for start in range(0, 27, 4):
+        assert sorted(shuffled[start : start + 4]) == sorted(in_order[start : start + 4])
+
+
+def test_bad_samples_shift_no_other(shards):
+    bad = {"0-1", "2-0", "2-7", "4-3"}
+    everything = open_lane(shards).take(40)
+    good = open_lane(shards, bad=bad).take(30)
+    assert good == [sample for sample in everything if sample[0] not in bad][:30]
+
+
+def test_skipped_samples_are_counted_by_kind(shards):
+    stream = open_lane(shards, num_lanes=1, bad={"0-1", "2-0"})
+    stream.take(25)
+    assert stream.skipped == {"no_image": 2}
+
+
+@pytest.mark.parametrize("block", [1, 4, 100])
+def test_a_stream_resumes_at_every_cursor(shards, block):
+    bad = {"1-0", "1-1", "1-2", "2-5", "4-6"}
+    stream = open_lane(shards, num_lanes=1, block=block, bad=bad)
+    samples, cursors = [], []
+    for _ in range(50):
+        cursors.append((stream.epoch, stream.position))
+        samples += stream.take(1)
+    for count in range(0, 50, 3):
+        resumed = open_lane(shards, num_lanes=1, block=block, cursor=cursors[count], bad=bad)
+        assert resumed.take(50 - count) == samples[count:]
+
+
+def test_resuming_opens_no_shard_before_the_cursor(shards):
+    expected = open_lane(shards, num_lanes=1, block=2).take(27)
+    first_shard = int(expected[0][0].split("-")[0])
+    os.remove(shards[first_shard].url)  # holds 8 samples at most
+    resumed = open_lane(shards, num_lanes=1, block=2, cursor=(0, 10)).take(17)
+    assert resumed == expected[10:]
+
+
+def test_samples_beyond_the_index_are_counted_and_shift_nothing(shards):
+    short = [Shard(shard.url, shard.num_samples - 1) for shard in shards]
+    stream = open_lane(short, num_lanes=1, block=4)
+    keys = keys_of_epoch(stream.take(22))
+    assert len(set(keys)) == 22 and not {"0-4", "1-2", "2-7", "3-3", "4-6"} & set(keys)
+    assert stream.skipped == {"not_in_index": 5}
+
+
+def test_a_shard_with_nothing_usable_is_reported_once_an_epoch(shards):
+    stream = open_lane(shards, num_lanes=1, bad={f"1-{i}" for i in range(3)})
+    stream.take(24)
+    assert stream.unusable_shards == [shards[1].url]
+
+
+@pytest.mark.parametrize("cursor", [(0, 0), (0, 3)])
+def test_a_lane_with_nothing_usable_ends_with_its_shards_names(shards, cursor):
+    everything = {f"{s}-{i}" for s, count in enumerate(COUNTS) for i in range(count)}
+    stream = open_lane(shards, lane=1, cursor=cursor, bad=everything)
+    with pytest.raises(ConfigError) as error:
+        stream.take(1)
+    assert "data lane 1" in str(error.value) and "no_image" in str(error.value)
+    assert sum(shard.url in str(error.value) for shard in shards) == 2
+
+
+@pytest.mark.parametrize(
+    ("lanes", "num_shards", "batch", "expected"),
+    [
+        pytest.param(None, 8, 128, 8, id="all shards"),
+        pytest.param(None, 7, 4096, 4, id="largest divisor below"),
+        pytest.param(None, 1500, 4096, 1024, id="many shards"),
+        pytest.param(None, 100, 12, 12, id="never more than the batch"),
+        pytest.param(None, 1, 6, 1, id="one shard"),
+        pytest.param(6, 8, 12, 6, id="as given"),
+    ],
+)
+def test_lanes_divide_the_batch_and_have_a_shard_each(lanes, num_shards, batch, expected):
+    assert resolve_lanes(lanes, num_shards, batch) == expected
+
+
+@pytest.mark.parametrize(
+    ("lanes", "message"),
+    [(5, "data.lanes is 5, which does not divide"), (16, "fewer shards than lanes")],
+)
+def test_lanes_that_can_not_work_are_refused(lanes, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_lanes(lanes, 8, 64)
+
+
+@pytest.mark.parametrize(
+    ("workers", "lanes", "ranks", "cores", "expected"),
+    [
+        pytest.param(None, 16, 2, 16, 8, id="up to 8"),
+        pytest.param(None, 12, 2, 5, 3, id="a divisor of a rank's lanes"),
+        pytest.param(None, 48, 1, 2, 2, id="as many as cores"),
+        pytest.param(None, 4, 4, 16, 1, id="one lane a rank"),
+        pytest.param(None, 4, 1, 0, 1, id="less than a core"),
+        pytest.param(0, 4, 4, 2, 0, id="0 counts as 1"),
+        pytest.param(2, 4, 2, 1, 2, id="as given"),
+    ],
+)
+def test_ranks_and_workers_divide_the_lanes(workers, lanes, ranks, cores, expected):
+    assert resolve_workers(workers, lanes, ranks, cores) == expected
+
+
+def test_ranks_that_do_not_divide_the_lanes_are_refused_with_the_nearest_that_do():
+    with pytest.raises(ConfigError, match="3 ranks do not divide the 8 data lanes; run on 2 or 4 "):
+        resolve_workers(None, 8, 3, 2)
+
+
+def test_workers_that_do_not_divide_the_lanes_are_refused_with_the_nearest_that_do():
+    with pytest.raises(ConfigError, match="data.workers is 5, .* set data.workers to 4 or 6,"):
+        resolve_workers(5, 24, 2, 8)

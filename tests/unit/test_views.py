@@ -1,0 +1,165 @@
+"""Boxes lie where the method wants them, and crops show what lies in the boxes."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
+
+from aclip.data.shards import Skip
+from aclip.data.views import (
+    center_crop,
+    crop,
+    decode_image,
+    make_views,
+    random_box,
+    teacher_box,
+)
+
+
+def edges(box):
+    top, left, height, width = box
+    return top, left, top + height, left + width
+
+
+def contains(outer, inner):
+    (top, left, bottom, right), (t, lft, b, r) = edges(outer), edges(inner)
+    return top <= t and left <= lft and b <= bottom and r <= right
+
+
+def test_every_student_box_lies_in_its_teacher_box_inside_the_image():
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        height, width = (int(side) for side in rng.integers(16, 700, 2))
+        boxes = [random_box(rng, height, width, (0.5, 1.0)) for _ in range(2)]
+        around = teacher_box(rng, boxes, height, width)
+        assert contains((0, 0, height, width), around)
+        assert all(contains(around, box) and min(box[2:]) > 0 for box in boxes)
+
+
+def test_a_box_has_area_and_ratio_in_range():
+    rng = np.random.default_rng(0)
+    boxes = [random_box(rng, 1000, 1000, (0.2, 0.5)) for _ in range(2000)]
+    shares = np.array([height * width / 1e6 for _, _, height, width in boxes])
+    ratios = np.array([width / height for _, _, height, width in boxes])
+    # Sides are rounded to whole pixels of at least 380: areas and ratios move by less than 0.3 %.
+    assert 0.1994 < shares.min() < 0.205 and 0.495 < shares.max() < 0.5015
+    assert 0.747 < ratios.min() < 0.76 and 1.32 < ratios.max() < 1.337
+    # Uniform in area, and as often wide as high: means of 2,000 draws, 4 standard errors.
+    assert abs(shares.mean() - 0.35) < 4 * 0.3 / math.sqrt(12 * 2000)
+    assert abs(np.log(ratios).mean()) < 4 * 2 * math.log(4 / 3) / math.sqrt(12 * 2000)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        pytest.param(20, 300, (0, 136, 20, 27), id="wide: full height, 20 * 4/3 = 27 wide"),
+        pytest.param(300, 30, (130, 0, 40, 30), id="high: full width, 30 / (3/4) = 40 high"),
+    ],
+)
+def test_an_image_that_no_box_fits_gives_the_largest_centred_one(height, width, expected):
+    assert random_box(np.random.default_rng(0), height, width, (1.0, 1.0)) == expected
+
+
+def test_the_teacher_box_grows_by_any_share_of_the_room_on_each_side():
+    rng = np.random.default_rng(0)
+    boxes = [(3, 2, 4, 5), (5, 1, 4, 3)]  # union: rows 3 to 9, columns 1 to 7, of 12 x 9
+    drawn = [edges(teacher_box(rng, boxes, 12, 9)) for _ in range(2000)]
+    tops, lefts, bottoms, rights = (set(side) for side in zip(*drawn, strict=True))
+    assert tops == {0, 1, 2, 3} and lefts == {0, 1}
+    assert bottoms == {9, 10, 11, 12} and rights == {7, 8, 9}
+    assert len(set(drawn)) == 4 * 2 * 4 * 3
+
+
+def test_a_crop_is_the_box_read_as_top_left_height_width():
+    pixels = np.zeros((40, 60, 3), dtype=np.uint8)
+    pixels[10:30, 35:55] = (10, 20, 30)
+    view = crop(Image.fromarray(pixels), (10, 35, 20, 20), 20)
+    assert view.shape == (3, 20, 20) and view.dtype == np.uint8
+    assert (view == np.array([10, 20, 30])[:, None, None]).all()
+
+
+def test_a_crop_of_the_whole_image_at_its_size_is_the_image():
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    view = crop(Image.fromarray(pixels), (0, 0, 24, 24), 24)
+    np.testing.assert_array_equal(view, pixels.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (91, 47), (47, 91), (65, 64), (33, 200)])
+def test_the_evaluation_crop_equals_torchvision(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    expected = Compose([Resize(32), CenterCrop(32)])(image)
+    np.testing.assert_array_equal(center_crop(image, 32), np.asarray(expected).transpose(2, 0, 1))
+
+
+def test_views_have_the_asked_number_and_resolution():
+    image = Image.new("RGB", (50, 40))
+    views = make_views(image, np.random.default_rng(0), 2, (0.5, 1.0), 32, 16)
+    assert views.student_views.shape == (2, 3, 32, 32) and views.student_views.dtype == np.uint8
+    assert views.teacher_view.shape == (3, 16, 16) and views.teacher_view.dtype == np.uint8
+    assert views.student_boxes.shape == (2, 4) and views.student_boxes.dtype == np.int32
+    assert views.teacher_box.shape == (4,) and views.teacher_box.dtype == np.int32
+    assert not np.array_equal(*views.student_boxes)
+
+
+def test_a_recipe_without_a_teacher_gets_the_same_student_boxes_and_later_draws():
+    image = Image.new("RGB", (50, 40))
+    first, second = np.random.default_rng(0), np.random.default_rng(0)
+    with_teacher = make_views(image, first, 2, (0.5, 1.0), 32, 32)
+    without = make_views(image, second, 2, (0.5, 1.0), 32, None)
+    assert without.teacher_view is None and without.teacher_box is None
+    np.testing.assert_array_equal(with_teacher.student_boxes, without.student_boxes)
+    assert first.random() == second.random()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1"])
+def test_every_mode_decodes_to_rgb(mode):
+    buffer = io.BytesIO()
+    image_format = "JPEG" if mode == "CMYK" else "PNG"
+    Image.new("RGB", (20, 30), (0, 0, 0)).convert(mode).save(buffer, image_format)
+    image = decode_image(buffer.getvalue())
+    assert image.mode == "RGB" and image.size == (20, 30)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_damaged_images_are_unreadable(encode_image, image_format):
+    whole = encode_image(40, 30, image_format=image_format)
+    assert decode_image(whole).size == (40, 30)
+    assert decode_image(whole[: len(whole) // 2]) == Skip("unreadable_image")
+    assert decode_image(b"") == Skip("unreadable_image")
+    assert decode_image(b"no image at all") == Skip("unreadable_image")
+
+
+def test_no_damage_raises(encode_image):
+    rng = np.random.default_rng(0)
+    for image_format in ("JPEG", "PNG", "WEBP"):
+        content = np.frombuffer(encode_image(24, 24, image_format=image_format), dtype=np.uint8)
+        for _ in range(300):
+            damaged = content.copy()
+            damaged[rng.integers(len(content), size=4)] = rng.integers(256, size=4)
+            decoded = decode_image(damaged.tobytes())
+            assert decoded == Skip("unreadable_image") or decoded.mode == "RGB"
+
+
+@pytest.mark.parametrize("side", [11, 30])
+def test_images_over_the_pixel_limit_are_unreadable(encode_image, monkeypatch, side):
+    # Pillow warns from the limit on and raises from twice the limit on.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert decode_image(encode_image(side, side)) == Skip("unreadable_image")
+    assert decode_image(encode_image(10, 10)).size == (10, 10)
+
+
+def test_images_with_a_short_side_are_too_small(encode_image):
+    assert decode_image(encode_image(4000, 1), 16) == Skip("image_too_small")
+    assert decode_image(encode_image(15, 16), 16) == Skip("image_too_small")
+    assert decode_image(encode_image(16, 16), 16).size == (16, 16)
+
+
+def test_views_turn_into_tensors_without_a_warning(recwarn):
+    views = make_views(Image.new("RGB", (50, 40)), np.random.default_rng(0), 1, (0.5, 1.0), 8, 8)
+    torch.from_numpy(views.teacher_view), torch.from_numpy(views.student_views)
+    assert not [warning for warning in recwarn if "writable" in str(warning.message)]
