@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from aclip.kernels.attentive_pack import attentive_pack
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -69,3 +71,24 @@ def select(
     if policy == "inverse":
         scores = -scores
     return Selection(scores, teacher_box, view_boxes, num_kept_blocks, block_size)
+
+
+def kept_patches(selection: Selection, grid: int, num_samples: int, num_views: int) -> Tensor:
+    """The ids that the student's op keeps, without a tower; for pictures and measurements.
+
+    Returns:
+        (B, V, K) int64, ascending.
+    """
+    rows, patches = num_samples * num_views, grid * grid
+    blank = selection.scores.new_zeros(rows, patches, 1)
+    _, keep_ids = attentive_pack(
+        blank,
+        blank.new_zeros(1),
+        blank.new_zeros(1 + patches, 1),
+        selection.scores,
+        selection.teacher_box,
+        selection.view_boxes,
+        selection.num_kept_blocks,
+        selection.block_size,
+    )
+    return keep_ids

@@ -13,7 +13,7 @@ import torch
 
 from aclip import checkpoint
 from aclip.config import Recipe, dump_recipe, load_recipe
-from aclip.data.batch import resolve_lanes, resolve_workers
+from aclip.data.batch import build_train_loader
 from aclip.data.demo import ensure_demo_data
 from aclip.data.shards import Shard, index_shards, list_shards
 from aclip.engine import init_distributed, read_ds_config
@@ -36,8 +36,9 @@ def pretrain(arguments: argparse.Namespace) -> int:
     run_folder = Path(arguments.output or f"runs/{Path(arguments.recipe).stem}")
     _check_writable(run_folder)
     say = print if os.environ["RANK"] == "0" else _silent
-    recipe, shards, val_shards = _find_data(recipe, say)
-    _check_lanes(recipe, shards, num_ranks)
+    shards, val_shards = _find_data(recipe, say)
+    # Built once before anything costs time, since it checks lanes, ranks and workers.
+    build_train_loader(recipe, shards, int(os.environ["RANK"]), num_ranks)
     resume_from = checkpoint.find(run_folder / "checkpoints", arguments.resume)
 
     device = init_distributed()
@@ -79,7 +80,7 @@ def results_table(evaluations: dict[str, dict]) -> str:
         ("teacher", end.get("teacher", {})),
     ]
     columns = [(title, values) for title, values in columns if values]
-    names = list(end["student"])
+    names = [name for name in end["student"] if not name.startswith("num_")]
     width = max(len(name) for name in names)
     lines = [" " * width + "".join(f"{title:>10}" for title, _ in columns)]
     for name in names:
@@ -105,7 +106,8 @@ def _read_recipe(arguments: argparse.Namespace) -> Recipe:
     return recipe
 
 
-def _find_data(recipe: Recipe, say) -> tuple[Recipe, list[Shard], list[str]]:
+def _find_data(recipe: Recipe, say) -> tuple[list[Shard], list[Shard]]:
+    """The training and the validation shards; makes the demo's on first use."""
     train, val = recipe.data.train, recipe.data.val
     if train == DEMO:
         say(
@@ -115,13 +117,8 @@ def _find_data(recipe: Recipe, say) -> tuple[Recipe, list[Shard], list[str]]:
         )
         demo = ensure_demo_data(say)
         train, val = demo.train, val or demo.val
-    shards = index_shards(list_shards(train, "data.train"))
-    return recipe, shards, list_shards(val, "data.val") if val else []
-
-
-def _check_lanes(recipe: Recipe, shards: list[Shard], num_ranks: int) -> None:
-    lanes = resolve_lanes(recipe.data.lanes, len(shards), recipe.train.global_batch_size)
-    resolve_workers(recipe.data.workers, lanes, num_ranks)
+    shards = index_shards(list_shards(train, "data.train"), say)
+    return shards, index_shards(list_shards(val, "data.val"), say) if val else []
 
 
 def _check_writable(run_folder: Path) -> None:
@@ -187,7 +184,7 @@ def _default_to_one_rank() -> None:
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     if not torch.cuda.is_available():
         # Ranks that share cores lose far more to contention than they gain from threads.
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
 
 

@@ -83,7 +83,7 @@ class Trainer:
         self.watch = StepWatch()
         self._local_cursors: Tensor | None = None
         self.loader = build_train_loader(recipe, shards, rank(), world_size(), self.cursors)
-        self.logger = MetricsLogger(run_folder, self.total_samples, resumed_step=self.step)
+        self.logger = MetricsLogger(run_folder, self.total_samples, resumed_samples=self.samples)
 
     @property
     def samples(self) -> int:
@@ -112,8 +112,7 @@ class Trainer:
             return True
 
     def close(self) -> None:
-        """Ends the data workers and the log files."""
-        self.loader.close()
+        """Ends the log files."""
         self.logger.close()
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
@@ -286,7 +285,8 @@ class Trainer:
         self.engine.train()
         self.evaluations[when] = results
         for name, metrics in results.items():
-            self.logger.log_evaluation(self.samples, name, metrics)
+            if name != "chance":
+                self.logger.log_evaluation(self.samples, name, metrics)
 
     def _save(self) -> None:
         """Writes a checkpoint of this moment unless there is one; the run survives a full disk."""

@@ -8,8 +8,10 @@ import torch
 from aclip import gather, masking
 from aclip.config import Recipe
 from aclip.data.augment import augment
-from aclip.data.shards import Shard
+from aclip.data.samples import Sample, SampleMaker
+from aclip.data.shards import Shard, Skip, read_image_bytes, read_shard
 from aclip.data.tokenizer import build_tokenizer
+from aclip.data.views import center_crop, decode_image
 from aclip.evaluation.suite import evaluate
 from aclip.visualize import kept_patches_figure, save_png
 
@@ -31,7 +33,7 @@ class Evaluator:
         self._shards = shards
         self._pictures = run_folder / "pictures"
         self._tokenizer = build_tokenizer(recipe.model.text.context_length)
-        self._samples: list | None = None
+        self._samples: list[tuple[Sample, np.ndarray]] | None = None
 
     def __call__(self, trainer) -> dict[str, dict[str, float]]:
         """{"student": metrics, "teacher": metrics, "chance": metrics}; equal on every rank."""
@@ -51,7 +53,7 @@ class Evaluator:
         if gather.rank() == 0 and self._recipe.mask.policy != "none":
             picture = self._draw(trainer)
             save_png(picture, self._pictures / f"kept-patches-{trainer.samples:012d}.png")
-            trainer.logger.log_image("kept_patches", picture, trainer.step)
+            trainer.logger.log_image("kept_patches", picture, trainer.samples)
         return results
 
     def _score(self, trainer, encode_image, encode_text) -> dict[str, float]:
@@ -71,39 +73,58 @@ class Evaluator:
         )
 
     def _draw(self, trainer) -> np.ndarray:
-        """The kept patches of the same eight validation samples and boxes every time."""
+        """The kept patches of the same eight validation samples and views every time."""
         recipe = self._recipe
         if self._samples is None:
             self._samples = _first_samples(recipe, self._shards)
-        views = [views for views, _, _ in self._samples]
-        student_views = np.stack([v.student_views for v in views])
+        samples = [sample for sample, _ in self._samples]
+
+        def stack(arrays: list) -> torch.Tensor | None:
+            return None if arrays[0] is None else torch.from_numpy(np.stack(arrays))
+
+        student_views = stack([sample.views.student_views for sample in samples])
         scores = None
         if trainer.teacher is not None:
-            teacher_views = torch.from_numpy(np.stack([v.teacher_view for v in views]))
+            teacher_views = stack([sample.views.teacher_view for sample in samples])
             pixels = augment(teacher_views.to(trainer.device), None, recipe.augment, trainer.dtype)
-            scores = trainer.teacher.forward(pixels).scores
+            scores = trainer.teacher.forward(pixels).scores.cpu()
         selection = masking.select(
             recipe.mask.policy,
             trainer.num_kept_blocks,
             recipe.mask.block_size,
             teacher_scores=scores,
-            teacher_box=torch.from_numpy(np.stack([v.teacher_box for v in views])).to(
-                trainer.device
-            ),
-            view_boxes=torch.from_numpy(np.stack([v.student_boxes for v in views])).to(
-                trainer.device
-            ),
-            noise=torch.stack([noise for _, noise, _ in self._samples]).to(trainer.device),
+            teacher_box=stack([sample.views.teacher_box for sample in samples]),
+            view_boxes=stack([sample.views.student_boxes for sample in samples]),
+            noise=stack([sample.mask_noise for sample in samples]),
         )
-        keep_ids = masking.kept_patches(selection, trainer.grid, student_views.shape[:2])
+        keep_ids = masking.kept_patches(selection, trainer.grid, *student_views.shape[:2])
         return kept_patches_figure(
-            np.stack([v.teacher_view for v in views]),
-            None if scores is None else scores.float().cpu().numpy(),
-            student_views,
-            keep_ids.cpu().numpy(),
+            np.stack([image for _, image in self._samples]),
+            None if scores is None else scores.numpy(),
+            student_views.numpy(),
+            keep_ids.numpy(),
             trainer.grid,
-            [caption for _, _, caption in self._samples],
+            [sample.caption for sample in samples],
         )
+
+
+def _first_samples(recipe: Recipe, shards: list[Shard]) -> list[tuple[Sample, np.ndarray]]:
+    """The first usable samples, each with the image beside its views (3, R, R) uint8."""
+    maker = SampleMaker(recipe, [shard.url for shard in shards])
+    samples = []
+    for index, shard in enumerate(shards):
+        for position, raw in read_shard(shard):
+            if len(samples) == NUM_PICTURED:
+                return samples
+            sample = raw if isinstance(raw, Skip) else maker.make(0, index, raw, 0, position)
+            if isinstance(sample, Skip):
+                continue
+            image = sample.views.teacher_view
+            if image is None:
+                decoded = decode_image(read_image_bytes(raw))
+                image = center_crop(decoded, recipe.model.image.resolution)
+            samples.append((sample, image))
+    return samples
 
 
 def chance(metrics: dict[str, float]) -> dict[str, float]:
@@ -119,6 +140,6 @@ def chance(metrics: dict[str, float]) -> dict[str, float]:
             num_answers, num_right = metrics["num_images"], 1
         else:
             continue
-        k = int(name.rstrip("0123456789") and name[len(name.rstrip("0123456789")) :])
+        k = int(name[len(name.rstrip("0123456789")) :])
         expected[name] = min(1.0, k * num_right / num_answers)
     return expected

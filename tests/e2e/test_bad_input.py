@@ -1,0 +1,147 @@
+"""Bad input ends within 30 s, non-zero, with one sentence and no traceback, on one and two ranks."""
+
+import io
+import json
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.e2e
+
+LIMIT = 30
+ZERO0 = ["--ds_config", "ds_configs/zero0.json"]
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def _jpeg(width: int = 64, height: int = 64, color: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), color).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def _write_shard(path: Path, num_samples: int) -> None:
+    with tarfile.open(path, "w") as tar:
+        for index in range(num_samples):
+            _add(tar, f"{index:04d}.jpg", _jpeg())
+            _add(tar, f"{index:04d}.txt", f"picture {index}".encode())
+
+
+def _cases(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
+    """Arguments, and words that the sentence must hold, by name."""
+    for index in range(2):
+        _write_shard(folder / f"{index}.tar", 12)
+    (folder / "broken.json").write_text("{not json")
+    (folder / "contradiction.json").write_text(json.dumps({"train_batch_size": 17}))
+    (folder / "indivisible.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 7}))
+    (folder / "file").write_text("in the way")
+    return {
+        "shards that match nothing": (
+            [*ZERO0, "--train", f"{folder}/none-*.tar"],
+            ["data.train", "none-*.tar"],
+        ),
+        "unknown recipe": ([*ZERO0, "--recipe", "aclip_vitb61"], ["aclip_vitb61", "aclip_vitb16"]),
+        "unknown key": ([*ZERO0, "loss.simclear=1"], ["loss.simclear", "loss.simclr"]),
+        "wrong type": ([*ZERO0, "loss.byol=two"], ["loss.byol", "two"]),
+        "missing ds_config": (["--ds_config", f"{folder}/no.json"], ["no.json", "no such file"]),
+        "ds_config that is not JSON": (["--ds_config", f"{folder}/broken.json"], ["not JSON"]),
+        "ds_config contradicts the batch": (
+            ["--ds_config", f"{folder}/contradiction.json"],
+            ["train_batch_size", "17", "global_batch_size"],
+        ),
+        "ranks x micro-batch does not divide": (
+            ["--ds_config", f"{folder}/indivisible.json"],
+            ["global_batch_size", "train_micro_batch_size_per_gpu 7"],
+        ),
+        "fewer shards than lanes": (
+            [*ZERO0, "--train", f"{folder}/[01].tar", "data.lanes=8"],
+            ["data.lanes", "fewer shards"],
+        ),
+        "output that can't be written": (
+            [*ZERO0, "--output", f"{folder}/file/run"],
+            ["--output", "file/run"],
+        ),
+        "resume of nothing": ([*ZERO0, "--resume", f"{folder}/no-run"], ["--resume", "no-run"]),
+        "keep_ratio of 0": ([*ZERO0, "mask.keep_ratio=0"], ["mask.keep_ratio", "0"]),
+        "keep_ratio above 1": ([*ZERO0, "mask.keep_ratio=1.5"], ["mask.keep_ratio", "1.5"]),
+    }
+
+
+def _assert_one_sentence(result, words: list[str], ranks: int) -> None:
+    assert result.status != 0
+    assert result.seconds < LIMIT
+    assert "Traceback" not in result.output, result.output
+    sentences = {
+        line.split("error: ", 1)[1] for line in result.output.splitlines() if "error: " in line
+    }
+    assert len(sentences) == 1, result.output
+    for word in words:
+        assert word in next(iter(sentences))
+    reporting = {line.split()[1] for line in result.output.splitlines() if "] error: " in line}
+    assert len(reporting) == ranks, "every rank reports"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_input_ends_with_one_sentence(launcher, tmp_path, ranks):
+    cases = _cases(tmp_path)
+    outputs = [[] if "--output" in a else ["--output", str(tmp_path / "run")] for a, _ in cases.values()]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(
+            pool.map(
+                lambda case, output: launcher.run(*case[0], *output, ranks=ranks),
+                cases.values(),
+                outputs,
+            )
+        )
+    for (_, words), result in zip(cases.values(), results, strict=True):
+        _assert_one_sentence(result, words, ranks)
+
+
+def test_checkpoint_of_another_shape_is_refused_in_one_sentence(launcher, tmp_path):
+    _write_shard(tmp_path / "0.tar", 32)
+    _write_shard(tmp_path / "1.tar", 32)
+    options = [*ZERO0, "--train", f"{tmp_path}/[01].tar", "--output", str(tmp_path / "run")]
+    options += ["train.global_batch_size=32", "train.epochs=1"]
+    assert launcher.run(*options, ranks=1).status == 0
+    for ranks in (1, 2):
+        result = launcher.run(*options, "model.embed_dim=64", "train.epochs=2", ranks=ranks)
+        _assert_one_sentence(result, ["--resume", "image_projection.weight", "[64, 96]"], ranks)
+
+
+def test_bad_samples_are_skipped_counted_and_named(launcher, tmp_path):
+    _write_shard(tmp_path / "0.tar", 40)
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        for index in range(20):
+            _add(tar, f"good{index}.jpg", _jpeg())
+            _add(tar, f"good{index}.txt", b"good")
+        _add(tar, "corrupt.jpg", b"\xff\xd8 this is no picture")
+        _add(tar, "corrupt.txt", b"corrupt")
+        _add(tar, "empty.jpg", _jpeg())
+        _add(tar, "empty.txt", b"  ")
+        _add(tar, "thin.jpg", _jpeg(4000, 1))
+        _add(tar, "thin.txt", b"thin")
+    _write_shard(tmp_path / "2.tar", 20)
+    content = (tmp_path / "2.tar").read_bytes()
+    (tmp_path / "sizes.json").write_text(json.dumps({"2.tar": 20}))
+    (tmp_path / "2.tar").write_bytes(content[: len(content) // 2])
+    with tarfile.open(tmp_path / "3.tar", "w") as tar:
+        for index in range(5):
+            _add(tar, f"bad{index}.jpg", b"no picture")
+            _add(tar, f"bad{index}.txt", b"bad")
+    run = tmp_path / "run"
+    result = launcher.run(
+        *ZERO0, "--train", f"{tmp_path}/*.tar", "--output", str(run), "data.lanes=1",
+        "train.global_batch_size=32", "train.epochs=3", "train.log_every=1", ranks=1,
+    )  # fmt: skip
+    assert result.status == 0, result.output
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    skipped = last["skipped"]
+    assert {"unreadable_image", "empty_caption", "image_too_small", "truncated_shard"} <= set(skipped)
+    assert "3.tar" in result.output, "a shard with nothing usable is named"

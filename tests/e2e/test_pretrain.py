@@ -1,0 +1,137 @@
+"""`deepspeed launch/pretrain.py` on the demo: every shipped ds_config, kill and resume, signals."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+# Eight steps of 48 images; each step is logged.
+SHORT = ["train.global_batch_size=48", "train.epochs=0.05", "train.log_every=1"]
+SMALL = ["model.image.kwargs={patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}"]
+NO_EVALUATION = ["--train", "demo", "--val", "[]"]
+STEPS = 8
+
+
+def _losses(run_folder: Path) -> dict[int, float]:
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {r["step"]: r["terms"]["loss"] for r in records if "terms" in r}
+
+
+def _kill_after(launcher, kill_all, arguments, folder, seconds) -> bool:
+    """Starts a run and kills it `seconds` after its first checkpoint; False if it was faster."""
+    process = launcher.start(*arguments)
+    while not (folder / "checkpoints" / "latest").exists() and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(seconds)
+    running = process.poll() is None
+    kill_all(process)
+    process.stdout.close()
+    return running
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero3_offload"])
+def test_shipped_ds_config_trains_the_demo(launcher, tmp_path, name):
+    result = launcher.run(
+        "--ds_config", f"ds_configs/{name}.json", "--output", str(tmp_path), *SHORT, *SMALL
+    )
+    assert result.status == 0, result.output
+    losses = _losses(tmp_path)
+    assert sorted(losses) == list(range(1, STEPS + 1))
+    assert losses[STEPS] < losses[1]
+    for words in ("This is the demo", "chance", "teacher", "the run is complete"):
+        assert words in result.output
+    assert "Traceback" not in result.output
+    assert list((tmp_path / "pictures").glob("*.png"))
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_second_start_of_a_complete_run_prints_its_table_again(launcher, tmp_path):
+    arguments = ["--ds_config", "ds_configs/zero0.json", "--output", str(tmp_path), *SHORT, *SMALL]
+    first = launcher.run(*arguments, ranks=1)
+    again = launcher.run(*arguments, ranks=1)
+
+    def table(output: str) -> list[str]:
+        lines = output.splitlines()
+        start = next(i for i, line in enumerate(lines) if line.split()[:1] == ["chance"])
+        return lines[start : start + 5]
+
+    assert again.status == 0
+    assert table(first.output) == table(again.output)
+
+
+def test_run_killed_at_random_moments_equals_an_uninterrupted_one(launcher, kill_all, tmp_path):
+    rng = random.Random(0)
+    options = ["--ds_config", "ds_configs/zero0.json", *NO_EVALUATION, *SHORT, *SMALL]
+    # A checkpoint at every step: most kills fall into one that is being written.
+    options.append("train.checkpoint_every=48")
+    assert launcher.run(*options, "--output", str(tmp_path / "whole")).status == 0
+    killed = tmp_path / "killed"
+    arguments = [*options, "--output", str(killed)]
+    kills = sum(
+        _kill_after(launcher, kill_all, arguments, killed, rng.uniform(0, 0.3)) for _ in range(1)
+    )
+    # Later starts find a checkpoint at once, so their kill waits for the ranks to come up.
+    for _ in range(2):
+        before = (killed / "checkpoints" / "latest").read_text()
+        process = launcher.start(*arguments)
+        while process.poll() is None and (
+            (killed / "checkpoints" / "latest").read_text() == before
+        ):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.2))
+        kills += process.poll() is None
+        kill_all(process)
+        process.stdout.close()
+    assert kills > 0
+    result = launcher.run(*arguments)
+    assert result.status == 0, result.output
+    expected, actual = _losses(tmp_path / "whole"), _losses(killed)
+    assert sorted(actual) == list(range(1, STEPS + 1))
+    for step, loss in expected.items():
+        assert actual[step] == pytest.approx(loss, rel=1e-6)
+
+
+def test_sigterm_saves_and_the_same_command_continues(launcher, tmp_path):
+    options = ["--ds_config", "ds_configs/zero0.json", *NO_EVALUATION, *SHORT, *SMALL]
+    arguments = [*options, "--output", str(tmp_path), "train.epochs=2"]
+    process = launcher.start(*arguments, ranks=1)
+    while not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    _rank_process(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert "stopped by SIGTERM" in output
+    state = _state(tmp_path)
+    assert 0 < state["step"] < 2 * 7680 // 48
+    result = launcher.run(
+        *options, "--output", str(tmp_path), f"train.epochs={(state['step'] + 2) * 48 / 7680}"
+    )
+    assert result.status == 0, result.output
+    assert f"at {state['samples']:,} samples" in result.output
+    assert sorted(_losses(tmp_path)) == list(range(1, state["step"] + 3))
+
+
+def _state(run_folder: Path) -> dict:
+    latest = (run_folder / "checkpoints" / "latest").read_text()
+    return json.loads((run_folder / "checkpoints" / latest / "state.json").read_text())
+
+
+def _rank_process(launcher_pid: int, number: int) -> None:
+    """Sends a signal to the ranks alone, as a scheduler that signals every process would."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes().split(b"\0")
+            group = os.getpgid(int(entry.name))
+        except (OSError, ProcessLookupError):
+            continue
+        is_rank = b"launch/pretrain.py" in command and b"--local_rank=0" in command
+        if is_rank and group == launcher_pid:
+            os.kill(int(entry.name), number)
