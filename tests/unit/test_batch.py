@@ -1,0 +1,299 @@
+"""The stream of global batches: one for any ranks x workers, resumable, clear when it breaks."""
+
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aclip.config import Recipe
+from aclip.data.batch import Batch, LaneDataset, build_train_loader, join
+from aclip.data.samples import patch_grid
+from aclip.data.shards import Shard
+from aclip.data.tokenizer import build_tokenizer
+from aclip.data.workers import run_ahead
+from aclip.errors import ConfigError
+
+BATCH = 16
+NUM_SHARDS, SHARD_SIZE = 9, 7
+PARTS = ["student_views", "teacher_view", "student_boxes", "teacher_box", "augment_params"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def shards(write_tar, encode_image):
+    """Nine shards of seven samples, nine of them unusable: five in shard 1, four in shard 2."""
+    paths = []
+    for shard in range(NUM_SHARDS):
+        members = {}
+        for index in range(SHARD_SIZE):
+            seed = shard * SHARD_SIZE + index
+            members[f"{shard}-{index}.jpg"] = encode_image(30 + index, 34, seed)
+            members[f"{shard}-{index}.txt"] = b"word " * (1 + index)
+        if shard == 1:
+            members["1-0.jpg"] = members["1-0.jpg"][:300]
+            members["1-1.txt"] = b" "
+            members["1-2.jpg"] = encode_image(4000, 1)
+            del members["1-3.txt"], members["1-4.jpg"]
+        paths.append(write_tar(f"{shard}.tar", list(members.items())))
+    with tarfile.open(paths[2]) as archive:
+        cut = archive.getmember("2-3.jpg").offset_data + 100
+    os.truncate(paths[2], cut)
+    return [Shard(path, SHARD_SIZE) for path in paths]
+
+
+def make_recipe(workers: int = 0, **sections) -> Recipe:
+    values = {
+        "model": {"image": {"resolution": 32, "kwargs": {"patch_size": 8}}},
+        "teacher": {"resolution": 16},
+        "data": {"workers": workers, "lanes": 8, "shuffle_block": 5},
+        "train": {"global_batch_size": BATCH, "seed": 3},
+    }
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section if section is not None else None
+    return Recipe(**values)
+
+
+def take(recipe: Recipe, shards, ranks: int, count: int, cursors=None) -> list[Batch]:
+    """The next global batches, joined from the loaders of all ranks."""
+    loaders = [
+        iter(build_train_loader(recipe, shards, rank, ranks, cursors)) for rank in range(ranks)
+    ]
+    batches = [join([next(loader) for loader in loaders]) for _ in range(count)]
+    for loader in loaders:
+        loader.close()
+    return batches
+
+
+def assert_equal_batches(first: Batch, second: Batch) -> None:
+    assert first.keys == second.keys and first.captions == second.captions
+    for name in [*PARTS, "tokens", "cursors"]:
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 1), (2, 2), (4, 1), (8, 0)])
+def test_the_global_batches_are_the_same_for_any_ranks_and_workers(shards, ranks, workers):
+    expected = take(make_recipe(0), shards, 1, 6)
+    found = take(make_recipe(workers), shards, ranks, 6)
+    for first, second in zip(expected, found, strict=True):
+        assert len(first) == BATCH
+        assert_equal_batches(first, second)
+        assert first.skipped == second.skipped
+
+
+@pytest.mark.parametrize(("stop", "ranks", "workers"), [(1, 4, 1), (3, 1, 2), (5, 8, 0)])
+def test_a_run_continues_at_the_next_sample_on_other_ranks_and_workers(
+    shards, stop, ranks, workers
+):
+    expected = take(make_recipe(0), shards, 2, 8)
+    found = take(make_recipe(workers), shards, ranks, 8 - stop, expected[stop - 1].cursors)
+    for first, second in zip(expected[stop:], found, strict=True):
+        assert_equal_batches(first, second)
+
+
+def test_every_good_sample_comes_once_an_epoch_and_every_bad_one_is_counted(shards):
+    recipe = make_recipe(data={"lanes": 1})
+    loader = iter(build_train_loader(recipe, shards, 0, 1))
+    num_good = NUM_SHARDS * SHARD_SIZE - 9
+    keys, skipped = [], Counter()
+    while len(keys) < 2 * num_good:
+        batch = next(loader)
+        keys += batch.keys
+        skipped.update(batch.skipped)
+    for epoch in range(2):
+        assert len(set(keys[epoch * num_good : (epoch + 1) * num_good])) == num_good
+    assert set(keys[:num_good]) == set(keys[num_good : 2 * num_good])
+    # The last batch reaches into the third epoch, by less than half of one.
+    assert {kind: count // 2 for kind, count in skipped.items()} == {
+        "unreadable_image": 1,
+        "empty_caption": 1,
+        "image_too_small": 1,
+        "no_caption": 1,
+        "no_image": 1,
+        "truncated_shard": 4,
+    }
+
+
+def test_tensors_have_their_documented_shapes_and_types(shards):
+    (batch,) = take(make_recipe(), shards, 1, 1)
+    described = {
+        name: (tuple(tensor.shape), tensor.dtype)
+        for name in [*PARTS, "cursors"]
+        if (tensor := getattr(batch, name)) is not None
+    }
+    assert described == {
+        "student_views": ((16, 2, 3, 32, 32), torch.uint8),
+        "teacher_view": ((16, 3, 16, 16), torch.uint8),
+        "student_boxes": ((16, 2, 4), torch.int32),
+        "teacher_box": ((16, 4), torch.int32),
+        "augment_params": ((16, 2, 9), torch.float32),
+        "cursors": ((8, 2), torch.int64),
+    }
+    assert batch.mask_noise is None and batch.tokens.dtype == torch.int64
+
+
+def test_keys_name_shard_and_sample(shards):
+    (batch,) = take(make_recipe(), shards, 1, 1)
+    for key in batch.keys:
+        shard, sample = key.split("/")
+        assert sample.startswith(f"{shard}-")
+
+
+def test_tokens_end_with_the_longest_caption_of_the_batch(shards):
+    for batch in take(make_recipe(2), shards, 1, 3):
+        lengths = [2 + len(caption.split()) for caption in batch.captions]
+        assert batch.tokens.shape[1] == max(lengths)
+        assert (batch.tokens.argmax(1) + 1).tolist() == lengths
+        assert torch.equal(batch.tokens, build_tokenizer(77).encode(batch.captions))
+
+
+def test_the_random_policy_gets_uniform_noise_on_the_block_grid_and_no_teacher(shards):
+    random = {"mask": {"policy": "random"}, "loss": {"byol": 0}, "teacher": None}
+    batches = take(make_recipe(**random), shards, 1, 4)
+    noise = torch.cat([batch.mask_noise for batch in batches])
+    assert noise.shape == (64, 2, 2, 2) and noise.dtype == torch.float32
+    assert noise.min() >= 0 and noise.max() < 1 and noise.unique().numel() > 500
+    assert batches[0].teacher_view is None and batches[0].teacher_box is None
+    with_teacher = take(make_recipe(), shards, 1, 4)
+    for first, second in zip(batches, with_teacher, strict=True):
+        assert torch.equal(first.student_views, second.student_views)
+
+
+def test_the_patch_grid_comes_from_arguments_or_the_towers_name():
+    def recipe(name, resolution, kwargs):
+        image = {"name": name, "resolution": resolution, "kwargs": kwargs}
+        return make_recipe(model={"image": image})
+
+    assert patch_grid(recipe("vit_base_patch16_224", 224, {})) == 14
+    assert patch_grid(recipe("vit_base_patch16_224", 224, {"patch_size": 32})) == 7
+    with pytest.raises(ConfigError, match="patch_size"):
+        patch_grid(recipe("vit_custom", 224, {}))
+
+
+def test_micro_batches_are_consecutive_and_join_to_the_batch(shards):
+    (batch,) = take(make_recipe(), shards, 1, 1)
+    micros = batch.split(6)
+    assert [len(micro) for micro in micros] == [6, 6, 4]
+    assert [key for micro in micros for key in micro.keys] == batch.keys
+    for name in [*PARTS, "tokens"]:
+        assert torch.equal(torch.cat([getattr(m, name) for m in micros]), getattr(batch, name))
+    assert all(torch.equal(micro.cursors, batch.cursors) for micro in micros)
+
+
+def test_moving_a_batch_leaves_cursors_on_the_cpu(shards):
+    (batch,) = take(make_recipe(), shards, 1, 1)
+    moved = batch.to("meta")
+    assert moved.student_views.is_meta and moved.tokens.is_meta and moved.augment_params.is_meta
+    assert moved.cursors.device.type == "cpu" and moved.keys == batch.keys
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_workers_error_reaches_the_user_as_its_own_message(tmp_path, shards, workers):
+    missing = [Shard(str(tmp_path / f"gone-{index}.tar"), 5) for index in range(8)]
+    with pytest.raises(ConfigError, match=r"^shard \S*gone-\d\.tar can't be read: [^\n]*$"):
+        take(make_recipe(workers), missing, 1, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_lane_without_a_usable_sample_ends_the_run_by_name(tmp_path, shards, workers):
+    bad = tmp_path / "bad.tar"
+    bad.write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"nothing usable .*bad\.tar \(truncated_shard 3\)"):
+        take(make_recipe(workers), [*shards[3:], shards[0], Shard(str(bad), 3)], 1, 3)
+
+
+def test_a_shard_with_nothing_usable_is_named_in_the_main_process(tmp_path, shards, caplog):
+    bad = tmp_path / "bad.tar"
+    bad.write_bytes(b"")
+    recipe = make_recipe(2, data={"lanes": 2})
+    take(recipe, [*shards[3:], Shard(str(bad), 3)], 1, 8)
+    assert [r.getMessage() for r in caplog.records] == [f"shard {bad} holds no usable sample"]
+
+
+def test_cursors_of_another_number_of_lanes_are_refused(shards):
+    with pytest.raises(ConfigError, match="4 data lanes, but the recipe gives 8"):
+        build_train_loader(make_recipe(), shards, 0, 1, torch.zeros(4, 2, dtype=torch.int64))
+
+
+def test_loading_leaves_the_global_random_state_alone(shards):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    take(make_recipe(1), shards, 1, 1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_data_set_pickles_for_worker_processes_that_are_not_forked(shards):
+    dataset = LaneDataset(make_recipe(), shards, 8, 0, np.zeros((8, 2), dtype=np.int64))
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert_equal_batches(next(iter(dataset)).batch, next(iter(copy)).batch)
+
+
+def test_a_signal_from_a_launcher_ends_no_worker(shards):
+    loader = iter(build_train_loader(make_recipe(2), shards, 0, 1))
+    next(loader)
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    for name in ("TERM", "INT", "USR1"):
+        # From another process: SIGTERM from the main process is how it ends its workers.
+        subprocess.run(["kill", f"-{name}", *children], check=True)
+    time.sleep(0.2)
+    for _ in range(6):
+        next(loader)
+    assert set(children) <= set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    loader.close()
+
+
+def test_an_error_in_the_main_process_does_not_wait_for_workers(shards, tmp_path):
+    script = (
+        "import pickle, sys\n"
+        "from aclip.data.batch import build_train_loader\n"
+        "recipe, shards = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "loader = iter(build_train_loader(recipe, shards, 0, 1))\n"
+        "next(loader)\n"
+        "raise RuntimeError('training broke')\n"
+    )
+    arguments = tmp_path / "arguments"
+    arguments.write_bytes(pickle.dumps((make_recipe(2), shards)))
+    command = [sys.executable, "-c", script, str(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: training broke\n")
+
+
+def test_running_ahead_keeps_order_and_hands_on_the_end_as_an_error():
+    def items():
+        yield from range(5)
+        raise ConfigError("stopped")
+
+    found = []
+    with pytest.raises(ConfigError, match="stopped"):
+        for item in run_ahead(items(), device=None):
+            found.append(item)
+    assert found == [0, 1, 2, 3, 4]
+    ahead = run_ahead(iter(range(100)), device=None)
+    assert [next(ahead) for _ in range(50)] == list(range(50))
+    ahead.close()
+
+
+def test_captions_are_cleaned_of_html_and_case():
+    encode = build_tokenizer(77).encode
+    plain = encode(["cassa d'epoca & more"])
+    assert torch.equal(encode(["Cassa d&amp;#39;epoca  &amp; MORE "]), plain)
+
+
+def test_a_long_caption_is_cut_and_keeps_its_end_token():
+    tokenizer = build_tokenizer(8)
+    tokens = tokenizer.encode(["one two three four five six seven eight", "one"])
+    assert tokenizer.vocab_size == 49408 and tokens.shape == (2, 8)
+    assert tokens[0, 0] == 49406 and tokens[0, -1] == 49407
+    assert tokens[1].tolist() == [49406, tokens[0, 1], 49407, 0, 0, 0, 0, 0]
