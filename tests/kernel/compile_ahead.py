@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that need not be here and prints what each one uses.
 
-Run as a script; test_ahead_of_time.py does. The interpreter and the compiler cannot share a process.
+Run as a script, as test_ahead_of_time.py does: the interpreter needs another process.
 The table has one line per kernel, shape and architecture: registers per thread, shared memory and
 local memory (stack and spills) in bytes. Ends with status 1 if a kernel uses local memory.
 """
@@ -101,12 +101,10 @@ def augment_cases():
     for has_params, name in ((True, "augment_views pointwise"), (False, "augment_views normalise")):
         constants = block | {"HAS_PARAMS": has_params, "TILES": tiles}
         yield Case(name, augment.pointwise_kernel, pointers, plane, constants, warps)
-    for along_rows, name in (
-        (True, "augment_views blur rows"),
-        (False, "augment_views blur columns"),
-    ):
+    for along_rows, axis in ((True, "rows"), (False, "columns")):
         constants = block | {"ALONG_ROWS": along_rows}
         target = pointers | {"out_ptr": "fp32" if along_rows else "bf16"}
+        name = f"augment_views blur {axis}"
         yield Case(name, augment.blur_kernel, target, size, constants, warps)
 
 
@@ -114,7 +112,7 @@ def compile_case(case: Case, architecture: int) -> tuple[int, int, int]:
     """(registers per thread, bytes of shared memory, bytes of local memory)."""
     signature, attributes, constants = {}, {}, dict(case.constants)
     for position, name in enumerate(case.kernel.arg_names):
-        # What the launch specialises on: pointers and integers divisible by 16, integers equal to 1.
+        # As a launch specialises: integers equal to 1, integers and pointers divisible by 16.
         value = case.values.get(name)
         if name in case.constants:
             signature[name] = "constexpr"

@@ -1,4 +1,4 @@
-"""Every kernel compiles for sm_80, sm_90 and sm_100 without local memory, on a machine without GPU."""
+"""Every kernel compiles for sm_80, sm_90 and sm_100 without local memory; no GPU is needed."""
 
 import os
 import subprocess

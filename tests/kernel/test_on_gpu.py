@@ -1,0 +1,74 @@
+"""The compiled kernels at a real tower's shapes; the other files' tests run on a GPU as well."""
+
+import pytest
+import torch
+from aclip.kernels.attentive_pack import attentive_pack, attentive_pack_reference
+from aclip.kernels.augment_views import augment_views, augment_views_reference
+from aclip.kernels.cls_attention_scores import (
+    cls_attention_scores,
+    cls_attention_scores_reference,
+)
+from aclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_attentive_pack_equals_its_reference_at_vit_b_16():
+    def draw(*shape):
+        return torch.randn(*shape, device="cuda").bfloat16().requires_grad_()
+
+    inputs = draw(128, 196, 768), draw(768), draw(197, 768)
+    scores = torch.rand(64, 1, 14, 14, device="cuda")
+    teacher_box = torch.tensor([[10, 20, 400, 380]] * 64, dtype=torch.int32, device="cuda")
+    views = [[30, 40, 300, 280], [60, 50, 320, 340]]
+    view_boxes = torch.tensor([views] * 64, dtype=torch.int32, device="cuda")
+    arguments = (*inputs, scores, teacher_box, view_boxes, 25, 2)
+    packed, keep_ids = attentive_pack(*arguments)
+    expected, expected_ids = attentive_pack_reference(*arguments)
+    same = (keep_ids == expected_ids).flatten(0, 1).all(1)
+    assert same.float().mean() > 0.98  # a near tie may fall the other way
+    torch.testing.assert_close(packed[same], expected[same])
+    weight = torch.randn_like(packed) * same[:, None, None]
+    for actual, wanted in zip(
+        torch.autograd.grad(packed, inputs, weight),
+        torch.autograd.grad(expected, inputs, weight),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=2**-7, atol=2**-4)
+
+
+def test_cls_attention_scores_equal_their_reference_at_vit_b_16():
+    qkv = torch.randn(64, 197, 3, 12, 64, device="cuda").bfloat16()
+    actual, expected = torch.zeros(64, 196, device="cuda"), torch.zeros(64, 196, device="cuda")
+    cls_attention_scores(qkv[:, 0, 0], qkv[:, :, 1], actual, 1 / 12)
+    cls_attention_scores_reference(qkv[:, 0, 0], qkv[:, :, 1], expected, 1 / 12)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_augmented_views_equal_their_reference_at_224_pixels():
+    views = torch.randint(0, 256, (48, 3, 224, 224), dtype=torch.uint8, device="cuda")
+    index = torch.arange(48, device="cuda")
+    params = torch.rand(48, 9, device="cuda") + 0.5
+    params[:, 4] -= 1
+    params[:, 5] = index % 24
+    for column, period in ((0, 5), (6, 4), (7, 3), (8, 7)):
+        params[:, column] *= index % period == 1
+    statistics = torch.full((3,), 0.4, device="cuda"), torch.full((3,), 0.3, device="cuda")
+    actual = augment_views(views, params, *statistics, torch.float32)
+    expected = augment_views_reference(views, params, *statistics, torch.float32)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_contrastive_loss_equals_its_reference_for_a_rank_of_eight():
+    rows, columns = torch.randn(512, 512, device="cuda"), torch.randn(4096, 512, device="cuda")
+    rows = torch.nn.functional.normalize(rows, dim=1).requires_grad_()
+    columns = torch.nn.functional.normalize(columns, dim=1).requires_grad_()
+    scale = torch.full((1,), 60.0, device="cuda", requires_grad=True)
+    loss = contrastive_loss(rows, columns, scale, 1024, 200)
+    actual = loss, *torch.autograd.grad(loss, (rows, columns, scale))
+    expected = contrastive_loss_reference(rows, columns, scale, 1024, 200, True, True)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-5)
