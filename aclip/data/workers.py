@@ -7,11 +7,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
 
 HANDLED_BY_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SECONDS_BETWEEN_LOOKS = 2.0
+"""How long a worker may outlive a main process that was killed."""
 ITEMS_AHEAD = 2
 """Batches that lie ready in pinned memory before a CUDA device asks for them."""
 
@@ -21,6 +24,8 @@ def start_method() -> multiprocessing.context.BaseContext:
     if not torch.cuda.is_initialized():
         return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")
+    # Started now, because its start unblocks SIGTERM, which signals_held must keep blocked.
+    resource_tracker.ensure_running()
     context.set_forkserver_preload(["__main__", "aclip.data.batch", "open_clip"])
     return context
 
@@ -40,15 +45,20 @@ def signals_held():
 
 
 def end_when_told_by(main_process: int, worker: int) -> None:
-    """Ends this worker at SIGTERM from the main process, which so stops its children at exit.
+    """Ends this worker at SIGTERM from the main process, and when the main process is gone.
 
-    SIGTERM from elsewhere, such as a launcher that sends it to the whole process tree, is for the
-    main process, which may need the worker's batches until it has saved a checkpoint.
+    The first is how a main process stops its children at exit. SIGTERM from elsewhere, such as a
+    launcher that sends it to the whole process tree, is for the main process, which may need the
+    worker's batches until it has saved a checkpoint. The second is not left to DataLoader, because
+    it watches the forkserver, which lives as long as its workers.
     """
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
-            pass
+        main = multiprocessing.parent_process()
+        while main.is_alive():
+            received = signal.sigtimedwait({signal.SIGTERM}, SECONDS_BETWEEN_LOOKS)
+            if received is not None and received.si_pid == main_process:
+                break
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -254,20 +254,50 @@ def test_a_signal_from_a_launcher_ends_no_worker(shards):
     loader.close()
 
 
+SCRIPT = """
+import os, pathlib, pickle, subprocess, sys
+import torch
+from aclip.data.batch import build_train_loader
+
+def children(pid):
+    return pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+if __name__ == "__main__":
+    recipe, shards = pickle.load(open(sys.argv[1], "rb"))
+    if sys.argv[2] == "raise":
+        loader = iter(build_train_loader(recipe, shards, 0, 1))
+        next(loader)
+        raise RuntimeError("training broke")
+    torch.cuda.is_initialized = lambda: True
+    loader = iter(build_train_loader(recipe, shards, 0, 1))
+    next(loader)
+    (forkserver,) = (child for child in children(os.getpid()) if children(child))
+    workers = children(forkserver)
+    for name in ("TERM", "INT", "USR1"):
+        subprocess.run(["kill", f"-{name}", forkserver, *workers], check=True)
+    for _ in range(6):
+        next(loader)
+    print(len(workers), "workers survived", flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def run_script(tmp_path, shards, end: str) -> subprocess.CompletedProcess:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "arguments").write_bytes(pickle.dumps((make_recipe(2), shards)))
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "arguments"), end]
+    # Workers share the pipes, so this returns only when the last of them has ended.
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
 def test_an_error_in_the_main_process_does_not_wait_for_workers(shards, tmp_path):
-    script = (
-        "import pickle, sys\n"
-        "from aclip.data.batch import build_train_loader\n"
-        "recipe, shards = pickle.load(open(sys.argv[1], 'rb'))\n"
-        "loader = iter(build_train_loader(recipe, shards, 0, 1))\n"
-        "next(loader)\n"
-        "raise RuntimeError('training broke')\n"
-    )
-    arguments = tmp_path / "arguments"
-    arguments.write_bytes(pickle.dumps((make_recipe(2), shards)))
-    command = [sys.executable, "-c", script, str(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_script(tmp_path, shards, "raise")
     assert done.returncode == 1 and done.stderr.endswith("RuntimeError: training broke\n")
+
+
+def test_workers_beside_cuda_outlive_signals_but_not_a_killed_main_process(shards, tmp_path):
+    done = run_script(tmp_path, shards, "kill")
+    assert done.returncode == -9 and done.stdout == "2 workers survived\n", done.stderr
 
 
 def test_running_ahead_keeps_order_and_hands_on_the_end_as_an_error():
