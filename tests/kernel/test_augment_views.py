@@ -31,11 +31,11 @@ def make_views(count, size):
 
 
 def make_params(count):
-    """Every order, and every switch on and off, with factors as a strong ColorJitter draws them."""
+    """Every order from 24 views on, every switch on and off, factors of a strong ColorJitter."""
     draw = torch.rand(count, len(AUGMENT_PARAMS))
     index = torch.arange(count)
     columns = {
-        "jitter": index % 5 != 4,
+        "jitter": (index < 24) | (index % 2 == 0),
         "brightness": 0.4 + 1.2 * draw[:, 1],
         "contrast": 0.4 + 1.2 * draw[:, 2],
         "saturation": 2 * draw[:, 3],
@@ -68,23 +68,18 @@ def torchvision_augment(view, params):
     return TF.solarize(image, 0.5) if p["solarize"] else image
 
 
-def run(views, params, device, dtype=torch.float32, mean=MEAN, std=STD):
+def run(views, params, device, dtype=torch.float32):
     params = None if params is None else params.to(device)
-    return augment_views(views.to(device), params, mean.to(device), std.to(device), dtype)
+    return augment_views(views.to(device), params, MEAN.to(device), STD.to(device), dtype)
 
 
-@pytest.mark.parametrize("size", [7, 33, 64])
-def test_equals_torchvision_within_one_pixel_step(size, device, poisoned_empty):
-    views, params = make_views(48, size), make_params(48)
-    zero, one = torch.zeros(3), torch.ones(3)
-    actual = run(views, params, device, mean=zero, std=one).cpu()
-    expected = torch.stack(
-        [torchvision_augment(view, row) for view, row in zip(views, params, strict=True)]
-    )
-    assert (actual - expected).abs().max() < PIXEL_STEP
-    normalised = run(views, params, device).cpu()
-    expected = (expected - MEAN[:, None, None]) / STD[:, None, None]
-    assert ((normalised - expected).abs() < PIXEL_STEP / STD[:, None, None]).all()
+@pytest.mark.parametrize("count, size", [(8, 7), (11, 33), (28, 64)])
+def test_equals_torchvision_within_one_pixel_step(count, size, device, poisoned_empty):
+    views, params = make_views(count, size), make_params(count)
+    actual = run(views, params, device).cpu()
+    images = [torchvision_augment(view, row) for view, row in zip(views, params, strict=True)]
+    expected = (torch.stack(images) - MEAN[:, None, None]) / STD[:, None, None]
+    assert ((actual - expected).abs() * STD[:, None, None]).max() < PIXEL_STEP
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
