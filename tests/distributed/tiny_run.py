@@ -1,0 +1,133 @@
+"""A tiny A-CLIP run on this rank: student, teacher, engine, and steps on fixed batches."""
+
+import json
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from aclip import losses, masking
+from aclip.config import load_recipe
+from aclip.engine import build_engine, init_distributed, read_ds_config
+from aclip.gather import rank, world_size
+from aclip.models.student import StudentOutput, build_student
+from aclip.models.text import END_TOKEN, START_TOKEN
+from aclip.sharded_state import ShardedState
+from aclip.teacher import Teacher
+
+BATCH = 8
+SIDE = 32  # pixels of a view, 4 x 4 patches
+LOGIT_SCALE = "logit_scale.log_logit_scale"
+# Odd widths: two ranks can't halve them, so ZeRO-3 pads.
+TINY = [
+    f"train.global_batch_size={BATCH}",
+    f"model.image.resolution={SIDE}",
+    "model.image.kwargs={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}",
+    "model.text={width: 8, heads: 2, layers: 1, context_length: 16}",
+    "model.embed_dim=11",
+    "loss.simclr_widths=[21, 18, 9]",
+    "loss.byol_widths=[19, 10]",
+    f"teacher.resolution={SIDE}",
+    "mask.block_size=1",
+]
+
+
+class TinyRun:
+    """The parts of a run on this rank, in a process group of any size.
+
+    Args:
+        folder: where the ds_config is written.
+        stage: of ZeRO. dtype: "fp32" or "bf16".
+        overrides: more of the recipe's.
+        logit_scale: the logarithm that the logit scale starts at; None for its default.
+    """
+
+    def __init__(self, folder, stage, dtype="fp32", overrides=(), logit_scale=None):
+        self.device = init_distributed()
+        self.recipe = load_recipe("demo", [*TINY, *overrides])
+        path = folder / f"ds-{stage}-{dtype}-{rank()}.json"
+        path.write_text(json.dumps(_ds_config(stage, dtype)))
+        self.ds_config = read_ds_config(str(path), BATCH, world_size())
+        student = build_student(self.recipe)
+        if logit_scale is not None:
+            torch.nn.init.constant_(student.logit_scale.log_logit_scale, logit_scale)
+        self.initial = {name: p.detach().clone() for name, p in student.named_parameters()}
+        self.teacher = Teacher(student, self.ds_config.dtype, self.device)
+        self.engine = build_engine(student, self.recipe.optimizer, self.ds_config)
+        self.state = ShardedState(self.engine)
+
+    def step(self, seed: int, scale_pull: float = 0.0) -> float:
+        """One update on the batch of this seed, the same for any number of ranks.
+
+        Args:
+            scale_pull: this much of the logit scale is taken off the loss, so that it grows.
+
+        Returns:
+            The loss of the global batch.
+        """
+        pixels, tokens = (part.chunk(world_size())[rank()] for part in make_batch(seed))
+        pixels = pixels.to(self.ds_config.dtype)
+        size = len(tokens)
+        taught = self.teacher.forward(pixels[:, 0])
+        box = torch.tensor([0, 0, SIDE, SIDE], dtype=torch.int32)
+        selection = masking.select(
+            "attentive",
+            8,
+            1,
+            teacher_scores=taught.scores,
+            teacher_box=box.repeat(size, 1),
+            view_boxes=box.repeat(size, 2, 1),
+        )
+        features = self.engine("encode", pixels, selection, tokens)
+        output = StudentOutput(**self.engine("project", *features))
+        target = self.teacher.project(taught.features)
+        loss, _ = losses.total(output, target, self.recipe.loss.model_dump(), 0.1)
+        loss = loss - scale_pull * output.logit_scale.sum()
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.step()
+        total = loss.detach().clone()
+        if world_size() > 1:
+            torch.distributed.all_reduce(total)
+        return total.item() / world_size()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of the student's whole weights in its own dtype; every rank must call."""
+        named = dict(self.engine.module.named_parameters())
+        partitioned = [p for p in named.values() if hasattr(p, "ds_id")]
+        with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+            return {name: p.detach().clone() for name, p in named.items()}
+
+    def master(self, name: str) -> Tensor:
+        """A whole fp32 master through DeepSpeed's own accessor; every rank must call."""
+        parameter = dict(self.engine.module.named_parameters())[name]
+        if self.ds_config.stage == 0:
+            return parameter.detach().clone()
+        return deepspeed.utils.safe_get_full_fp32_param(parameter).clone()
+
+    def gathered(self) -> dict[tuple[str, str], Tensor]:
+        """ShardedState.gather as a dictionary; empty on other ranks than 0."""
+        entries = {(name, kind): whole for name, kind, whole in self.state.gather()}
+        return {key: whole for key, whole in entries.items() if whole is not None}
+
+
+def make_batch(seed: int) -> tuple[Tensor, Tensor]:
+    """Pixels (8, 2, 3, 32, 32) and tokens (8, 8) of a seed, for all ranks together."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(BATCH, 2, 3, SIDE, SIDE, generator=generator)
+    tokens = torch.randint(1, 500, (BATCH, 8), generator=generator)
+    tokens[:, 0], tokens[:, -1] = START_TOKEN, END_TOKEN
+    return pixels, tokens
+
+
+def _ds_config(stage: int, dtype: str) -> dict:
+    zero = {"stage": stage}
+    if stage == 3:
+        # Some parameters stay whole, most are partitioned.
+        zero |= {"memory_efficient_linear": False, "stage3_param_persistence_threshold": 100}
+    values = {"zero_optimization": zero, "gradient_clipping": 0.0}
+    if dtype == "bf16":
+        values["bf16"] = {"enabled": True}
+        if stage > 1:
+            values["data_types"] = {"grad_accum_dtype": "fp32"}
+    return values
