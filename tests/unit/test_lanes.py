@@ -115,6 +115,12 @@ def test_a_lane_with_nothing_usable_ends_with_its_shards_names(shards, cursor):
     assert sum(shard.url in str(error.value) for shard in shards) == 2
 
 
+def test_a_resumed_rest_of_an_epoch_may_hold_nothing_usable(shards):
+    last = {key for key, _, _ in open_lane(shards, num_lanes=1).take(27)[24:]}
+    ((_, epoch, _),) = open_lane(shards, num_lanes=1, cursor=(0, 24), bad=last).take(1)
+    assert epoch == 1
+
+
 @pytest.mark.parametrize(
     ("lanes", "num_shards", "batch", "expected"),
     [
