@@ -161,7 +161,7 @@ def _attentive_pack_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = (grad_packed, inverse, grad_tokens, grad_cls, grad_pos, pos_dtype, cls_dtype)
     if use_triton(grad_packed):
-        from aclip.kernels.attentive_pack.kernel import launch_attentive_pack_backward
+        from aclip.kernels.attentive_pack.kernel_backward import launch_attentive_pack_backward
 
         return launch_attentive_pack_backward(*arguments)
     return attentive_pack_backward_reference(*arguments)

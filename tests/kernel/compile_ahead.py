@@ -15,6 +15,7 @@ from pathlib import Path
 import triton
 import triton.backends.nvidia
 from aclip.kernels.attentive_pack import kernel as pack
+from aclip.kernels.attentive_pack import kernel_backward as pack_backward
 from aclip.kernels.augment_views import kernel as augment
 from aclip.kernels.cls_attention_scores import kernel as scores
 from aclip.kernels.contrastive_loss import kernel as contrastive
@@ -59,13 +60,13 @@ def cases():
         for with_tokens in (True, False):
             yield Case(
                 f"attentive_pack backward {tower}{' with tokens' if with_tokens else ''}",
-                pack.attentive_pack_backward_kernel,
+                pack_backward.attentive_pack_backward_kernel,
                 dict.fromkeys(("grad_ptr", "d_tokens_ptr", "d_cls_ptr", "d_pos_ptr"), "bf16")
                 | {"inverse_ptr": "i32"},
                 {"M": ROWS, "P": grid * grid, "K": kept_blocks * BLOCK_SIZE**2, "C": width},
                 {"GRAD_TOKENS": with_tokens, "GRAD_CLS": True, "GRAD_POS": True}
-                | pack.backward_blocks(width),
-                pack.NUM_WARPS,
+                | pack_backward.backward_blocks(width),
+                pack_backward.NUM_WARPS,
             )
         tokens, row = 1 + grid * grid, 3 * heads * HEAD_DIM
         yield Case(

@@ -98,7 +98,11 @@ def measure(request, benchmark, copy_bandwidth, report):
     too; `device_us` in extra_info does not.
     """
 
-    benchmark.group = request.path.stem.removeprefix("bench_")
+    op = request.path.stem.removeprefix("bench_")
+    parameters = getattr(request.node, "callspec", None)
+    row = parameters.params.get("backend", "") if parameters else ""
+    # Rows of one case form a table, whose ratios then compare the backends.
+    benchmark.group = f"{op} {request.node.name.replace(row, '', 1)}"
 
     def run(call: Callable[[], object], num_bytes: int, flops: int) -> None:
         def timed():
@@ -118,6 +122,6 @@ def measure(request, benchmark, copy_bandwidth, report):
                 "share_of_copy_bandwidth": round(num_bytes / seconds / copy_bandwidth, 3),
             }
         benchmark.extra_info.update(info)
-        report(f"{benchmark.group} {benchmark.name}: {info}")
+        report(f"{op} {benchmark.name}: {info}")
 
     return run
