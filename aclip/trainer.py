@@ -247,6 +247,7 @@ class Trainer:
             timer.reset()
         if signal.SIGUSR1 in signals or (not at_end and self._is_due(train.checkpoint_every)):
             self._save()
+            timer.reset()
         return False
 
     def _is_due(self, every: int) -> bool:
