@@ -102,9 +102,11 @@ def test_teacher_is_the_fp32_average_of_the_student(dtype, stage, run_distribute
     assert max((in_bf16[n].double() - average[n]).abs().max() for n in averaged) > 1e-3
 
 
-def push_logit_scale(folder, stage, dtype):
+def push_logit_scale(folder, stage, dtype, persistent):
     """Steps that push the scale up by their whole learning rate, from above the ceiling."""
-    run = tiny_run.TinyRun(folder, stage, dtype, ["optimizer.lr=0.05"], logit_scale=4.75)
+    run = tiny_run.TinyRun(
+        folder, stage, dtype, ["optimizer.lr=0.05"], logit_scale=4.75, persistent=persistent
+    )
     rows = []
     for step in range(4):
         run.step(step, scale_pull=10.0)
@@ -123,9 +125,21 @@ def features_of(run):
     return torch.ones(2, 2, 24, dtype=dtype), torch.ones(2, 8, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype, stage", SETTINGS, ids=IDS)
-def test_clamped_logit_scale_reaches_the_fp32_master(dtype, stage, run_distributed, tmp_path):
-    for rows, untouched, last in run_distributed(push_logit_scale, 2, tmp_path, stage, dtype):
+@pytest.mark.parametrize(
+    "dtype, stage, persistent",
+    [
+        *(
+            pytest.param(*setting, 100, id=name)
+            for setting, name in zip(SETTINGS, IDS, strict=True)
+        ),
+        pytest.param("bf16", 3, 0, id="bf16, ZeRO-3, the scale itself partitioned"),
+    ],
+)
+def test_clamped_logit_scale_reaches_the_fp32_master(
+    dtype, stage, persistent, run_distributed, tmp_path
+):
+    arguments = (tmp_path, stage, dtype, persistent)
+    for rows, untouched, last in run_distributed(push_logit_scale, 2, *arguments):
         assert rows[0][0] == pytest.approx(4.8, abs=1e-3)  # 4.75 and the first step of Adam
         for pushed, master, returned, weight, used in rows:
             assert pushed > CEILING + 0.03

@@ -40,13 +40,14 @@ class TinyRun:
         stage: of ZeRO. dtype: "fp32" or "bf16".
         overrides: more of the recipe's.
         logit_scale: the logarithm that the logit scale starts at; None for its default.
+        persistent: elements up to which ZeRO-3 keeps a parameter whole on every rank.
     """
 
-    def __init__(self, folder, stage, dtype="fp32", overrides=(), logit_scale=None):
+    def __init__(self, folder, stage, dtype="fp32", overrides=(), logit_scale=None, persistent=100):
         self.device = init_distributed()
         self.recipe = load_recipe("demo", [*TINY, *overrides])
         path = folder / f"ds-{stage}-{dtype}-{rank()}.json"
-        path.write_text(json.dumps(_ds_config(stage, dtype)))
+        path.write_text(json.dumps(_ds_config(stage, dtype, persistent)))
         self.ds_config = read_ds_config(str(path), BATCH, world_size())
         student = build_student(self.recipe)
         if logit_scale is not None:
@@ -120,11 +121,11 @@ def make_batch(seed: int) -> tuple[Tensor, Tensor]:
     return pixels, tokens
 
 
-def _ds_config(stage: int, dtype: str) -> dict:
+def _ds_config(stage: int, dtype: str, persistent: int) -> dict:
     zero = {"stage": stage}
     if stage == 3:
-        # Some parameters stay whole, most are partitioned.
-        zero |= {"memory_efficient_linear": False, "stage3_param_persistence_threshold": 100}
+        zero["memory_efficient_linear"] = False
+        zero["stage3_param_persistence_threshold"] = persistent
     values = {"zero_optimization": zero, "gradient_clipping": 0.0}
     if dtype == "bf16":
         values["bf16"] = {"enabled": True}
