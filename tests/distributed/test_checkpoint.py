@@ -26,13 +26,8 @@ def _load(name):
 
 tiny_run = _load("tiny_run")
 
-FILES = {
-    "student.safetensors",
-    "optimizer.safetensors",
-    "teacher.safetensors",
-    "rng.safetensors",
-    "state.json",
-}
+TENSORS = ("student", "optimizer", "teacher", "rng")
+FILES = {*(f"{name}.safetensors" for name in TENSORS), "state.json"}
 
 
 def save(root, run, samples, keep=2):
