@@ -1,4 +1,5 @@
-"""Packaging of aclip: the folder ``kernels/`` is installed as ``aclip.kernels`` (CONTRIBUTING.md says why)."""
+"""Packaging of aclip: the folder ``kernels/`` is installed as ``aclip.kernels`` (CONTRIBUTING.md
+says why)."""
 
 from setuptools import find_packages, setup
 

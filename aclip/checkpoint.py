@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -76,7 +76,7 @@ def save(root: Path, engine, teacher: Teacher | None, state: dict[str, Any], kee
             (partial / STATE).write_text(json.dumps(state, indent=1))
             _publish(root, partial, folder)
             _prune(root, folder, keep)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             problem = f"{type(error).__name__}: {error}"
     problem = _from_rank_0(problem)
     if problem is not None:
@@ -99,7 +99,8 @@ def find(root: Path, resume: str) -> Path | None:
         if candidate is not None and (candidate / MANIFEST).is_file():
             return candidate
     raise ConfigError(
-        f"--resume is {resume}, which is neither a checkpoint nor a run folder that holds one; give "
+        f"--resume is {resume}, which is neither a checkpoint nor a run folder that holds one; "
+        "give "
         "the folder that contains manifest.json, or auto, or none"
     )
 
@@ -129,6 +130,11 @@ def load(folder: Path, engine, teacher: Teacher | None, step: int) -> None:
         ConfigError: a parameter is missing or has another shape.
     """
     _check_shapes(folder, engine)
+    if teacher is not None and not (folder / TEACHER).is_file():
+        raise ConfigError(
+            f"--resume loads {folder}, which has no teacher, but the recipe has one; "
+            "use the recipe of that run, or --resume none with another --output"
+        )
     sharded = ShardedState(engine)
     with safe_open(folder / STUDENT, "pt") as file:
         for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
@@ -155,7 +161,8 @@ def _publish(root: Path, partial: Path, folder: Path) -> None:
     _sync(partial)
     if folder.exists():
         # The run went on from an older checkpoint and reached this number of samples again.
-        replaced = folder.with_suffix(".replaced.tmp")
+        # It keeps its manifest and a name of its own until the new one is in place.
+        replaced = folder.with_name(f"{folder.name}-replaced")
         os.rename(folder, replaced)
         os.rename(partial, folder)
         shutil.rmtree(replaced)
@@ -199,7 +206,10 @@ def _latest(root: Path) -> Path | None:
 
 
 def _verify(folder: Path) -> str | None:
-    manifest = json.loads((folder / MANIFEST).read_text())
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except ValueError:
+        return f"{MANIFEST} is not JSON"
     for name, expected in manifest.items():
         path = folder / name
         if not path.is_file():

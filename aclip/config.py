@@ -1,24 +1,32 @@
-"""The recipe: everything that defines a run except what the ds_config owns (precision, ZeRO, micro-batch).
+"""The recipe: everything that defines a run but what the ds_config owns (precision, micro-batch).
 
-A recipe is a YAML file checked against the models below: defaults < YAML < `key.sub=value` overrides.
+A recipe is YAML checked against the models below: defaults < YAML < `key.sub=value` overrides.
 Modules of aclip take plain arguments; only the builders read a Recipe.
 """
 
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from aclip.errors import ConfigError
 
+Positive = Annotated[float, Field(gt=0)]
+Strength = Annotated[float, Field(ge=0, le=1)]
+HueShift = Annotated[float, Field(ge=0, le=0.5)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Width = Annotated[int, Field(gt=0)]
+
 
 class Part(BaseModel):
     """A frozen section of the recipe that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ImageTowerConfig(Part):
@@ -60,16 +68,16 @@ class ViewsConfig(Part):
 class AugmentConfig(Part):
     """Colour augmentation of the student views; the teacher view gets none."""
 
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter: tuple[Strength, Strength, Strength, HueShift] = (0.4, 0.4, 0.2, 0.1)
     """ColorJitter's brightness, contrast, saturation, hue."""
     jitter_prob: float = Field(0.8, ge=0, le=1)
     grayscale_prob: float = Field(0.2, ge=0, le=1)
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
     """Range of the Gaussian's standard deviation, pixels."""
     blur_prob: float = Field(0.1, ge=0, le=1)
     solarize_prob: float = Field(0.2, ge=0, le=1)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
 
 
 class MaskConfig(Part):
@@ -95,9 +103,9 @@ class LossConfig(Part):
     simclr: float = Field(1.0, ge=0)
     byol: float = Field(2.0, ge=0)
     simclr_temperature: float = Field(0.1, gt=0)
-    simclr_widths: tuple[int, int, int] = (4096, 4096, 256)
+    simclr_widths: tuple[Width, Width, Width] = (4096, 4096, 256)
     """Hidden, hidden and output width of the SimCLR head."""
-    byol_widths: tuple[int, int] = (4096, 256)
+    byol_widths: tuple[Width, Width] = (4096, 256)
     """Hidden and output width of BYOL's projector and predictor."""
     max_logit_scale: float = Field(100.0, gt=1)
 
@@ -109,19 +117,19 @@ class OptimizerConfig(Part):
     warmup_start_lr: float = Field(1e-6, ge=0)
     final_lr: float = Field(1e-5, ge=0)
     weight_decay: float = Field(0.5, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(1e-8, gt=0)
 
 
 class DataConfig(Part):
     train: str | list[str] = []
-    """Shards: path, glob or braces, e.g. /data/yfcc/{00000..01499}.tar; `demo` for the built-in scenes."""
+    """Shards: path, glob or braces, /data/{00000..01499}.tar; `demo` for the built-in scenes."""
     val: str | list[str] = []
     """Shards for evaluation; empty for none."""
     lanes: int | None = Field(None, ge=1)
-    """Virtual lanes that fix the global order. Divides global_batch_size; ranks x workers divides it."""
+    """Virtual lanes that fix the global order; ranks x workers divides them, they the batch."""
     workers: int | None = Field(None, ge=0)
-    """Worker processes of a rank; empty for the largest number up to 8 that cores and lanes allow."""
+    """Worker processes of a rank; empty for as many, up to 8, as cores and lanes allow."""
     shuffle_block: int = Field(512, ge=1)
     """Samples that a lane shuffles together."""
     min_image_side: int = Field(16, ge=1)
@@ -227,13 +235,17 @@ def _read_yaml(name_or_path: str) -> dict:
             raise ConfigError(
                 f"--recipe is {name_or_path}, but there is no such file; check the path"
             )
-        text = path.read_text()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ConfigError(f"--recipe is {name_or_path}, which is not a text file") from None
     elif name_or_path in recipe_names():
         text = (resources.files("aclip") / "recipes" / f"{name_or_path}.yaml").read_text()
     else:
         raise ConfigError(
-            f"--recipe is {name_or_path}, which is not a recipe{_nearest(name_or_path, recipe_names())}; "
-            f"take one of {', '.join(recipe_names())}, or a path to a YAML file"
+            f"--recipe is {name_or_path}, which is not a recipe"
+            f"{_nearest(name_or_path, recipe_names())}; take one of {', '.join(recipe_names())}, "
+            "or a path to a YAML file"
         )
     try:
         values = yaml.safe_load(text) or {}
@@ -278,10 +290,10 @@ def _refuse_unknown_keys(values: dict, part: type[BaseModel], prefix: str) -> No
     for key, value in values.items():
         field = part.model_fields.get(key)
         if field is None:
-            known = [f"{prefix}{name}" for name in part.model_fields]
+            known = list(part.model_fields)
             raise ConfigError(
-                f"{prefix}{key} is not a key of the recipe{_nearest(f'{prefix}{key}', known)}; "
-                f"known here: {', '.join(known)}"
+                f"{prefix}{key} is not a key of the recipe{_nearest(key, known, prefix)}; "
+                f"known here: {', '.join(prefix + name for name in known)}"
             )
         section = _section_type(field.annotation)
         if section is not None and isinstance(value, dict):
@@ -302,12 +314,13 @@ def _describe(error: ValidationError, source: str) -> str:
     if not field:
         return first["msg"].removeprefix("Value error, ")
     message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{field} is {first['input']!r}, but {message}; change it in {source} or on the command line"
+    where = f"change it in {source} or on the command line"
+    return f"{field} is {first['input']!r}, but {message}; {where}"
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def _nearest(word: str, known: list[str], prefix: str = "") -> str:
     matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]}?)" if matches else ""
+    return f" (did you mean {prefix}{matches[0]}?)" if matches else ""
 
 
 def _one_line(error: Exception) -> str:

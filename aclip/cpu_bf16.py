@@ -1,7 +1,7 @@
 """bf16 matrix products and attention on CPUs that have no bf16 instructions.
 
-There, torch falls back to scalar loops that are 10 to 30 times slower than fp32. Computing a product
-in fp32 and rounding once gives the same result up to the order of summation.
+There, torch falls back to scalar loops that are 10 to 30 times slower than fp32. Computing a
+product in fp32 and rounding once gives the same result up to the order of summation.
 """
 
 from pathlib import Path
@@ -38,7 +38,11 @@ def _routed(name: str):
         if args[0].dtype != torch.bfloat16:
             return original.call_boxed(dispatch_keys, *args, **kwargs)
         wide = [arg.float() if torch.is_tensor(arg) else arg for arg in args]
-        result = original.call_boxed(dispatch_keys, *wide, **kwargs)
+        named = {
+            key: arg.float() if torch.is_tensor(arg) and arg.dtype == torch.bfloat16 else arg
+            for key, arg in kwargs.items()
+        }
+        result = original.call_boxed(dispatch_keys, *wide, **named)
         if torch.is_tensor(result):
             return result.to(torch.bfloat16)
         if name == ATTENTION:

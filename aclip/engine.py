@@ -1,7 +1,7 @@
 """Student to DeepSpeed engine: checks of the ds_config, parameter groups, optimizer, process group.
 
-The ds_config owns micro-batch, precision, ZeRO, clipping, communication and offload; the recipe owns
-the global batch, the optimizer and its schedule. A contradiction is refused here.
+The ds_config owns micro-batch, precision, ZeRO, clipping, communication and offload; the recipe
+owns the global batch, the optimizer and its schedule. A contradiction is refused here.
 """
 
 import copy
@@ -26,16 +26,59 @@ from aclip.models.student import Student
 
 # DeepSpeed ignores a misspelt top-level key silently, so the known ones are listed here (0.19.8).
 KNOWN_KEYS = frozenset(
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps fp16 bf16 amp "
-    "torch_autocast gradient_clipping zero_optimization zero_allow_untested_optimizer "
-    "zero_force_ds_cpu_optimizer communication_data_type seq_parallel_communication_data_type "
-    "prescale_gradients gradient_predivide_factor gradient_allreduce_op sparse_gradients "
-    "disable_allgather data_types dump_state steps_per_print wall_clock_breakdown memory_breakdown "
-    "log_level comms_logger flops_profiler activation_checkpointing aio compile compression_training "
-    "tensorboard wandb csv_monitor comet checkpoint nebula elasticity autotuning monitor_config "
-    "disable_python_gc data_efficiency curriculum_learning tensor_parallel hybrid_engine "
-    "sparse_attention pipeline use_node_local_storage graph_harvesting timers "
-    "dataloader_drop_last managed_gradient_accumulation".split()
+    (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "fp16",
+        "bf16",
+        "gradient_clipping",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "communication_data_type",
+        "seq_parallel_communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "gradient_allreduce_op",
+        "sparse_gradients",
+        "disable_allgather",
+        "data_types",
+        "dump_state",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "log_level",
+        "comms_logger",
+        "flops_profiler",
+        "activation_checkpointing",
+        "aio",
+        "compile",
+        "compression_training",
+        "tensorboard",
+        "wandb",
+        "csv_monitor",
+        "comet",
+        "checkpoint",
+        "nebula",
+        "elasticity",
+        "autotuning",
+        "monitor_config",
+        "disable_python_gc",
+        "data_efficiency",
+        "curriculum_learning",
+        "tensor_parallel",
+        "hybrid_engine",
+        "sparse_attention",
+        "pipeline",
+        "use_node_local_storage",
+        "graph_harvesting",
+        "timers",
+        "dataloader_drop_last",
+        "managed_gradient_accumulation",
+        "amp",
+        "torch_autocast",
+    )
 )
 RECIPE_KEYS = {
     "optimizer": "optimizer",
@@ -70,8 +113,8 @@ class DsConfig:
         return offload.get("device", "none") != "none"
 
     def engine_values(self) -> dict[str, Any]:
-        """What DeepSpeed gets: aclip counts micro_steps itself, since one backward pass more than the
-        micro_steps runs when the losses span all of them (aclip/trainer.py)."""
+        """What DeepSpeed gets: aclip counts micro_steps itself, since one backward pass more than
+        the micro_steps runs when the losses span all of them (aclip/trainer.py)."""
         values = copy.deepcopy(self.values)
         values.pop("train_batch_size")
         values["train_micro_batch_size_per_gpu"] = self.micro_batch_size
@@ -85,14 +128,16 @@ def read_ds_config(path: str, global_batch_size: int, world_size: int) -> DsConf
     """Reads and checks a ds_config file.
 
     Raises:
-        ConfigError: missing, not JSON, an unknown top-level key, 'auto' where DeepSpeed would take a
+        ConfigError: missing, not JSON, an unknown top-level key, 'auto' where DeepSpeed would take
+        a
             default, fp16, or a batch size that contradicts the recipe or the number of ranks.
     """
     values = _read_json(path)
     _refuse_unknown_keys(values, path)
     _refuse_auto(values, path, "")
+    _refuse_malformed_sections(values, path)
     stage = values.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero_optimization.stage is {stage!r} in {path}; choose 0, 1, 2 or 3")
     micro, num_micro_steps = _batch_sizes(values, path, global_batch_size, world_size)
     values["train_batch_size"] = global_batch_size
@@ -100,6 +145,9 @@ def read_ds_config(path: str, global_batch_size: int, world_size: int) -> DsConf
     values["gradient_accumulation_steps"] = num_micro_steps
     # Unset means 1.0 to DeepSpeed, which clips silently.
     values.setdefault("gradient_clipping", 0.0)
+    if stage == 3:
+        # Unset means true, which patches torch's linear for the whole process and changes bf16.
+        values["zero_optimization"].setdefault("memory_efficient_linear", False)
     return DsConfig(path, values, micro, num_micro_steps, stage, _dtype(values, stage, path))
 
 
@@ -193,6 +241,27 @@ def _refuse_unknown_keys(values: dict, path: str) -> None:
             )
 
 
+def _refuse_malformed_sections(values: dict, path: str) -> None:
+    zero = values.get("zero_optimization", {})
+    sections = {name: values.get(name, {}) for name in ("zero_optimization", "bf16", "fp16")}
+    if isinstance(zero, dict):
+        sections["zero_optimization.offload_optimizer"] = zero.get("offload_optimizer", {})
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ConfigError(
+                f"{name} is {json.dumps(section)} in {path}, but DeepSpeed reads an object there; "
+                "write {...} or remove the key"
+            )
+    for name in ("amp", "torch_autocast"):
+        if name in values:
+            raise ConfigError(
+                f"{name} is set in {path}, but aclip trains in bf16 or fp32; use bf16.enabled"
+            )
+    clipping = values.get("gradient_clipping", 0.0)
+    if type(clipping) not in (int, float) or clipping < 0:
+        raise ConfigError(f"gradient_clipping is {clipping!r} in {path}; give a number from 0")
+
+
 def _refuse_auto(values: dict, path: str, prefix: str) -> None:
     for key, value in values.items():
         if isinstance(value, dict):
@@ -234,8 +303,10 @@ def _batch_sizes(
     if micro * num_micro_steps != local:
         raise ConfigError(
             f"train.global_batch_size is {global_batch_size}, but {world_size} ranks x "
-            f"train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {num_micro_steps} "
-            f"make {world_size * micro * num_micro_steps}; change one of them in {path} or the recipe"
+            f"train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps "
+            f"{num_micro_steps} "
+            f"make {world_size * micro * num_micro_steps}; change one of them in {path} or the "
+            "recipe"
         )
     return micro, num_micro_steps
 
@@ -247,16 +318,22 @@ def _dtype(values: dict, stage: int, path: str) -> torch.dtype:
         )
     if not values.get("bf16", {}).get("enabled"):
         return torch.float32
+    if stage == 1 and values.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        raise ConfigError(
+            f"data_types.grad_accum_dtype is fp32 with bf16 and ZeRO stage 1 in {path}, "
+            "for which DeepSpeed takes an optimizer without readable fp32 state; use stage 2"
+        )
     if stage == 0:
         raise ConfigError(
-            f"bf16.enabled is true with zero_optimization.stage 0 in {path}, where DeepSpeed has no "
+            f"bf16.enabled is true with zero_optimization.stage 0 in {path}, where DeepSpeed has "
+            "no "
             "fp32 masters to read; use stage 1, which is the same without sharding on one GPU"
         )
     return torch.bfloat16
 
 
 def _avoid_shared_memory_build() -> None:
-    """On CPU, DeepSpeed would compile a collective that training never calls and that leaks 69 MB of
-    /dev/shm per rank and run (0.19.8)."""
+    """On CPU, DeepSpeed would compile a collective that training never calls and that leaks 69 MB
+    of /dev/shm per rank and run (0.19.8)."""
     if get_accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

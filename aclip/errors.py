@@ -14,8 +14,8 @@ class ConfigError(ValueError):
 def run_reporting_errors(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits with its status; a ConfigError becomes one line on stderr and status 2.
 
-    `os._exit` ends the process at once after a ConfigError: data workers, collectives or a peer that
-    has failed already must not keep a rank alive that has nothing left to do.
+    `os._exit` ends the process at once after a ConfigError: data workers, collectives or a peer
+    that has failed already must not keep a rank alive that has nothing left to do.
     """
     try:
         status = main()

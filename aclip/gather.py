@@ -1,4 +1,5 @@
-"""Collectives of the loss and the evaluation: rank, world size, all-gather with gradient, global sum.
+"""Collectives of the loss and the evaluation: rank, world size, all-gather with gradient, global
+sum.
 
 Without an initialised process group everything is the identity, so that losses run in one process.
 """
@@ -49,8 +50,8 @@ class _SumWithGrad(torch.autograd.Function):
 def gather_with_grad(x: Tensor) -> Tensor:
     """Rows of all ranks in rank order; the gradient flows back to the rank that owns a row.
 
-    The backward pass sums over ranks. With each rank's loss the mean over its own rows and gradients
-    averaged over ranks (as DeepSpeed does), that is the gradient of the global mean.
+    The backward pass sums over ranks. With each rank's loss the mean over its own rows and
+    gradients averaged over ranks (as DeepSpeed does), that is the gradient of the global mean.
 
     Args:
         x: (n, ...) float, the same shape on every rank.
@@ -81,6 +82,8 @@ def all_gather_rows(x: Tensor) -> Tensor:
     counts[rank()] = x.shape[0]
     dist.all_reduce(counts)
     counts = counts.tolist()
+    if max(counts) == 0:
+        return x
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: x.shape[0]] = x
     gathered = x.new_empty(world_size() * max(counts), *x.shape[1:])

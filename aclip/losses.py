@@ -1,7 +1,7 @@
 """The loss terms: functions of tensors on the global batch, in fp32, without parameters.
 
-Each rank returns the mean over its own rows against the columns of all ranks; the mean of the ranks'
-values is the global loss, and averaging the ranks' gradients gives its gradient.
+Each rank returns the mean over its own rows against the columns of all ranks; the mean of the
+ranks' values is the global loss, and averaging the ranks' gradients gives its gradient.
 """
 
 import torch
@@ -39,7 +39,8 @@ def contrastive(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) 
 
 
 def simclr(embeds: Tensor, temperature: float) -> Tensor:
-    """NT-Xent between two views: a view's positive is the other view, its negatives all other images.
+    """NT-Xent between two views: a view's positive is the other view, its negatives all other
+    images.
 
     Args:
         embeds: (B, 2, D) float, unnormalised head outputs.
@@ -65,7 +66,8 @@ def simclr(embeds: Tensor, temperature: float) -> Tensor:
 
 
 def byol(predictions: Tensor, targets: Tensor) -> Tensor:
-    """2 - 2 cos between the student's predictions and the teacher's projection, mean over the views.
+    """2 - 2 cos between the student's predictions and the teacher's projection, mean over the
+    views.
 
     Args:
         predictions: (B, V, D) float, the predictor's output for each student view.

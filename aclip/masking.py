@@ -35,7 +35,7 @@ class Selection:
 def count_kept_blocks(grid: int, block_size: int, keep_ratio: float) -> int:
     """The share `keep_ratio` of a view's blocks, rounded up: 25 of 49 at 0.5."""
     num_blocks = (grid // block_size) ** 2
-    # 0.3 * 10 is 3.0000000000000004 in floats, and that is not four blocks.
+    # 0.28 * 25 is 7.000000000000001 in floats, and that is not eight blocks.
     return math.ceil(keep_ratio * num_blocks - 1e-9)
 
 
@@ -64,7 +64,7 @@ def select(
     if policy == "none":
         return None
     if policy == "random":
-        # A block's four equal patch scores have exactly the block's score as their mean.
+        # The op takes scores per patch; the mean over a block of equal ones is the block's.
         scores = noise.repeat_interleave(block_size, 2).repeat_interleave(block_size, 3)
         return Selection(scores, None, None, num_kept_blocks, block_size)
     scores = teacher_scores.detach().unsqueeze(1)

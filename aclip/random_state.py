@@ -1,4 +1,4 @@
-"""The random state of this rank's CPU and device generators; only dropout in the towers reads it."""
+"""The random state of this rank's CPU and device; only dropout in the towers reads it."""
 
 import torch
 from torch import Tensor

@@ -129,7 +129,8 @@ def _check_writable(run_folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"--output is {run_folder}, which can't be written ({error.strerror}); give another folder"
+            f"--output is {run_folder}, which can't be written ({error.strerror}); give another "
+            "folder"
         ) from None
 
 

@@ -6,7 +6,8 @@ import math
 def learning_rate(
     samples: int, *, total: int, warmup: int, start: float, peak: float, final: float
 ) -> float:
-    """Linear warm-up from `start` to `peak` over `warmup` samples, then a cosine to `final` at `total`.
+    """Linear warm-up from `start` to `peak` over `warmup` samples, then a cosine to `final` at
+    `total`.
 
     Source: A-CLIP's and SLIP's published schedule (arXiv:2212.08653, section 4.1).
     """
@@ -17,6 +18,7 @@ def learning_rate(
 
 
 def ema_momentum(samples: int, *, total: int, start: float) -> float:
-    """The teacher's momentum: from `start` at 0 to 1 at `total` samples on a cosine (BYOL's schedule)."""
+    """The teacher's momentum: from `start` at 0 to 1 at `total` samples on a cosine (BYOL's
+    schedule)."""
     progress = min(1.0, samples / max(1, total))
     return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * progress))

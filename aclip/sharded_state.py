@@ -115,7 +115,7 @@ class ShardedState:
     def _fragment(
         self, parameter: nn.Parameter, kind: str, create: bool = False
     ) -> Fragment | None:
-        """This rank's part of `kind`, None if it owns no element or the moment does not exist yet."""
+        """This rank's part of `kind`; None if it owns no element or there is no such moment yet."""
         if self._stage == 0:
             flat, offset, start, numel = parameter, 0, 0, parameter.numel()
         elif self._stage == 3:

@@ -38,7 +38,7 @@ class Trainer:
         run_folder: where checkpoints and metrics go.
         resume_from: a checkpoint folder, or None to start new.
         device: of this rank.
-        evaluator: called as evaluator(trainer) -> {"student": metrics, "teacher": metrics}, or None.
+        evaluator: evaluator(trainer) gives {"student": metrics, "teacher": metrics}; or None.
     """
 
     def __init__(
@@ -143,13 +143,13 @@ class Trainer:
         if cached:
             self._backward_through_towers(micro_batches, selections, features, rng_states)
         self.engine.step()
-        self.step += 1
         self._set_exact_logit_scale()
         if self.teacher is not None:
             momentum = ema_momentum(
                 self.samples, total=self.total_samples, start=self.recipe.teacher.momentum
             )
             self.teacher.update(self.engine.module, momentum)
+        self.step += 1
         return {"loss": loss.detach(), **terms}
 
     def _teach(self, micro: Batch) -> TeacherOutput | None:
@@ -180,7 +180,7 @@ class Trainer:
         return self.engine("encode", pixels.unflatten(0, views.shape[:2]), selection, tokens)
 
     def _encode(self, micro_batches, selections, with_grad: bool):
-        """Features (B, V, C) and (B, W) of the local batch, and the random state before each part."""
+        """Features (B, V, C), (B, W) of the local batch, and the random state before each part."""
         features, rng_states = [], []
         with torch.set_grad_enabled(with_grad):
             for micro, selection in zip(micro_batches, selections, strict=True):

@@ -90,6 +90,7 @@ class StepWatch:
         listed = ", ".join(f"{name} {value:g}" for name, value in terms.items())
         samples = " ".join(key for keys in everyone for key in keys)
         return (
-            f"the loss of step {self._step} is not finite ({listed}); the last checkpoint is intact; "
+            f"the loss of step {self._step} is not finite ({listed}); the last checkpoint is "
+            "intact; "
             f"the batch's samples: {samples}"
         )

@@ -73,12 +73,14 @@ COLORS = {
 BACKGROUNDS = ("striped", "dotted", "checkered", "cloudy", "grainy", "wavy")
 CAPTIONS = (
     "a photo of {a_color_object} on {a_background} background",
-    "{a_color_object} on {a_background} background",
+    "a photo of {an_object}",
+    "a picture of {an_object}",
     "a picture of {a_color_object}",
-    "{an_object} on {a_background} background",
-    "the {object} is {color}",
+    "{a_color_object}",
 )
-"""The first is the caption of a validation scene; a training scene has three different ones."""
+"""The first is the caption of a validation scene; a training scene has three different ones. Few
+name the background and not all the colour: both are learned long before the object is, and captions
+that can be told apart by them alone teach nothing else in the minutes that the demo takes."""
 PROMPTS = ("a photo of a {c}", "a picture of a {c}", "a {c}", "the {c}")
 
 
@@ -146,8 +148,6 @@ def make_caption(template: str, name: str, color: str, background: str) -> str:
         a_color_object=_with_article(f"{color} {name}"),
         a_background=_with_article(background),
         an_object=_with_article(name),
-        object=name,
-        color=color,
     )
 
 

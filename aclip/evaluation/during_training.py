@@ -1,4 +1,5 @@
-"""Evaluation during training: student and teacher on the validation set, and the kept-patch picture."""
+"""Evaluation during training: student and teacher on the validation set, and the kept-patch
+picture."""
 
 from pathlib import Path
 

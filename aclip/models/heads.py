@@ -1,4 +1,4 @@
-"""What stands behind the towers: self-supervised heads, BatchNorm over all ranks, the logit scale."""
+"""What stands behind the towers: self-supervised heads, BatchNorm over ranks, the logit scale."""
 
 import math
 
@@ -48,9 +48,9 @@ def mlp_head(widths: list[int]) -> nn.Sequential:
 class LogitScale(nn.Module):
     """The learnable temperature of the contrastive loss, stored as its logarithm in shape (1,).
 
-    Near its ceiling the logarithm's bf16 step is 3 % of the scale, so the forward pass uses the fp32
-    value that `exact` holds (aclip/engine.py sets it after each step) while the gradient goes to the
-    parameter.
+    Near its ceiling the logarithm's bf16 step is 3 % of the scale, so the forward pass uses the
+    fp32 value that `exact` holds (the trainer sets it after each step), while the gradient goes to
+    the parameter.
     """
 
     def __init__(self, initial: float = 1 / 0.07):

@@ -66,7 +66,8 @@ class Student(nn.Module):
     def encode(
         self, pixels: Tensor, selection: Selection | None, tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Both towers: pixels (B, V, 3, R, R) normalised, tokens (B, L) -> features (B, V, C), (B, W)."""
+        """Both towers: pixels (B, V, 3, R, R) normalised, tokens (B, L) -> features (B, V, C), (B,
+        W)."""
         image_features = self.image(pixels.flatten(0, 1), selection)
         return image_features.unflatten(0, pixels.shape[:2]), self.text(tokens)
 
@@ -129,6 +130,7 @@ def _check_mask(recipe: Recipe, image: ImageTower) -> None:
     patch = image.vit.patch_embed.patch_size[0]
     if recipe.teacher is not None and recipe.teacher.resolution % patch:
         raise ConfigError(
-            f"teacher.resolution is {recipe.teacher.resolution}, which patches of {patch} px do not "
+            f"teacher.resolution is {recipe.teacher.resolution}, which patches of {patch} px do "
+            "not "
             "divide; choose a multiple"
         )

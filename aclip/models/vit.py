@@ -1,8 +1,8 @@
 """The image tower: a timm VisionTransformer driven by our own forward.
 
-Only kept patches enter the blocks, and the last block computes its query, projection and MLP for the
-CLS row alone: the feature is read there, so nothing else of the last block's output is used.
-B images, P patches, N = 1 + P tokens, C width.
+Only kept patches enter the blocks, and the last block computes its query, projection and MLP for
+the CLS row alone: the feature is read there, so nothing else of the last block's output is used. B
+images, P patches, N = 1 + P tokens, C width.
 """
 
 from typing import Any
@@ -204,7 +204,8 @@ def _build_vit(name: str, resolution: int, kwargs: dict[str, Any]) -> VisionTran
     problem = _unsupported(vit, resolution)
     if problem:
         raise ConfigError(
-            f"{field}.name is {name}, which {problem}; take a VisionTransformer with a CLS token and "
+            f"{field}.name is {name}, which {problem}; take a VisionTransformer with a CLS token "
+            "and "
             "learned positions, e.g. vit_base_patch16_224"
         )
     return vit

@@ -7,8 +7,9 @@ patch of K, c channel of C. A block is BLOCK_SIZE x BLOCK_SIZE patches, SIDE blo
 import torch
 import triton
 import triton.language as tl
-from aclip.kernels.common import INTERPRET, on_device_of
 from torch import Tensor
+
+from aclip.kernels.common import INTERPRET, on_device_of
 
 NUM_WARPS = 4
 SCORE_LIMIT = tl.constexpr(1e30)

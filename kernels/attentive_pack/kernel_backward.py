@@ -6,8 +6,9 @@ m row of tokens (sample b, view v), p patch of P, j kept patch of K, c channel o
 import torch
 import triton
 import triton.language as tl
-from aclip.kernels.common import INTERPRET, on_device_of
 from torch import Tensor
+
+from aclip.kernels.common import INTERPRET, on_device_of
 
 NUM_WARPS = 4
 

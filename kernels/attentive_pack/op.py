@@ -1,6 +1,8 @@
 """attentive_pack as a torch op: checks, dispatch, shapes for torch.compile, autograd."""
 
 import torch
+from torch import Tensor
+
 from aclip.kernels.attentive_pack.reference import (
     attentive_pack_backward_reference,
     attentive_pack_reference,
@@ -14,7 +16,6 @@ from aclip.kernels.common import (
     check_shape,
     use_triton,
 )
-from torch import Tensor
 
 
 def attentive_pack(

@@ -8,9 +8,10 @@ fp32 buffers, and the blur kernels leave at once for all other views.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from aclip.kernels.augment_views.reference import AUGMENT_PARAMS, BLUR_TAPS, GRAY
 from aclip.kernels.common import INTERPRET, on_device_of
-from torch import Tensor
 
 NUM_WARPS = 4
 BLOCK = 2048 if INTERPRET else 1024

@@ -1,6 +1,8 @@
 """augment_views as a torch op: checks, dispatch, and its fake for torch.compile."""
 
 import torch
+from torch import Tensor
+
 from aclip.kernels.augment_views.reference import (
     AUGMENT_PARAMS,
     BLUR_TAPS,
@@ -13,7 +15,6 @@ from aclip.kernels.common import (
     check_shape,
     use_triton,
 )
-from torch import Tensor
 
 
 def augment_views(

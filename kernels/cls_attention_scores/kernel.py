@@ -5,8 +5,9 @@ b sample, n token (0 is CLS), h head, d channel of a head; stride_xy is x's stri
 
 import triton
 import triton.language as tl
-from aclip.kernels.common import INTERPRET, on_device_of
 from torch import Tensor
+
+from aclip.kernels.common import INTERPRET, on_device_of
 
 NUM_WARPS = 8
 

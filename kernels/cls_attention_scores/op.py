@@ -1,6 +1,8 @@
 """cls_attention_scores as a torch op: checks, dispatch, and its fake for torch.compile."""
 
 import torch
+from torch import Tensor
+
 from aclip.kernels.cls_attention_scores.reference import cls_attention_scores_reference
 from aclip.kernels.common import (
     FLOAT_DTYPES,
@@ -9,7 +11,6 @@ from aclip.kernels.common import (
     check_shape,
     use_triton,
 )
-from torch import Tensor
 
 
 def cls_attention_scores(q: Tensor, k: Tensor, scores: Tensor, weight: float) -> None:

@@ -5,9 +5,10 @@ i row of the chunk, n column of N. The matrix products stay with cuBLAS.
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from aclip.kernels.common import INTERPRET, on_device_of
 from aclip.kernels.contrastive_loss.reference import by_chunks
-from torch import Tensor
 
 NUM_WARPS = 8
 LOWEST = tl.constexpr(-1e30)

@@ -1,9 +1,10 @@
 """contrastive_loss as a torch op: checks, dispatch, shapes for torch.compile, autograd."""
 
 import torch
+from torch import Tensor
+
 from aclip.kernels.common import check_device, check_dtype, check_shape, use_triton
 from aclip.kernels.contrastive_loss.reference import contrastive_loss_reference
-from torch import Tensor
 
 
 def contrastive_loss(

@@ -253,3 +253,7 @@ def test_gradient_of_a_gathered_or_summed_tensor_adds_up_over_the_ranks(run_dist
         assert x_grad[:, 0].tolist() == [3 * row for row in own_rows]  # (1 + 2) * (i + 1)
         assert total.item() == 3
         assert y_grad.item() == 11  # 5 + 6
+
+
+def test_gathering_no_rows_at_all_gives_no_rows(run_distributed):
+    assert run_distributed(lambda: gather.all_gather_rows(torch.zeros(0, 3)).shape, 2)[0] == (0, 3)

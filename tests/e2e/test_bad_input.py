@@ -1,4 +1,4 @@
-"""Bad input ends within 30 s, non-zero, with one sentence and no traceback, on one and two ranks."""
+"""Bad input ends within 30 s, non-zero, with one sentence, no traceback, on one and two ranks."""
 
 import io
 import json
@@ -91,7 +91,8 @@ def _assert_one_sentence(result, words: list[str], ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_bad_input_ends_with_one_sentence(launcher, tmp_path, ranks):
     cases = _cases(tmp_path)
-    outputs = [[] if "--output" in a else ["--output", str(tmp_path / "run")] for a, _ in cases.values()]
+    run = ["--output", str(tmp_path / "run")]
+    outputs = [[] if "--output" in arguments else run for arguments, _ in cases.values()]
     with ThreadPoolExecutor(2) as pool:
         results = list(
             pool.map(
@@ -143,5 +144,6 @@ def test_bad_samples_are_skipped_counted_and_named(launcher, tmp_path):
     assert result.status == 0, result.output
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     skipped = last["skipped"]
-    assert {"unreadable_image", "empty_caption", "image_too_small", "truncated_shard"} <= set(skipped)
+    kinds = {"unreadable_image", "empty_caption", "image_too_small", "truncated_shard"}
+    assert kinds <= set(skipped)
     assert "3.tar" in result.output, "a shard with nothing usable is named"

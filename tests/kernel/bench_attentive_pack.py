@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from aclip.kernels.attentive_pack import attentive_pack, attentive_pack_reference
 
 SHAPES = [

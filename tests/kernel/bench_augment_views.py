@@ -1,6 +1,7 @@
 """augment_views on 224-pixel views with the parameters that A-CLIP's recipe draws."""
 
 import torch
+
 from aclip.kernels.augment_views import (
     AUGMENT_PARAMS,
     augment_views,

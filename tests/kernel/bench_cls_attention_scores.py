@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from aclip.kernels.cls_attention_scores import (
     cls_attention_scores,
     cls_attention_scores_reference,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
 from aclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_reference
 
 ON_GPU = torch.cuda.is_available()

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import triton
 import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from aclip.kernels.attentive_pack import kernel as pack
 from aclip.kernels.attentive_pack import kernel_backward as pack_backward
 from aclip.kernels.augment_views import kernel as augment
 from aclip.kernels.cls_attention_scores import kernel as scores
 from aclip.kernels.contrastive_loss import kernel as contrastive
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"

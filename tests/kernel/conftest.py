@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from aclip.kernels.common import INTERPRET
 
 ON_GPU = torch.cuda.is_available() and not INTERPRET

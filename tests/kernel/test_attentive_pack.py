@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from aclip.kernels.attentive_pack import attentive_pack, attentive_pack_reference
 from aclip.kernels.common import INTERPRET
 

@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 import torch
+from torchvision.transforms.v2 import functional as TF
+
 from aclip.kernels.augment_views import (
     AUGMENT_PARAMS,
     augment_views,
     augment_views_reference,
 )
 from aclip.kernels.common import INTERPRET
-from torchvision.transforms.v2 import functional as TF
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])
 STD = torch.tensor([0.229, 0.224, 0.225])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from aclip.kernels import common
 
 

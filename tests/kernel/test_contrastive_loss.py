@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from aclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from aclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_reference
 
 TOLERANCE = 1e-5
 """Of the largest element: small elements of a gradient are differences of large ones."""

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from aclip.kernels.common import INTERPRET
 
 HERE = Path(__file__).parent

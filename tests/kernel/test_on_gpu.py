@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from aclip.kernels.attentive_pack import attentive_pack, attentive_pack_reference
 from aclip.kernels.augment_views import augment_views, augment_views_reference
 from aclip.kernels.cls_attention_scores import (

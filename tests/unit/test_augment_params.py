@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from aclip.kernels.augment_views import AUGMENT_PARAMS
 
 from aclip.config import AugmentConfig
 from aclip.data.augment import augment, draw_augment_params
+from aclip.kernels.augment_views import AUGMENT_PARAMS
 
 CONFIG = AugmentConfig()
 

@@ -271,3 +271,27 @@ def test_recipe_cannot_be_changed_after_loading():
     recipe = load_recipe("demo")
     with pytest.raises(ValueError, match="frozen"):
         recipe.mask.policy = "none"
+
+
+def test_recipe_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(ConfigError, match="text"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.lr=.inf",
+        "train.epochs=.inf",
+        "optimizer.betas=[2, 2]",
+        "augment.std=[0, 0, 0]",
+        "augment.blur_sigma=[2, -1]",
+        "loss.simclr_widths=[0, -1, 2]",
+        "augment.jitter=[-1, 0, 0, 9]",
+    ],
+)
+def test_value_out_of_range_is_refused(override):
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
+        load_recipe("demo", [override])

@@ -201,3 +201,29 @@ def test_what_the_recipe_owns_is_refused(write, key):
     message = refusal(write({key: {"type": "AdamW", "params": {"lr": 1}}}))
     assert message.startswith(f"{key} is set in")
     assert "recipe" in message
+
+
+@pytest.mark.parametrize(
+    "values, word",
+    [
+        ({"bf16": True}, "bf16"),
+        ({"fp16": None}, "fp16"),
+        ({"zero_optimization": 2}, "zero_optimization"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": None}}, "offload_optimizer"),
+        ({"amp": {"enabled": True}}, "amp"),
+        ({"gradient_clipping": None}, "gradient_clipping"),
+        (
+            {
+                "bf16": {"enabled": True},
+                "zero_optimization": {"stage": 1},
+                "data_types": {"grad_accum_dtype": "fp32"},
+            },
+            "grad_accum_dtype",
+        ),
+    ],
+)
+def test_section_that_deepspeed_would_misread_is_refused(values, word, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=word):
+        read_ds_config(str(path), 8, 1)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from aclip.kernels.attentive_pack import attentive_pack
 
+from aclip.kernels.attentive_pack import attentive_pack
 from aclip.masking import count_kept_blocks, select
 
 

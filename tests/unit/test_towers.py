@@ -112,9 +112,7 @@ def test_teacher_view_at_half_resolution_gives_half_the_grid():
 def test_checkpointed_activations_change_no_gradient():
     torch.manual_seed(0)
     plain = ImageTower("vit_tiny_patch16_224", 32, {"depth": 3})
-    recomputed = ImageTower(
-        "vit_tiny_patch16_224", 32, {"depth": 3}, checkpoint_activations=True
-    )
+    recomputed = ImageTower("vit_tiny_patch16_224", 32, {"depth": 3}, checkpoint_activations=True)
     recomputed.load_state_dict(plain.state_dict())
     pixels = torch.randn(2, 3, 32, 32)
     for tower in (plain, recomputed):
