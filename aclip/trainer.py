@@ -55,6 +55,7 @@ class Trainer:
         self.device = device
         self.dtype = ds_config.dtype
         self.micro_batch_size = ds_config.micro_batch_size
+        self._offloads = ds_config.offloads_optimizer
         self.evaluator = evaluator
         self.checkpoints = run_folder / "checkpoints"
         dataset_size = sum(shard.num_samples for shard in shards)
@@ -119,8 +120,9 @@ class Trainer:
         """One optimizer update on this rank's part of the global batch.
 
         The losses span the whole global batch whatever the micro-batch is: with several micro_steps
-        the towers run once without gradient, heads and losses run on all features at once, and the
-        towers run again with each feature's gradient. That is exact, BatchNorm included.
+        the towers run on all but the last without gradient, heads and losses run on all features
+        at once, and the towers run again on the others with their features' gradients. That is
+        exact, BatchNorm included.
 
         Returns:
             Unweighted loss terms and `loss`, of this rank, detached.
@@ -129,9 +131,10 @@ class Trainer:
         micro_batches = batch.split(self.micro_batch_size)
         taught = [self._teach(micro) for micro in micro_batches]
         selections = [self._select(m, t) for m, t in zip(micro_batches, taught, strict=True)]
-        cached = len(micro_batches) > 1
-        features, rng_states = self._encode(micro_batches, selections, with_grad=not cached)
-        output = StudentOutput(**self.engine("project", *features))
+        features, rng_states = self._encode(micro_batches, selections)
+        output = StudentOutput(
+            **self.engine("project", *(torch.cat(part) for part in zip(*features, strict=True)))
+        )
         byol_target = None
         if self.recipe.loss.byol > 0:
             byol_target = self.teacher.project(torch.cat([t.features for t in taught]))
@@ -139,9 +142,8 @@ class Trainer:
         loss, terms = losses.total(
             output, byol_target, weights.model_dump(), weights.simclr_temperature
         )
-        self._backward(loss, last=not cached)
-        if cached:
-            self._backward_through_towers(micro_batches, selections, features, rng_states)
+        self._backward(loss, last=len(micro_batches) == 1)
+        self._backward_through_towers(micro_batches, selections, features, rng_states)
         self.engine.step()
         self._set_exact_logit_scale()
         if self.teacher is not None:
@@ -179,35 +181,39 @@ class Trainer:
         tokens = micro.tokens.to(self.device, non_blocking=True)
         return self.engine("encode", pixels.unflatten(0, views.shape[:2]), selection, tokens)
 
-    def _encode(self, micro_batches, selections, with_grad: bool):
-        """Features (B, V, C), (B, W) of the local batch, and the random state before each part."""
+    def _encode(self, micro_batches, selections):
+        """Features (B, V, C), (B, W) of each micro-batch, and the random state before it.
+
+        Only the last keeps its graph; the others are leaves that collect a gradient. (ZeRO-3 takes
+        a step's first backward pass as the one that overwrites old gradients, so that pass must
+        reach every parameter.)
+        """
         features, rng_states = [], []
-        with torch.set_grad_enabled(with_grad):
-            for micro, selection in zip(micro_batches, selections, strict=True):
-                rng_states.append(get_random_state())
-                features.append(self._encode_one(micro, selection))
-        joined = [
-            torch.cat(parts) if len(parts) > 1 else parts[0]
-            for parts in zip(*features, strict=True)
-        ]
-        if not with_grad:
-            joined = [part.detach().requires_grad_() for part in joined]
-        return joined, rng_states
+        for micro, selection in zip(micro_batches, selections, strict=True):
+            is_last = micro is micro_batches[-1]
+            rng_states.append(get_random_state())
+            with torch.set_grad_enabled(is_last):
+                parts = self._encode_one(micro, selection)
+            features.append(parts if is_last else [part.requires_grad_() for part in parts])
+        return features, rng_states
 
     def _backward_through_towers(self, micro_batches, selections, features, rng_states) -> None:
-        gradients = zip(*(f.grad.split(self.micro_batch_size) for f in features), strict=True)
-        for index, gradient in enumerate(gradients):
+        """Runs the towers again on all micro-batches but the last, with their gradients."""
+        num_again = len(micro_batches) - 1
+        for index in range(num_again):
             # The same dropout as in the pass whose features the losses saw.
             set_random_state(rng_states[index])
             parts = self._encode_one(micro_batches[index], selections[index])
             surrogate = sum(
-                (part.float() * part_gradient.float()).sum()
-                for part, part_gradient in zip(parts, gradient, strict=True)
+                (part.float() * leaf.grad.float()).sum()
+                for part, leaf in zip(parts, features[index], strict=True)
             )
-            self._backward(surrogate, last=index == len(micro_batches) - 1)
+            self._backward(surrogate, last=index == num_again - 1)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
-        self.engine.set_gradient_accumulation_boundary(last)
+        # Offload copies gradients to the host at the boundary, and only those of its own backward
+        # pass; the heads are in the first one alone, so every pass is a boundary then.
+        self.engine.set_gradient_accumulation_boundary(last or self._offloads)
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def _set_learning_rate(self) -> None:

@@ -227,3 +227,13 @@ def test_section_that_deepspeed_would_misread_is_refused(values, word, tmp_path)
     path.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=word):
         read_ds_config(str(path), 8, 1)
+
+
+def test_offload_below_stage_3_is_refused_with_accumulation_alone(tmp_path):
+    path = tmp_path / "ds.json"
+    values = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    path.write_text(json.dumps(values))
+    assert read_ds_config(str(path), 8, 1).offloads_optimizer
+    path.write_text(json.dumps({**values, "train_micro_batch_size_per_gpu": 4}))
+    with pytest.raises(ConfigError, match="offload_optimizer"):
+        read_ds_config(str(path), 8, 1)

@@ -1,0 +1,212 @@
+"""The trainer on 1 and 2 ranks: equal losses under every ZeRO stage and accumulation, exact resume."""
+
+import io
+import json
+import os
+import signal
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aclip import checkpoint
+from aclip.config import load_recipe
+from aclip.data.shards import index_shards
+from aclip.engine import init_distributed, read_ds_config
+from aclip.errors import ConfigError
+from aclip.trainer import Trainer
+from aclip.watch import NonFiniteLoss
+
+pytestmark = pytest.mark.distributed
+
+NUM_SHARDS, SHARD_SIZE, BATCH = 4, 20, 16
+STEPS = 20  # five epochs of eighty samples
+RECIPE = [
+    f"train.global_batch_size={BATCH}",
+    f"train.epochs={STEPS * BATCH / (NUM_SHARDS * SHARD_SIZE)}",
+    "train.warmup_epochs=1",
+    "train.log_every=1",
+    "train.checkpoint_every=1000000",
+    "train.evaluate_every=0",
+    "model.image.resolution=32",
+    "model.image.kwargs={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}",
+    "model.text={width: 16, heads: 2, layers: 1, context_length: 16}",
+    "model.embed_dim=12",
+    "loss.simclr=1",
+    "loss.byol=2",
+    "loss.simclr_widths=[24, 24, 8]",
+    "loss.byol_widths=[24, 8]",
+    "teacher.resolution=32",
+    "mask.block_size=1",
+    "data.workers=0",
+]
+STAGES = ("0", "1", "2", "3", "3_offload")
+EXACT = 1e-6
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    for shard in range(NUM_SHARDS):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for index in range(SHARD_SIZE):
+                pixels = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).resize((48, 40)).save(buffer, "JPEG")
+                caption = f"a photo of {'thing ' * int(rng.integers(1, 6))}{shard} {index}"
+                for suffix, content in (("jpg", buffer.getvalue()), ("txt", caption.encode())):
+                    info = tarfile.TarInfo(f"{index:03d}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return index_shards([str(folder / f"{shard}.tar") for shard in range(NUM_SHARDS)])
+
+
+class Recorder(Trainer):
+    """Writes each step's loss and this rank's sample keys, boxes and colours to a file."""
+
+    record: Path
+    kill_at: int | None = None
+
+    def train_step(self, batch):
+        terms = super().train_step(batch)
+        line = {
+            "step": self.step,
+            "keys": batch.keys,
+            "boxes": batch.student_boxes.tolist(),
+            "colours": batch.augment_params.tolist(),
+        }
+        with open(self.record, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.kill_at == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return terms
+
+
+def _train(run, shards, stage="0", micro_batch=None, overrides=(), kill_at=None, stop_at=None):
+    """Runs a trainer on this rank to its end; called inside run_distributed."""
+    device = init_distributed()
+    ranks = int(os.environ["WORLD_SIZE"])
+    values = {"gradient_clipping": 0.0, "zero_optimization": {"stage": int(stage[0])}}
+    if stage.endswith("_offload"):
+        values["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if stage[0] == "3":
+        values["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    if micro_batch is not None:
+        values["train_micro_batch_size_per_gpu"] = micro_batch
+    run.mkdir(exist_ok=True)
+    path = run / f"ds-{os.environ['RANK']}.json"
+    path.write_text(json.dumps(values))
+    recipe = load_recipe("demo", [*RECIPE, *overrides])
+    ds_config = read_ds_config(str(path), BATCH, ranks)
+    resume_from = checkpoint.find(run / "checkpoints", "auto")
+    trainer = Recorder(recipe, ds_config, shards, run, resume_from, device)
+    trainer.record = run / f"record-{os.environ['RANK']}-of-{ranks}.jsonl"
+    trainer.kill_at = kill_at
+    if stop_at is not None:
+        trainer.num_steps = stop_at
+    trainer.train()
+    trainer.close()
+
+
+def _losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return [record["terms"]["loss"] for record in records]
+
+
+def _global_batches(run: Path, ranks: int) -> dict[int, dict]:
+    """What every step saw, ranks joined; a step trained twice after a kill must have seen the same."""
+    batches: dict[int, dict] = {}
+    parts = [
+        [json.loads(line) for line in (run / f"record-{r}-of-{ranks}.jsonl").read_text().split("\n")[:-1]]
+        for r in range(ranks)
+    ]  # fmt: skip
+    for lines in zip(*parts, strict=False):
+        step = lines[0]["step"]
+        joined = {
+            name: sum((line[name] for line in lines), []) for name in lines[0] if name != "step"
+        }
+        assert batches.setdefault(step, joined) == joined
+    return batches
+
+
+def test_losses_are_equal_for_every_stage_rank_count_and_accumulation(
+    run_distributed, shards, tmp_path
+):
+    def run(name, ranks, **options):
+        run_distributed(_train_in(tmp_path / name, shards, **options), ranks, timeout=300)
+        losses = _losses(tmp_path / name)
+        assert len(losses) == STEPS
+        return losses
+
+    expected = run("reference", 1)
+    assert expected[-1] < expected[0]
+    different = [run("accumulated", 1, micro_batch=4)]
+    for stage in STAGES:
+        different.append(run(f"two-{stage}", 2, stage=stage))
+        different.append(run(f"two-accumulated-{stage}", 2, stage=stage, micro_batch=2))
+    for losses in different:
+        assert losses == pytest.approx(expected, rel=1e-4)
+
+
+def _train_in(run, shards, **options):
+    return lambda: _train(run, shards, **options)
+
+
+@pytest.mark.parametrize("ranks_after", [2, 1])
+@pytest.mark.parametrize("stage", ["0", "2", "3"])
+def test_killed_run_continues_at_the_exact_next_sample(
+    run_distributed, shards, tmp_path, stage, ranks_after
+):
+    rng = np.random.default_rng(int(stage) + 10 * ranks_after)
+    kill_at = int(rng.integers(7, STEPS))
+    overrides = [f"train.checkpoint_every={5 * BATCH}"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_distributed(_train_in(whole, shards, stage=stage, overrides=overrides), 2)
+    with pytest.raises(Exception):  # noqa: B017 - the ranks are gone, however it is reported
+        run_distributed(
+            _train_in(killed, shards, stage=stage, overrides=overrides, kill_at=kill_at), 2
+        )
+    other_stage = {"0": "2", "2": "0", "3": "1"}[stage] if ranks_after == 1 else stage
+    run_distributed(_train_in(killed, shards, stage=other_stage, overrides=overrides), ranks_after)
+    tolerance = EXACT if ranks_after == 2 else 1e-4
+    assert _losses(killed) == pytest.approx(_losses(whole), rel=tolerance)
+    before = _global_batches(killed, 2)
+    after = before if ranks_after == 2 else _global_batches(killed, ranks_after)
+    expected = _global_batches(whole, 2)
+    assert max(after) == STEPS and len(before) >= 5
+    for step, seen in [*before.items(), *after.items()]:
+        assert seen == expected[step]
+
+
+def test_loss_that_is_not_finite_stops_every_rank_and_keeps_the_checkpoint(
+    run_distributed, shards, tmp_path
+):
+    run = tmp_path / "run"
+    run_distributed(_train_in(run, shards, stop_at=4), 2)
+
+    def diverge():
+        with pytest.raises(NonFiniteLoss) as caught:
+            _train(run, shards, overrides=["optimizer.lr=1e30", "optimizer.warmup_start_lr=1e30"])
+        return str(caught.value)
+
+    for message in run_distributed(diverge, 2):
+        assert "contrastive" in message and "step" in message
+        assert message.count("/0") >= BATCH // 2, "the samples' keys are listed"
+    folder = checkpoint.find(run / "checkpoints", "auto")
+    assert checkpoint.read_state(folder)["step"] == 4
+
+
+def test_checkpoint_of_other_data_or_batch_size_is_refused(run_distributed, shards, tmp_path):
+    run = tmp_path / "run"
+    run_distributed(_train_in(run, shards, stop_at=2), 1)
+
+    def other_data():
+        with pytest.raises(ConfigError, match="data.train"):
+            _train(run, shards[:2])
+
+    run_distributed(other_data, 1)
