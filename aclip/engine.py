@@ -147,8 +147,8 @@ def read_ds_config(path: str, global_batch_size: int, world_size: int) -> DsConf
     if stage in (1, 2) and num_micro_steps > 1 and offload.get("device", "none") != "none":
         raise ConfigError(
             f"zero_optimization.offload_optimizer is set with stage {stage} in {path} and "
-            f"{num_micro_steps} micro_steps, whose gradients DeepSpeed would not add up; use stage 3 "
-            "or a larger train_micro_batch_size_per_gpu"
+            f"{num_micro_steps} micro_steps, whose gradients DeepSpeed would not add up; use stage "
+            "3 or a larger train_micro_batch_size_per_gpu"
         )
     # Unset means 1.0 to DeepSpeed, which clips silently.
     values.setdefault("gradient_clipping", 0.0)
