@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from aclip.errors import ConfigError
 
 Positive = Annotated[float, Field(gt=0)]
-Strength = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0)]
 HueShift = Annotated[float, Field(ge=0, le=0.5)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Width = Annotated[int, Field(gt=0)]
