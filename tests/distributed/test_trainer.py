@@ -27,6 +27,7 @@ RECIPE = [
     f"train.global_batch_size={BATCH}",
     f"train.epochs={STEPS * BATCH / (NUM_SHARDS * SHARD_SIZE)}",
     "train.warmup_epochs=1",
+    "optimizer.lr=1e-3",
     "train.log_every=1",
     "train.checkpoint_every=1000000",
     "train.evaluate_every=0",

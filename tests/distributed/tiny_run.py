@@ -29,6 +29,8 @@ TINY = [
     "loss.byol_widths=[19, 10]",
     f"teacher.resolution={SIDE}",
     "mask.block_size=1",
+    "loss.simclr=1",
+    "loss.byol=2",
 ]
 
 
