@@ -30,6 +30,7 @@ STUDENT, OPTIMIZER, TEACHER, RNG = (
     f"{name}.safetensors" for name in ("student", "optimizer", "teacher", "rng")
 )
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
+REPLACED = "-replaced"
 _HASH_CHUNK = 1 << 22
 
 
@@ -162,7 +163,7 @@ def _publish(root: Path, partial: Path, folder: Path) -> None:
     if folder.exists():
         # The run went on from an older checkpoint and reached this number of samples again.
         # It keeps its manifest and a name of its own until the new one is in place.
-        replaced = folder.with_name(f"{folder.name}-replaced")
+        replaced = folder.with_name(f"{folder.name}{REPLACED}")
         os.rename(folder, replaced)
         os.rename(partial, folder)
         shutil.rmtree(replaced)
@@ -187,6 +188,12 @@ def _remove_partial(root: Path) -> None:
     if root.is_dir():
         for path in root.glob("samples-*.tmp"):
             shutil.rmtree(path)
+        for path in root.glob(f"samples-*{REPLACED}"):
+            original = path.with_name(path.name.removesuffix(REPLACED))
+            if original.exists():
+                shutil.rmtree(path)
+            else:
+                os.rename(path, original)
 
 
 def _complete(root: Path) -> list[Path]:
