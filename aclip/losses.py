@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aclip.gather import gather_with_grad, rank
+from aclip.kernels.contrastive_loss import contrastive_loss
 from aclip.models.student import StudentOutput
+
+# Rows whose logits against the global batch exist at once: 128 MB of them at 32,768 columns.
+CHUNK_ROWS = 1024
 
 
 def contrastive(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
@@ -28,13 +32,11 @@ def contrastive(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) 
     images = F.normalize(image_embeds.float(), dim=-1)  # (B, V, E)
     texts = F.normalize(text_embeds.float(), dim=-1)  # (B, E)
     all_images, all_texts = gather_with_grad(images), gather_with_grad(texts)  # (N, V, E), (N, E)
-    labels = _own_columns(len(texts), texts.device)
+    scale, offset = logit_scale.float(), rank() * len(texts)
     total = texts.new_zeros(())
     for view in range(images.shape[1]):
-        image_to_text = logit_scale.float() * images[:, view] @ all_texts.T  # (B, N)
-        text_to_image = logit_scale.float() * texts @ all_images[:, view].T
-        total = total + F.cross_entropy(image_to_text, labels) / 2
-        total = total + F.cross_entropy(text_to_image, labels) / 2
+        for rows, columns in ((images[:, view], all_texts), (texts, all_images[:, view])):
+            total = total + contrastive_loss(rows, columns, scale, offset, CHUNK_ROWS) / 2
     return total / images.shape[1]
 
 

@@ -41,7 +41,7 @@ def softmax_gradient_kernel(
     top = tl.max(highest, axis=0)
     total = tl.sum(total * tl.exp(highest - top), axis=0)
     positive = tl.load(row + label) * scale
-    tl.store(loss_ptr + i, tl.log(total) + top - positive)
+    tl.store(loss_ptr + i, tl.log(total) + (top - positive))
     share = inverse_num_rows / total
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)

@@ -94,6 +94,7 @@ def _softmax_gradient_(
     highest = logits.amax(1, keepdim=True)
     weights = logits.sub_(highest).exp_()
     total = weights.sum(1, keepdim=True)
-    loss.copy_((total.log() + highest).squeeze(1) - positives)
+    # The difference first: it is exact where both are large, as at a high logit scale.
+    loss.copy_(total.log().squeeze(1) + (highest.squeeze(1) - positives))
     weights.div_(total * num_rows)
     diagonal.sub_(1 / num_rows)

@@ -109,6 +109,14 @@ def test_contrastive_of_equal_embeds_is_the_log_of_the_batch_size():
     assert loss.item() == pytest.approx(math.log(7), rel=1e-6)
 
 
+def test_contrastive_in_uneven_chunks_equals_the_whole(monkeypatch):
+    images, texts = random_embeds(7, 2, 5), random_embeds(7, 5, seed=1)
+    whole = slow_contrastive(images.double(), texts.double(), 20.0)
+    monkeypatch.setattr(losses, "CHUNK_ROWS", 3)
+    loss = losses.contrastive(images, texts, torch.tensor([20.0]))
+    assert loss.item() == pytest.approx(whole.item(), rel=2e-6)
+
+
 def test_simclr_of_two_equal_views_by_hand():
     embeds = vectors([[1, 0], [4, 0]], [[0, 2], [0, 1]])
     # Each view: its positive at cosine 1, the other image's two views at 0.
