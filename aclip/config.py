@@ -63,10 +63,15 @@ class ViewsConfig(Part):
     """Views of an image that the student contrasts with the caption."""
     scale: tuple[float, float] = (0.5, 1.0)
     """Area of a student view as a share of the image, RandomResizedCrop's `scale`."""
+    ssl: Literal[0, 2] = 0
+    """Views with all patches and strong augmentation that SimCLR compares, as in SLIP; with 0 it
+    compares the student views."""
+    ssl_scale: tuple[float, float] = (0.08, 1.0)
+    ssl_flip_prob: float = Field(0.5, ge=0, le=1)
 
 
-class AugmentConfig(Part):
-    """Colour augmentation of the student views; the teacher view gets none."""
+class ColorConfig(Part):
+    """How the colours of a view are changed."""
 
     jitter: tuple[Strength, Strength, Strength, HueShift] = (0.4, 0.4, 0.2, 0.1)
     """ColorJitter's brightness, contrast, saturation, hue."""
@@ -76,6 +81,11 @@ class AugmentConfig(Part):
     """Range of the Gaussian's standard deviation, pixels."""
     blur_prob: float = Field(0.1, ge=0, le=1)
     solarize_prob: float = Field(0.2, ge=0, le=1)
+
+
+class AugmentConfig(ColorConfig):
+    """Colours of the student views (the teacher view keeps its own), and every view's scaling."""
+
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
 
@@ -96,12 +106,37 @@ class TeacherConfig(Part):
     """EMA momentum at the first step; it rises to 1 on a cosine over the run."""
 
 
+class DistillConfig(Part):
+    """Masked self-distillation of the image (MaskCLIP): a second pass of the first student view
+    with most patches masked, which a decoder predicts. Read when loss.distill has a weight."""
+
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    """Share of the patches that is masked, rounded down."""
+    decoder_layers: int = Field(1, ge=1)
+    targets: Literal["codewords", "features", "pixels"] = "codewords"
+    """What is predicted: the teacher's features as soft codewords, the features themselves, or the
+    patch's normalised pixels, which needs no teacher."""
+    num_codewords: int = Field(4096, ge=2)
+    student_temperature: float = Field(0.1, gt=0)
+    teacher_temperature: float = Field(0.04, gt=0)
+
+
+class MlmConfig(Part):
+    """Masked language modelling of the caption (MaskCLIP). Read when loss.mlm has a weight."""
+
+    mask_ratio: float = Field(0.2, gt=0, le=1)
+    """Share of a caption's tokens that is masked, start and end left out, one or more."""
+    decoder_layers: int = Field(4, ge=1)
+
+
 class LossConfig(Part):
     """Weights of the loss terms; a term with weight 0 builds no module and costs nothing."""
 
     contrastive: float = Field(1.0, gt=0)
     simclr: float = Field(1.0, ge=0)
     byol: float = Field(2.0, ge=0)
+    distill: float = Field(0.0, ge=0)
+    mlm: float = Field(0.0, ge=0)
     simclr_temperature: float = Field(0.1, gt=0)
     simclr_widths: tuple[Width, Width, Width] = (4096, 4096, 256)
     """Hidden, hidden and output width of the SimCLR head."""
@@ -160,42 +195,77 @@ class Recipe(Part):
     model: ModelConfig = ModelConfig()
     views: ViewsConfig = ViewsConfig()
     augment: AugmentConfig = AugmentConfig()
+    ssl_augment: ColorConfig = ColorConfig(
+        jitter=(0.4, 0.4, 0.4, 0.1), blur_prob=0.5, solarize_prob=0
+    )
     mask: MaskConfig = MaskConfig()
     teacher: TeacherConfig | None = None
+    distill: DistillConfig = DistillConfig()
+    mlm: MlmConfig = MlmConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
 
     @property
-    def needs_teacher(self) -> bool:
+    def needs_teacher_view(self) -> bool:
+        """Whether the teacher reads a view of its own, which contains the student's."""
         return self.mask.policy in ("attentive", "inverse") or self.loss.byol > 0
+
+    @property
+    def distills_features(self) -> bool:
+        """Whether the teacher's patch features are targets; it then reads the student's view."""
+        return self.loss.distill > 0 and self.distill.targets != "pixels"
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.needs_teacher_view or self.distills_features
 
     @model_validator(mode="after")
     def _check_combination(self) -> "Recipe":
         if self.needs_teacher and self.teacher is None:
             raise ValueError(
                 f"teacher is empty, but mask.policy {self.mask.policy} with loss.byol "
-                f"{self.loss.byol:g} needs one; set teacher.resolution, or mask.policy to none or "
-                "random and loss.byol to 0"
+                f"{self.loss.byol:g} and loss.distill {self.loss.distill:g} needs one; set "
+                "teacher.resolution, or mask.policy to none or random and both losses to 0"
             )
-        if self.teacher is not None and not self.needs_teacher:
+        if self.teacher is not None:
+            self._check_teacher(self.teacher)
+        self._check_views()
+        return self
+
+    def _check_teacher(self, teacher: TeacherConfig) -> None:
+        if not self.needs_teacher:
             raise ValueError(
-                f"teacher.resolution is {self.teacher.resolution}, but neither mask.policy "
+                f"teacher.resolution is {teacher.resolution}, but neither mask.policy "
                 f"{self.mask.policy} nor a loss uses a teacher; remove teacher from the recipe"
             )
-        if self.loss.simclr > 0 and self.views.student != 2:
+        if not self.needs_teacher_view and teacher.resolution != self.model.image.resolution:
             raise ValueError(
-                f"loss.simclr is {self.loss.simclr:g} with views.student {self.views.student}, but "
-                "it compares two views; set views.student to 2 or loss.simclr to 0"
+                f"teacher.resolution is {teacher.resolution}, but loss.distill alone lets the "
+                "teacher read the student's view; set it to model.image.resolution "
+                f"{self.model.image.resolution}"
             )
-        low, high = self.views.scale
-        if not 0 < low <= high <= 1:
+
+    def _check_views(self) -> None:
+        views = self.views
+        if self.loss.simclr > 0 and 2 not in (views.student, views.ssl):
             raise ValueError(
-                f"views.scale is [{low:g}, {high:g}]; give two shares of the area with "
-                "0 < low <= high <= 1"
+                f"loss.simclr is {self.loss.simclr:g} with views.student {views.student} and "
+                "views.ssl 0, but it compares two views; set one of them to 2 or loss.simclr to 0"
             )
-        return self
+        if views.ssl and not self.loss.simclr:
+            raise ValueError(
+                f"views.ssl is {views.ssl} with loss.simclr 0, so that no loss reads these views; "
+                "set views.ssl to 0 or give loss.simclr a weight"
+            )
+        for name in ("scale", "ssl_scale"):
+            low, high = getattr(views, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(
+                    f"views.{name} is [{low:g}, {high:g}]; give two shares of the area with "
+                    "0 < low <= high <= 1"
+                )
 
 
 def recipe_names() -> list[str]:

@@ -4,16 +4,38 @@ Each rank returns the mean over its own rows against the columns of all ranks; t
 ranks' values is the global loss, and averaging the ranks' gradients gives its gradient.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from aclip.gather import gather_with_grad, rank
 from aclip.kernels.contrastive_loss import contrastive_loss
-from aclip.models.student import StudentOutput
 
 # Rows whose logits against the global batch exist at once: 128 MB of them at 32,768 columns.
 CHUNK_ROWS = 1024
+
+
+@dataclass
+class StudentOutput:
+    """What the losses read. B samples of this rank, V views, E embedding, D head outputs.
+
+    Attributes:
+        image_embeds: (B, V, E), unnormalised. text_embeds: (B, E), unnormalised.
+        logit_scale: (1,) fp32, the factor itself.
+        simclr_embeds: (B, 2, D) or None. byol_predictions: (B, V, D) or None.
+        distill, mlm: (B,) fp32, these terms of each sample, or None; they do not compare samples,
+            so they are computed with the towers.
+    """
+
+    image_embeds: Tensor
+    text_embeds: Tensor
+    logit_scale: Tensor
+    simclr_embeds: Tensor | None = None
+    byol_predictions: Tensor | None = None
+    distill: Tensor | None = None
+    mlm: Tensor | None = None
 
 
 def contrastive(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
@@ -85,6 +107,53 @@ def byol(predictions: Tensor, targets: Tensor) -> Tensor:
     return (2 - 2 * (predictions * targets).sum(-1)).mean()
 
 
+def distill(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of the predicted codewords of the masked patches against the teacher's.
+
+    Args:
+        logits: (B, M, N) float, similarities to N codewords.
+        targets: (B, M, N) float, probabilities; no gradient.
+        temperature: divides the logits.
+
+    Returns:
+        (B,) fp32, mean over the masked patches of each sample.
+
+    Source: MaskCLIP, arXiv:2208.12262.
+    """
+    log_probabilities = F.log_softmax(logits.float() / temperature, dim=-1)
+    return -(targets.detach().float() * log_probabilities).sum(-1).mean(1)
+
+
+def reconstruct(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Mean square error at the masked patches, for targets `features` and `pixels`.
+
+    Args:
+        predictions, targets: (B, M, D) float; no gradient into the targets.
+
+    Returns:
+        (B,) fp32, mean over the masked patches of each sample and over D.
+
+    Source: MAE, arXiv:2111.06377.
+    """
+    return (predictions.float() - targets.detach().float()).square().mean((1, 2))
+
+
+def mlm(logits: Tensor, labels: Tensor, rows: Tensor, weights: Tensor, num_rows: int) -> Tensor:
+    """Cross-entropy of the masked tokens, each caption's mean.
+
+    Args:
+        logits: (T, vocabulary) float. labels: (T,) int64.
+        rows: (T,) int64, the caption of each masked token.
+        weights: (T,) fp32, one divided by the number of masked tokens of its caption.
+        num_rows: B.
+
+    Returns:
+        (B,) fp32; 0 for a caption without masked tokens.
+    """
+    each = F.cross_entropy(logits.float(), labels, reduction="none")
+    return each.new_zeros(num_rows).index_add(0, rows, each * weights)
+
+
 def _own_columns(num_rows: int, device: torch.device) -> Tensor:
     """The columns of the gathered batch that hold this rank's rows: (num_rows,) int64."""
     return torch.arange(num_rows, device=device) + rank() * num_rows
@@ -98,7 +167,7 @@ def total(
     Args:
         output: of the student.
         byol_target: (B, D), the teacher's projection; read only when byol has a weight.
-        weights: contrastive, simclr, byol.
+        weights: contrastive, simclr, byol, distill, mlm.
         temperature: of simclr.
 
     Returns:
@@ -111,5 +180,8 @@ def total(
         terms["simclr"] = simclr(output.simclr_embeds, temperature)
     if weights["byol"] > 0:
         terms["byol"] = byol(output.byol_predictions, byol_target)
+    for name in ("distill", "mlm"):
+        if weights[name] > 0:
+            terms[name] = getattr(output, name).mean()
     loss = sum(weights[name] * term for name, term in terms.items())
     return loss, {name: term.detach() for name, term in terms.items()}

@@ -1,8 +1,11 @@
-"""Which patches a student view keeps: the scores and boxes that the `attentive_pack` op reads."""
+"""Which patches a student view keeps, as the scores and boxes that the `attentive_pack` op reads,
+and which patches and words masked modelling hides."""
 
 import math
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from aclip.kernels.attentive_pack import attentive_pack
@@ -92,3 +95,34 @@ def kept_patches(selection: Selection, grid: int, num_samples: int, num_views: i
         selection.block_size,
     )
     return keep_ids
+
+
+def other_patches(keep_ids: Tensor, num_patches: int) -> Tensor:
+    """The patches that are not kept: (B, K) int64 -> (B, num_patches - K) int64, ascending."""
+    kept = keep_ids.new_zeros(len(keep_ids), num_patches, dtype=torch.int8).scatter(1, keep_ids, 1)
+    return kept.argsort(dim=1, stable=True)[:, : num_patches - keep_ids.shape[1]]
+
+
+def real_tokens(tokens: Tensor) -> Tensor:
+    """(B, L) bool: true up to the end token, which has the greatest id."""
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    return columns <= tokens.argmax(1, keepdim=True)
+
+
+def mask_tokens(tokens: Tensor, noise: Tensor, mask_ratio: float) -> Tensor:
+    """Chooses the tokens that masked language modelling hides: those of the lowest noise.
+
+    Args:
+        tokens: (B, L) int64, start token first, end token last, zeros behind it.
+        noise: (B, at least L - 2) uniform; number i belongs to the caption's word piece i.
+        mask_ratio: share of a caption's n word pieces, rounded, one or more where there are any.
+
+    Returns:
+        (B, L) bool, false at start, end and padding.
+    """
+    num_pieces = tokens.argmax(1, keepdim=True) - 1  # (B, 1)
+    num_masked = (num_pieces * mask_ratio).round().clamp(min=1).minimum(num_pieces)
+    pieces = torch.arange(tokens.shape[1] - 2, device=tokens.device)
+    noise = noise[:, : len(pieces)].masked_fill(pieces >= num_pieces, 2.0)  # above any noise
+    ranks = noise.argsort(dim=1, stable=True).argsort(dim=1)
+    return F.pad(ranks < num_masked, (1, 1))

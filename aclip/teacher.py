@@ -6,13 +6,21 @@ from dataclasses import dataclass
 
 import deepspeed
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aclip.models.student import Student
 
 # Parameters that ZeRO-3 gathers at once: bounds the memory of an update.
 GATHER_CHUNK = 16
-TRAINING_ONLY = ("simclr_head", "byol_predictor", "logit_scale")
+TRAINING_ONLY = (
+    "simclr_head",
+    "byol_predictor",
+    "logit_scale",
+    "distill_decoder",
+    "mlm_mask_token",
+    "mlm_decoder",
+)
 
 
 @dataclass
@@ -56,6 +64,31 @@ class Teacher:
     def project(self, features: Tensor) -> Tensor:
         """BYOL's target from the features (B, C) of the whole local batch: (B, D)."""
         return self.model.byol_projector(features)
+
+    @torch.no_grad()
+    def encode_patches(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, R, R) normalised -> features of all patches (B, P, C)."""
+        tokens, _ = self.model.image.forward_patches(pixels)
+        return tokens[:, 1:]
+
+    @torch.no_grad()
+    def codeword_probabilities(
+        self, features: Tensor, centre: Tensor, temperature: float
+    ) -> Tensor:
+        """Soft codewords of patch features; without the centre one codeword would take all.
+
+        Args:
+            features: (..., C). centre: (C,) fp32, mean of the batch's normalised features.
+            temperature: divides the similarities.
+
+        Returns:
+            (..., codewords) fp32, each row sums to one.
+
+        Source: centring and sharpening as in DINO, arXiv:2104.14294.
+        """
+        centred = F.normalize(features.float(), dim=-1) - centre
+        similarities = self.model.codewords.similarities(centred.to(features.dtype))
+        return (similarities.float() / temperature).softmax(-1)
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Tensor:

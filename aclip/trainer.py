@@ -2,26 +2,28 @@
 
 import signal
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aclip import checkpoint, losses, masking
+from aclip import checkpoint, losses
 from aclip.config import Recipe
-from aclip.data.augment import augment
 from aclip.data.batch import Batch, build_train_loader
 from aclip.data.shards import SKIP_KINDS, Shard
 from aclip.engine import DsConfig, build_engine
 from aclip.errors import ConfigError
 from aclip.gather import all_gather_rows, rank, world_size
+from aclip.losses import StudentOutput
 from aclip.metrics import MetricsLogger, StepTimer
-from aclip.models.student import StudentOutput, build_student, kept_blocks
+from aclip.models.student import build_student, kept_blocks
 from aclip.random_state import get_random_state, set_random_state
 from aclip.schedules import ema_momentum, learning_rate
 from aclip.sharded_state import ShardedState
-from aclip.teacher import Teacher, TeacherOutput
+from aclip.step_inputs import StepInputs
+from aclip.teacher import Teacher
 from aclip.watch import StepWatch
 
 EXIT_STOPPED_BY_SIGNAL = 143
@@ -68,6 +70,15 @@ class Trainer:
         self.grid = student.image.grid
         self.num_kept_blocks = kept_blocks(recipe, self.grid)
         self.teacher = Teacher(student, self.dtype, device) if recipe.needs_teacher else None
+        self.inputs = StepInputs(
+            recipe,
+            self.teacher,
+            self.grid,
+            self.num_kept_blocks,
+            student.image.patch_size,
+            device,
+            self.dtype,
+        )
         self.engine = build_engine(student, recipe.optimizer, ds_config)
         self.sharded_state = ShardedState(self.engine)
 
@@ -129,12 +140,16 @@ class Trainer:
         """
         self._set_learning_rate()
         micro_batches = batch.split(self.micro_batch_size)
-        taught = [self._teach(micro) for micro in micro_batches]
-        selections = [self._select(m, t) for m, t in zip(micro_batches, taught, strict=True)]
-        features, rng_states = self._encode(micro_batches, selections)
-        output = StudentOutput(
-            **self.engine("project", *(torch.cat(part) for part in zip(*features, strict=True)))
-        )
+        taught = [self.inputs.teach(micro) for micro in micro_batches]
+        centre = self.inputs.centre(taught)
+        # Made anew for each pass over a micro-batch, so that only one input exists at a time.
+        make_inputs = [
+            partial(self.inputs.student, micro, of_teacher, centre)
+            for micro, of_teacher in zip(micro_batches, taught, strict=True)
+        ]
+        features, rng_states = self._encode(make_inputs)
+        joined = {name: torch.cat([part[name] for part in features]) for name in features[0]}
+        output = StudentOutput(**self.engine("project", joined))
         byol_target = None
         if self.recipe.loss.byol > 0:
             byol_target = self.teacher.project(torch.cat([t.features for t in taught]))
@@ -143,7 +158,7 @@ class Trainer:
             output, byol_target, weights.model_dump(), weights.simclr_temperature
         )
         self._backward(loss, last=len(micro_batches) == 1)
-        self._backward_through_towers(micro_batches, selections, features, rng_states)
+        self._backward_through_towers(make_inputs, features, rng_states)
         self.engine.step()
         self._set_exact_logit_scale()
         if self.teacher is not None:
@@ -154,59 +169,34 @@ class Trainer:
         self.step += 1
         return {"loss": loss.detach(), **terms}
 
-    def _teach(self, micro: Batch) -> TeacherOutput | None:
-        if self.teacher is None:
-            return None
-        pixels = augment(micro.teacher_view.to(self.device), None, self.recipe.augment, self.dtype)
-        return self.teacher.forward(pixels)
-
-    def _select(self, micro: Batch, taught: TeacherOutput | None) -> masking.Selection | None:
-        def to_device(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(self.device, non_blocking=True)
-
-        return masking.select(
-            self.recipe.mask.policy,
-            self.num_kept_blocks,
-            self.recipe.mask.block_size,
-            teacher_scores=None if taught is None else taught.scores,
-            teacher_box=to_device(micro.teacher_box),
-            view_boxes=to_device(micro.student_boxes),
-            noise=to_device(micro.mask_noise),
-        )
-
-    def _encode_one(self, micro: Batch, selection: masking.Selection | None):
-        views = micro.student_views.to(self.device, non_blocking=True)
-        params = micro.augment_params.to(self.device, non_blocking=True)
-        pixels = augment(views.flatten(0, 1), params.flatten(0, 1), self.recipe.augment, self.dtype)
-        tokens = micro.tokens.to(self.device, non_blocking=True)
-        return self.engine("encode", pixels.unflatten(0, views.shape[:2]), selection, tokens)
-
-    def _encode(self, micro_batches, selections):
-        """Features (B, V, C), (B, W) of each micro-batch, and the random state before it.
+    def _encode(self, make_inputs) -> tuple[list[dict[str, Tensor]], list]:
+        """Features of each micro-batch, see Student.encode, and the random state before it.
 
         Only the last keeps its graph; the others are leaves that collect a gradient. (ZeRO-3 takes
         a step's first backward pass as the one that overwrites old gradients, so that pass must
         reach every parameter.)
         """
         features, rng_states = [], []
-        for micro, selection in zip(micro_batches, selections, strict=True):
-            is_last = micro is micro_batches[-1]
+        for make in make_inputs:
+            is_last = make is make_inputs[-1]
             rng_states.append(get_random_state())
             with torch.set_grad_enabled(is_last):
-                parts = self._encode_one(micro, selection)
-            features.append(parts if is_last else [part.requires_grad_() for part in parts])
+                parts = self.engine("encode", make())
+            if not is_last:
+                parts = {name: part.requires_grad_() for name, part in parts.items()}
+            features.append(parts)
         return features, rng_states
 
-    def _backward_through_towers(self, micro_batches, selections, features, rng_states) -> None:
+    def _backward_through_towers(self, make_inputs, features, rng_states) -> None:
         """Runs the towers again on all micro-batches but the last, with their gradients."""
-        num_again = len(micro_batches) - 1
+        num_again = len(make_inputs) - 1
         for index in range(num_again):
             # The same dropout as in the pass whose features the losses saw.
             set_random_state(rng_states[index])
-            parts = self._encode_one(micro_batches[index], selections[index])
+            parts = self.engine("encode", make_inputs[index]())
             surrogate = sum(
-                (part.float() * leaf.grad.float()).sum()
-                for part, leaf in zip(parts, features[index], strict=True)
+                (part.float() * features[index][name].grad.float()).sum()
+                for name, part in parts.items()
             )
             self._backward(surrogate, last=index == num_again - 1)
 

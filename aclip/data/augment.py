@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aclip.config import AugmentConfig
+from aclip.config import AugmentConfig, ColorConfig
 from aclip.kernels.augment_views import AUGMENT_PARAMS, augment_views
 
 NUM_ORDERS = math.factorial(4)
@@ -14,7 +14,7 @@ NUM_ORDERS = math.factorial(4)
 
 
 def draw_augment_params(
-    rng: np.random.Generator, config: AugmentConfig, num_views: int
+    rng: np.random.Generator, config: ColorConfig, num_views: int
 ) -> np.ndarray:
     """Draws what augment_views does to each view; takes equally many numbers from `rng` every time.
 

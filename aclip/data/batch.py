@@ -42,6 +42,14 @@ class Batch:
     """(B, V, 9) fp32, see aclip.kernels.augment_views"""
     mask_noise: Tensor | None
     """(B, V, G / block_size, G / block_size) fp32 in [0, 1), for mask.policy random"""
+    ssl_views: Tensor | None
+    """(B, S, 3, R, R) uint8, S views for SimCLR alone"""
+    ssl_params: Tensor | None
+    """(B, S, 9) fp32, as augment_params"""
+    distill_noise: Tensor | None
+    """(B, 1, G, G) fp32 in [0, 1): the patches that masked self-distillation hides"""
+    mlm_noise: Tensor | None
+    """(B, context_length) fp32 in [0, 1): the tokens that masked language modelling hides"""
     tokens: Tensor
     """(B, L) int64, L the longest caption's length"""
     keys: list[str]
@@ -110,6 +118,10 @@ def collate(
         teacher_box=stack([sample.views.teacher_box for sample in samples]),
         augment_params=stack([sample.augment_params for sample in samples]),
         mask_noise=stack([sample.mask_noise for sample in samples]),
+        ssl_views=stack([sample.ssl_views for sample in samples]),
+        ssl_params=stack([sample.ssl_params for sample in samples]),
+        distill_noise=stack([sample.distill_noise for sample in samples]),
+        mlm_noise=stack([sample.mlm_noise for sample in samples]),
         tokens=tokenizer.encode(captions),
         keys=[sample.key for sample in samples],
         captions=captions,

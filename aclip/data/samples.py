@@ -9,19 +9,24 @@ from aclip.config import Recipe
 from aclip.data.augment import draw_augment_params
 from aclip.data.lanes import sample_rng
 from aclip.data.shards import RawSample, Skip, read_captions, read_image_bytes, shard_names
-from aclip.data.views import Views, decode_image, make_views
+from aclip.data.views import Views, decode_image, make_ssl_views, make_views
 from aclip.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a batch stacks: augment_params (V, 9) and mask_noise (V, blocks, blocks) are fp32."""
+    """What a batch stacks; see Batch for the arrays' meaning, here without their first dimension.
+    What no part of the recipe reads is None."""
 
     key: str
     caption: str
     views: Views
     augment_params: np.ndarray
     mask_noise: np.ndarray | None
+    ssl_views: np.ndarray | None
+    ssl_params: np.ndarray | None
+    distill_noise: np.ndarray | None
+    mlm_noise: np.ndarray | None
 
 
 class SampleMaker:
@@ -35,7 +40,8 @@ class SampleMaker:
     def __init__(self, recipe: Recipe, urls: list[str]):
         self.recipe = recipe
         self.names = shard_names(urls)
-        self.blocks = patch_grid(recipe) // recipe.mask.block_size
+        self.grid = patch_grid(recipe)
+        self.blocks = self.grid // recipe.mask.block_size
 
     def make(
         self, lane: int, shard_index: int, raw: RawSample, epoch: int, position: int
@@ -60,13 +66,43 @@ class SampleMaker:
             recipe.views.student,
             recipe.views.scale,
             recipe.model.image.resolution,
-            recipe.teacher.resolution if recipe.needs_teacher else None,
+            recipe.teacher.resolution if recipe.needs_teacher_view else None,
         )
         params = draw_augment_params(rng, recipe.augment, recipe.views.student)
         noise = None
         if recipe.mask.policy == "random":
             noise = rng.random((recipe.views.student, self.blocks, self.blocks), dtype=np.float32)
-        return Sample(f"{self.names[shard_index]}/{raw.key}", caption, views, params, noise)
+        ssl_views, ssl_params = self._make_ssl_views(image, rng)
+        distill_noise = mlm_noise = None
+        if recipe.loss.distill > 0:
+            distill_noise = rng.random((1, self.grid, self.grid), dtype=np.float32)
+        if recipe.loss.mlm > 0:
+            mlm_noise = rng.random(recipe.model.text.context_length, dtype=np.float32)
+        return Sample(
+            f"{self.names[shard_index]}/{raw.key}",
+            caption,
+            views,
+            params,
+            noise,
+            ssl_views,
+            ssl_params,
+            distill_noise,
+            mlm_noise,
+        )
+
+    def _make_ssl_views(self, image, rng) -> tuple[np.ndarray | None, np.ndarray | None]:
+        config = self.recipe.views
+        if not config.ssl:
+            return None, None
+        views = make_ssl_views(
+            image,
+            rng,
+            config.ssl,
+            config.ssl_scale,
+            self.recipe.model.image.resolution,
+            config.ssl_flip_prob,
+        )
+        return views, draw_augment_params(rng, self.recipe.ssl_augment, config.ssl)
 
 
 def patch_grid(recipe: Recipe) -> int:

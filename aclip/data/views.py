@@ -90,6 +90,29 @@ def make_views(
     )
 
 
+def make_ssl_views(
+    image: Image.Image,
+    rng: np.random.Generator,
+    num_views: int,
+    scale: tuple[float, float],
+    resolution: int,
+    flip_prob: float,
+) -> np.ndarray:
+    """Cuts views for SimCLR alone, each mirrored with probability `flip_prob`.
+
+    Returns:
+        (S, 3, R, R) uint8.
+
+    Source: SLIP, arXiv:2112.12750.
+    """
+    width, height = image.size
+    views = []
+    for _ in range(num_views):
+        view = crop(image, random_box(rng, height, width, scale), resolution)
+        views.append(view[:, :, ::-1] if rng.random() < flip_prob else view)
+    return np.stack(views)
+
+
 def random_box(
     rng: np.random.Generator, height: int, width: int, scale: tuple[float, float]
 ) -> Box:

@@ -5,29 +5,64 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from aclip import losses
 from aclip.config import Recipe
 from aclip.errors import ConfigError
 from aclip.masking import Selection, count_kept_blocks
+from aclip.models.decoder import Codewords, PatchDecoder, TextDecoder
 from aclip.models.heads import LogitScale, mlp_head
-from aclip.models.text import TextTower
+from aclip.models.text import VOCAB_SIZE, TextTower
 from aclip.models.vit import ImageTower
 
 
-@dataclass
-class StudentOutput:
-    """What the losses read. B samples of this rank, V views, E embedding, D head outputs.
+@dataclass(frozen=True)
+class DistillInput:
+    """Masked self-distillation of the first student view. K kept and M masked patches.
 
     Attributes:
-        image_embeds: (B, V, E), unnormalised. text_embeds: (B, E), unnormalised.
-        simclr_embeds: (B, V, D) or None. byol_predictions: (B, V, D) or None.
-        logit_scale: (1,) fp32, the factor itself.
+        selection: keeps the visible patches. masked_ids: (B, M) int64, the others.
+        targets: (B, M, D), what the decoder's head should give; no gradient.
     """
 
-    image_embeds: Tensor
-    text_embeds: Tensor
-    logit_scale: Tensor
-    simclr_embeds: Tensor | None = None
-    byol_predictions: Tensor | None = None
+    selection: Selection
+    masked_ids: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class MlmInput:
+    """The T masked tokens of a batch of captions.
+
+    Attributes:
+        masked: (B, L) bool. is_real: (B, L) bool, false at padding.
+        ids: (T,) int64 flat positions of the masked tokens, labels: (T,) int64 what they were.
+        rows, weights: (T,), see losses.mlm.
+    """
+
+    masked: Tensor
+    is_real: Tensor
+    ids: Tensor
+    labels: Tensor
+    rows: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class StudentInput:
+    """What the student reads of a micro-batch; parts that the recipe leaves out are None.
+
+    Attributes:
+        pixels: (B, V, 3, R, R) normalised. selection: of the kept patches, None for all.
+        tokens: (B, L) int64.
+        ssl_pixels: (B, 2, 3, R, R) normalised, for SimCLR.
+    """
+
+    pixels: Tensor
+    selection: Selection | None
+    tokens: Tensor
+    ssl_pixels: Tensor | None = None
+    distill: DistillInput | None = None
+    mlm: MlmInput | None = None
 
 
 class Student(nn.Module):
@@ -60,31 +95,80 @@ class Student(nn.Module):
             self.byol_projector = mlp_head([image.width, *byol_widths])
             self.byol_predictor = mlp_head([byol_widths[-1], *byol_widths])
 
+    def add_distillation(
+        self, targets: str, num_layers: int, num_codewords: int, temperature: float
+    ) -> None:
+        """Builds the decoder of masked self-distillation; see DistillConfig."""
+        width, patch = self.image.width, self.image.patch_size
+        if targets == "codewords":
+            # Also the teacher's, so the student owns it and not the decoder.
+            self.codewords = Codewords(width, num_codewords)
+            head = nn.Linear(width, width)
+        else:
+            head = nn.Linear(width, width if targets == "features" else 3 * patch**2)
+        self.distill_decoder = PatchDecoder(width, self.image.grid**2, num_layers, head)
+        self.distill_temperature = temperature
+
+    def add_mlm(self, num_layers: int) -> None:
+        """Builds the decoder of masked language modelling."""
+        self.mlm_mask_token = nn.Parameter(torch.empty(self.text.width))
+        nn.init.trunc_normal_(self.mlm_mask_token, std=0.02)
+        self.mlm_decoder = TextDecoder(self.text.width, num_layers, VOCAB_SIZE)
+
     def forward(self, task: str, *inputs):
         return getattr(self, task)(*inputs)
 
-    def encode(
-        self, pixels: Tensor, selection: Selection | None, tokens: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Both towers: pixels (B, V, 3, R, R) normalised, tokens (B, L) -> features (B, V, C), (B,
-        W)."""
-        image_features = self.image(pixels.flatten(0, 1), selection)
-        return image_features.unflatten(0, pixels.shape[:2]), self.text(tokens)
+    def encode(self, inputs: StudentInput) -> dict[str, Tensor]:
+        """The towers' part of a step, which compares no samples.
 
-    def project(self, image_features: Tensor, text_features: Tensor) -> dict[str, Tensor]:
+        Returns:
+            image (B, V, C) and text (B, W) features; where the recipe has them ssl (B, 2, C)
+            features and the per-sample losses distill (B,) and mlm (B,).
+        """
+        batch_and_views = inputs.pixels.shape[:2]
+        image_features = self.image(inputs.pixels.flatten(0, 1), inputs.selection)
+        features = {
+            "image": image_features.unflatten(0, batch_and_views),
+            "text": self.text(inputs.tokens),
+        }
+        if inputs.ssl_pixels is not None:
+            ssl_features = self.image(inputs.ssl_pixels.flatten(0, 1))
+            features["ssl"] = ssl_features.unflatten(0, inputs.ssl_pixels.shape[:2])
+        if inputs.distill is not None:
+            features["distill"] = self._distill(inputs.pixels[:, 0], inputs.distill)
+        if inputs.mlm is not None:
+            features["mlm"] = self._mlm(inputs.tokens, inputs.mlm)
+        return features
+
+    def _distill(self, pixels: Tensor, distill: DistillInput) -> Tensor:
+        tokens, keep_ids = self.image.forward_patches(pixels, distill.selection)
+        predictions = self.distill_decoder(tokens, keep_ids, distill.masked_ids)
+        if not hasattr(self, "codewords"):
+            return losses.reconstruct(predictions, distill.targets)
+        return losses.distill(
+            self.codewords(predictions), distill.targets, self.distill_temperature
+        )
+
+    def _mlm(self, tokens: Tensor, mlm: MlmInput) -> Tensor:
+        features = self.text.forward_tokens(tokens, mlm.masked, self.mlm_mask_token)
+        logits = self.mlm_decoder(features, mlm.is_real, mlm.ids)
+        return losses.mlm(logits, mlm.labels, mlm.rows, mlm.weights, len(tokens))
+
+    def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Projections and heads over the whole local batch: the fields of StudentOutput."""
         output = {
-            "image_embeds": self.image_projection(image_features),
-            "text_embeds": self.text_projection(text_features),
+            "image_embeds": self.image_projection(features["image"]),
+            "text_embeds": self.text_projection(features["text"]),
             "logit_scale": self.logit_scale(),
         }
-        batch_and_views = image_features.shape[:2]
-        rows = image_features.flatten(0, 1)
         if hasattr(self, "simclr_head"):
-            output["simclr_embeds"] = self.simclr_head(rows).unflatten(0, batch_and_views)
+            compared = features.get("ssl", features["image"])
+            output["simclr_embeds"] = _by_view(self.simclr_head, compared)
         if hasattr(self, "byol_predictor"):
-            predictions = self.byol_predictor(self.byol_projector(rows))
-            output["byol_predictions"] = predictions.unflatten(0, batch_and_views)
+            projected = _by_view(self.byol_projector, features["image"])
+            output["byol_predictions"] = _by_view(self.byol_predictor, projected)
+        # A new tensor each: ZeRO-3 hooks an output's backward pass, which an input has had.
+        output |= {name: features[name] * 1 for name in ("distill", "mlm") if name in features}
         return output
 
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -94,6 +178,11 @@ class Student(nn.Module):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(M, L) int64 -> (M, E) unnormalised embeds."""
         return self.text_projection(self.text(tokens))
+
+
+def _by_view(head: nn.Module, features: Tensor) -> Tensor:
+    """Runs a head on (B, V, C) as rows, since its BatchNorm spans all views."""
+    return head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
 
 
 def build_student(recipe: Recipe) -> Student:
@@ -107,13 +196,21 @@ def build_student(recipe: Recipe) -> Student:
         )
     image = ImageTower(**model.image.model_dump())
     _check_mask(recipe, image)
-    return Student(
+    student = Student(
         image,
         TextTower(**model.text.model_dump()),
         model.embed_dim,
         simclr_widths=loss.simclr_widths if loss.simclr > 0 else None,
         byol_widths=loss.byol_widths if loss.byol > 0 else None,
     )
+    if loss.distill > 0:
+        config = recipe.distill
+        student.add_distillation(
+            config.targets, config.decoder_layers, config.num_codewords, config.student_temperature
+        )
+    if loss.mlm > 0:
+        student.add_mlm(recipe.mlm.decoder_layers)
+    return student
 
 
 def kept_blocks(recipe: Recipe, grid: int) -> int:
@@ -127,7 +224,7 @@ def _check_mask(recipe: Recipe, image: ImageTower) -> None:
             f"mask.block_size is {recipe.mask.block_size}, which does not divide the {image.grid} "
             f"patches per side of a {recipe.model.image.resolution} px view; choose a divisor"
         )
-    patch = image.vit.patch_embed.patch_size[0]
+    patch = image.patch_size
     if recipe.teacher is not None and recipe.teacher.resolution % patch:
         raise ConfigError(
             f"teacher.resolution is {recipe.teacher.resolution}, which patches of {patch} px do "

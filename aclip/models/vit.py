@@ -47,6 +47,7 @@ class ImageTower(nn.Module):
         self.vit = _build_vit(name, resolution, kwargs or {})
         self.checkpoint_activations = checkpoint_activations
         self.grid = self.vit.patch_embed.grid_size[0]
+        self.patch_size = self.vit.patch_embed.patch_size[0]
         self.width = self.vit.embed_dim
         if freeze_patch_embed:
             self.vit.patch_embed.requires_grad_(False)
@@ -70,11 +71,35 @@ class ImageTower(nn.Module):
         Returns:
             (M, C), the normalised CLS token.
         """
-        tokens = self._embed_patches(pixels)
+        x, _ = self._embed(pixels, selection)
+        for block in self.vit.blocks[:-1]:
+            x = self._run(block, x)
+        x = self._run(cls_only_block, self.vit.blocks[-1], x)
+        return self.vit.norm(x)[:, 0]
+
+    def forward_patches(
+        self, pixels: Tensor, selection: Selection | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encodes images to the features of every token.
+
+        Args: as for `forward`.
+
+        Returns:
+            (M, 1 + K, C), the normalised CLS token and the kept patches in ascending order, and
+            their ids (M, K) int64, None without a selection, when K is P.
+        """
+        x, keep_ids = self._embed(pixels, selection)
+        for block in self.vit.blocks:
+            x = self._run(block, x)
+        return self.vit.norm(x), keep_ids
+
+    def _embed(self, pixels: Tensor, selection: Selection | None) -> tuple[Tensor, Tensor | None]:
+        """The blocks' input (M, 1 + K, C), and the kept ids (M, K)."""
+        tokens, keep_ids = self._embed_patches(pixels), None
         if selection is None:
             x = self._add_cls_and_positions(tokens)
         else:
-            x, _ = attentive_pack(
+            x, keep_ids = attentive_pack(
                 tokens,
                 self.vit.cls_token.flatten(),
                 self.vit.pos_embed[0],
@@ -84,11 +109,8 @@ class ImageTower(nn.Module):
                 selection.num_kept_blocks,
                 selection.block_size,
             )
-        x = self.vit.norm_pre(self.vit.pos_drop(x))
-        for block in self.vit.blocks[:-1]:
-            x = self._run(block, x)
-        x = self._run(cls_only_block, self.vit.blocks[-1], x)
-        return self.vit.norm(x)[:, 0]
+            keep_ids = keep_ids.flatten(0, 1)
+        return self.vit.norm_pre(self.vit.pos_drop(x)), keep_ids
 
     def forward_with_scores(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encodes images and also returns the attention of the CLS query to every patch.

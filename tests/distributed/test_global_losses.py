@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from aclip import gather, losses
+from aclip.losses import StudentOutput
 from aclip.models.heads import GlobalBatchNorm
-from aclip.models.student import StudentOutput
 
 pytestmark = pytest.mark.distributed
 

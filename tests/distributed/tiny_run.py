@@ -10,7 +10,8 @@ from aclip import losses, masking
 from aclip.config import load_recipe
 from aclip.engine import build_engine, init_distributed, read_ds_config
 from aclip.gather import rank, world_size
-from aclip.models.student import StudentOutput, build_student
+from aclip.losses import StudentOutput
+from aclip.models.student import build_student
 from aclip.models.text import END_TOKEN, START_TOKEN
 from aclip.sharded_state import ShardedState
 from aclip.teacher import Teacher

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from aclip import losses
-from aclip.models.student import StudentOutput
+from aclip.losses import StudentOutput
 
 
 def vectors(*rows):
@@ -218,7 +218,7 @@ def full_output():
 
 def test_total_weighs_the_terms_and_reports_them_unweighted():
     output, target = full_output(), random_embeds(4, 7, seed=4)
-    weights = {"contrastive": 0.5, "simclr": 3.0, "byol": 2.0}
+    weights = {"contrastive": 0.5, "simclr": 3.0, "byol": 2.0, "distill": 0, "mlm": 0}
     loss, terms = losses.total(output, target, weights, 0.2)
     contrastive = slow_contrastive(output.image_embeds, output.text_embeds, 12.0).item()
     simclr = slow_simclr(output.simclr_embeds, 0.2).item()
@@ -234,7 +234,12 @@ def test_total_weighs_the_terms_and_reports_them_unweighted():
 def test_term_without_weight_is_neither_computed_nor_reported():
     output = full_output()
     output.simclr_embeds = output.byol_predictions = None
-    loss, terms = losses.total(output, None, {"contrastive": 1.0, "simclr": 0, "byol": 0}, 0.1)
+    loss, terms = losses.total(
+        output,
+        None,
+        dict.fromkeys(("simclr", "byol", "distill", "mlm"), 0) | {"contrastive": 1.0},
+        0.1,
+    )
     assert list(terms) == ["contrastive"]
     assert loss.item() == terms["contrastive"].item()
 
