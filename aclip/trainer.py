@@ -18,6 +18,7 @@ from aclip.errors import ConfigError
 from aclip.gather import all_gather_rows, rank, world_size
 from aclip.metrics import MetricsLogger, StepTimer
 from aclip.models.student import StudentOutput, build_student, kept_blocks
+from aclip.models.text import real_token_ids
 from aclip.random_state import get_random_state, set_random_state
 from aclip.schedules import ema_momentum, learning_rate
 from aclip.sharded_state import ShardedState
@@ -178,8 +179,17 @@ class Trainer:
         views = micro.student_views.to(self.device, non_blocking=True)
         params = micro.augment_params.to(self.device, non_blocking=True)
         pixels = augment(views.flatten(0, 1), params.flatten(0, 1), self.recipe.augment, self.dtype)
-        tokens = micro.tokens.to(self.device, non_blocking=True)
-        return self.engine("encode", pixels.unflatten(0, views.shape[:2]), selection, tokens)
+        # Counted while the tokens are on the CPU: on the device, the step would wait for the count.
+        real_ids = real_token_ids(micro.tokens)
+        if micro.tokens.is_pinned():
+            real_ids = real_ids.pin_memory()
+        return self.engine(
+            "encode",
+            pixels.unflatten(0, views.shape[:2]),
+            selection,
+            micro.tokens.to(self.device, non_blocking=True),
+            real_ids.to(self.device, non_blocking=True),
+        )
 
     def _encode(self, micro_batches, selections):
         """Features (B, V, C), (B, W) of each micro-batch, and the random state before it.

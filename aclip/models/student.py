@@ -63,13 +63,25 @@ class Student(nn.Module):
     def forward(self, task: str, *inputs):
         return getattr(self, task)(*inputs)
 
+    def external_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the towers that are read outside the call of the module that owns them.
+
+        ZeRO-3 leaves such a weight empty unless it is told. They are the student's to register,
+        since every call enters through it, also one that uses another method of a tower.
+        """
+        return self.image.external_parameters() + self.text.external_parameters()
+
     def encode(
-        self, pixels: Tensor, selection: Selection | None, tokens: Tensor
+        self,
+        pixels: Tensor,
+        selection: Selection | None,
+        tokens: Tensor,
+        real_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both towers: pixels (B, V, 3, R, R) normalised, tokens (B, L) -> features (B, V, C), (B,
-        W)."""
+        """Both towers: pixels (B, V, 3, R, R) normalised, tokens (B, L) and real_ids as in
+        TextTower -> features (B, V, C), (B, W)."""
         image_features = self.image(pixels.flatten(0, 1), selection)
-        return image_features.unflatten(0, pixels.shape[:2]), self.text(tokens)
+        return image_features.unflatten(0, pixels.shape[:2]), self.text(tokens, real_ids)
 
     def project(self, image_features: Tensor, text_features: Tensor) -> dict[str, Tensor]:
         """Projections and heads over the whole local batch: the fields of StudentOutput."""
