@@ -186,8 +186,8 @@ def build_engine(student: Student, config: OptimizerConfig, ds_config: DsConfig)
     if ds_config.dtype == torch.bfloat16 and get_accelerator().device_name() == "cpu":
         cpu_bf16.use_fp32_products_if_faster()
     if ds_config.stage == 3:
-        for parameter in student.image.external_parameters():
-            deepspeed.zero.register_external_parameter(student.image, parameter)
+        for parameter in student.external_parameters():
+            deepspeed.zero.register_external_parameter(student, parameter)
     engine, *_ = deepspeed.initialize(
         model=student,
         optimizer=_build_optimizer(student, config, ds_config),

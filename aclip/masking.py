@@ -103,12 +103,6 @@ def other_patches(keep_ids: Tensor, num_patches: int) -> Tensor:
     return kept.argsort(dim=1, stable=True)[:, : num_patches - keep_ids.shape[1]]
 
 
-def real_tokens(tokens: Tensor) -> Tensor:
-    """(B, L) bool: true up to the end token, which has the greatest id."""
-    columns = torch.arange(tokens.shape[1], device=tokens.device)
-    return columns <= tokens.argmax(1, keepdim=True)
-
-
 def mask_tokens(tokens: Tensor, noise: Tensor, mask_ratio: float) -> Tensor:
     """Chooses the tokens that masked language modelling hides: those of the lowest noise.
 

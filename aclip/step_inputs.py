@@ -17,6 +17,7 @@ from aclip.data.augment import augment
 from aclip.data.batch import Batch
 from aclip.gather import world_size
 from aclip.models.student import DistillInput, MlmInput, StudentInput
+from aclip.models.text import real_token_ids
 from aclip.teacher import Teacher
 
 
@@ -94,6 +95,8 @@ class StepInputs:
             pixels,
             self.select(micro, taught.scores),
             self._to_device(micro.tokens),
+            # Counted while the tokens are on the CPU: on a GPU, the step would wait for the count.
+            self._to_device(real_token_ids(micro.tokens)),
             self._ssl_pixels(micro),
             self._distill(micro, pixels[:, 0], taught, centre),
             self._mlm(micro),
@@ -151,7 +154,6 @@ class StepInputs:
         rows = ids // masked.shape[1]
         parts = (
             masked,
-            masking.real_tokens(micro.tokens),
             ids,
             micro.tokens.flatten()[ids],
             rows,
@@ -164,7 +166,11 @@ class StepInputs:
         return augment(views, params, self._recipe.augment, self._dtype)
 
     def _to_device(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self._device, non_blocking=True)
+        if tensor is None:
+            return None
+        if self._device.type == "cuda" and not tensor.is_pinned():
+            tensor = tensor.pin_memory()  # a copy from pageable memory would wait for the device
+        return tensor.to(self._device, non_blocking=True)
 
 
 def normalised_patches(pixels: Tensor, patch_size: int) -> Tensor:

@@ -34,13 +34,12 @@ class MlmInput:
     """The T masked tokens of a batch of captions.
 
     Attributes:
-        masked: (B, L) bool. is_real: (B, L) bool, false at padding.
+        masked: (B, L) bool.
         ids: (T,) int64 flat positions of the masked tokens, labels: (T,) int64 what they were.
         rows, weights: (T,), see losses.mlm.
     """
 
     masked: Tensor
-    is_real: Tensor
     ids: Tensor
     labels: Tensor
     rows: Tensor
@@ -53,13 +52,14 @@ class StudentInput:
 
     Attributes:
         pixels: (B, V, 3, R, R) normalised. selection: of the kept patches, None for all.
-        tokens: (B, L) int64.
+        tokens: (B, L) int64. real_ids: (T,) int64, models.text.real_token_ids(tokens).
         ssl_pixels: (B, 2, 3, R, R) normalised, for SimCLR.
     """
 
     pixels: Tensor
     selection: Selection | None
     tokens: Tensor
+    real_ids: Tensor
     ssl_pixels: Tensor | None = None
     distill: DistillInput | None = None
     mlm: MlmInput | None = None
@@ -115,6 +115,14 @@ class Student(nn.Module):
         nn.init.trunc_normal_(self.mlm_mask_token, std=0.02)
         self.mlm_decoder = TextDecoder(self.text.width, num_layers, VOCAB_SIZE)
 
+    def external_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the towers that are read outside the call of the module that owns them.
+
+        ZeRO-3 leaves such a weight empty unless it is told. They are the student's to register,
+        since every call enters through it, also one that uses another method of a tower.
+        """
+        return self.image.external_parameters() + self.text.external_parameters()
+
     def forward(self, task: str, *inputs):
         return getattr(self, task)(*inputs)
 
@@ -129,7 +137,7 @@ class Student(nn.Module):
         image_features = self.image(inputs.pixels.flatten(0, 1), inputs.selection)
         features = {
             "image": image_features.unflatten(0, batch_and_views),
-            "text": self.text(inputs.tokens),
+            "text": self.text(inputs.tokens, inputs.real_ids),
         }
         if inputs.ssl_pixels is not None:
             ssl_features = self.image(inputs.ssl_pixels.flatten(0, 1))
@@ -137,7 +145,7 @@ class Student(nn.Module):
         if inputs.distill is not None:
             features["distill"] = self._distill(inputs.pixels[:, 0], inputs.distill)
         if inputs.mlm is not None:
-            features["mlm"] = self._mlm(inputs.tokens, inputs.mlm)
+            features["mlm"] = self._mlm(inputs.tokens, inputs.real_ids, inputs.mlm)
         return features
 
     def _distill(self, pixels: Tensor, distill: DistillInput) -> Tensor:
@@ -149,9 +157,10 @@ class Student(nn.Module):
             self.codewords(predictions), distill.targets, self.distill_temperature
         )
 
-    def _mlm(self, tokens: Tensor, mlm: MlmInput) -> Tensor:
-        features = self.text.forward_tokens(tokens, mlm.masked, self.mlm_mask_token)
-        logits = self.mlm_decoder(features, mlm.is_real, mlm.ids)
+    def _mlm(self, tokens: Tensor, real_ids: Tensor, mlm: MlmInput) -> Tensor:
+        features = self.text.forward_tokens(tokens, mlm.masked, self.mlm_mask_token, real_ids)
+        is_real = torch.zeros_like(mlm.masked).flatten().index_fill(0, real_ids, True)
+        logits = self.mlm_decoder(features, is_real.view_as(tokens), mlm.ids)
         return losses.mlm(logits, mlm.labels, mlm.rows, mlm.weights, len(tokens))
 
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,14 +1,60 @@
-"""The text tower: transformers' CLIP text model, built from a config.
+"""The text tower: transformers' CLIP text model, driven by our own forward.
 
-The mask is causal and the feature is read at the end token, so tokens behind it change nothing: the
-batch arrives cut to its longest caption (data/batch.py).
+Only real tokens are computed: linears, norms and embeddings run on the captions' tokens packed
+behind each other, attention alone on padded rows. That is exact, since the mask is causal and the
+feature is read at the end token: what stands behind it changes nothing. The last layer computes the
+end token's row alone. B captions, L tokens of the longest, T real tokens of all, H heads, W width.
 """
 
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+from aclip.models.attention import one_query_attention
 
 VOCAB_SIZE = 49408
 START_TOKEN, END_TOKEN = 49406, 49407
+QUICK_GELU = 1.702
+
+
+def real_token_ids(tokens: Tensor) -> Tensor:
+    """Where the captions' own tokens stand, up to and including the end token.
+
+    The number of real tokens is a shape, so on a GPU this waits for the device: call it where the
+    tokens still are on the CPU, and hand the result on.
+
+    Args:
+        tokens: (B, L) int64; the end token has the greatest id.
+
+    Returns:
+        (T,) int64, row * L + column of each real token, ascending.
+    """
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    return (columns <= tokens.argmax(1, keepdim=True)).flatten().nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Which of the B x L positions the T packed rows are."""
+
+    real_ids: Tensor
+    """(T,) int64 in B * L."""
+    shape: tuple[int, int]
+    """B, L."""
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """(T, W) -> (B, L, W), zero at padding: causal attention to it must stay finite."""
+        padded = packed.new_zeros(self.shape[0] * self.shape[1], packed.shape[1])
+        return padded.index_copy(0, self.real_ids, packed).view(*self.shape, -1)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(B, L, W) -> (T, W)."""
+        return padded.flatten(0, 1).index_select(0, self.real_ids)
 
 
 class TextTower(nn.Module):
@@ -43,17 +89,117 @@ class TextTower(nn.Module):
             attn_implementation="sdpa",
         )
         self.width = width
+        self.checkpoint_activations = checkpoint_activations
         self.transformer = CLIPTextModel(config)
-        if checkpoint_activations:
-            self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def external_parameters(self) -> list[nn.Parameter]:
+        """Parameters that are read outside the call of the module that owns them (for ZeRO-3)."""
+        attn = self.transformer.encoder.layers[-1].self_attn
+        return [attn.k_proj.weight, attn.k_proj.bias, attn.v_proj.weight, attn.v_proj.bias]
+
+    def forward(self, tokens: Tensor, real_ids: Tensor | None = None) -> Tensor:
         """Encodes captions.
 
         Args:
             tokens: (B, L) int64, start token first, end token last, zeros behind it.
+            real_ids: (T,) int64, `real_token_ids(tokens)`; computed here if empty.
 
         Returns:
-            (B, width), the normalised feature at the end token.
+            (B, W), the normalised feature at the end token.
         """
-        return self.transformer(input_ids=tokens).pooler_output
+        packing = _packing(tokens, real_ids)
+        x = self._embed(tokens, packing)
+        *layers, last = self.transformer.encoder.layers
+        for layer in layers:
+            x = self._run(_packed_layer, layer, x, packing)
+        x = self._run(_end_only_layer, last, x, packing, tokens.argmax(1))
+        return self.transformer.final_layer_norm(x)
+
+    def forward_tokens(
+        self,
+        tokens: Tensor,
+        masked: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        real_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Encodes captions to the features of all their tokens.
+
+        Args:
+            tokens: (B, L) int64, as in `forward`.
+            masked: (B, L) bool, tokens whose embedding is replaced.
+            mask_token: (W,), what it is replaced by; the position is added to it too.
+            real_ids: as in `forward`.
+
+        Returns:
+            (B, L, W), normalised; zero at padding.
+        """
+        packing = _packing(tokens, real_ids)
+        x = self._embed(tokens, packing, masked, mask_token)
+        for layer in self.transformer.encoder.layers:
+            x = self._run(_packed_layer, layer, x, packing)
+        return packing.pad(self.transformer.final_layer_norm(x))
+
+    def _embed(
+        self,
+        tokens: Tensor,
+        packing: _Packing,
+        masked: Tensor | None = None,
+        mask_token: Tensor | None = None,
+    ) -> Tensor:
+        embeddings, real_ids = self.transformer.embeddings, packing.real_ids
+        x = embeddings.token_embedding(tokens.flatten().index_select(0, real_ids))
+        if masked is not None:
+            masked = masked.flatten().index_select(0, real_ids).unsqueeze(1)
+            x = torch.where(masked, mask_token.to(x.dtype), x)
+        return x + embeddings.position_embedding(real_ids % tokens.shape[1])
+
+    def _run(self, function, *args) -> Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+
+def _packing(tokens: Tensor, real_ids: Tensor | None) -> _Packing:
+    return _Packing(real_token_ids(tokens) if real_ids is None else real_ids, tuple(tokens.shape))
+
+
+def _packed_layer(layer: CLIPEncoderLayer, x: Tensor, packing: _Packing) -> Tensor:
+    """A whole layer on packed tokens: (T, W) -> (T, W)."""
+    attn = layer.self_attn
+    normed = layer.layer_norm1(x)
+    q, k, v = (
+        packing.pad(linear(normed)).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+        for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
+    )
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, L, d)
+    x = x + attn.out_proj(packing.pack(out.transpose(1, 2).flatten(2)))
+    return x + _mlp(layer, x)
+
+
+def _end_only_layer(
+    layer: CLIPEncoderLayer, x: Tensor, packing: _Packing, end_columns: Tensor
+) -> Tensor:
+    """The end tokens' rows of a layer's output: (T, W) -> (B, W)."""
+    attn = layer.self_attn
+    ends = (end_columns + 1).cumsum(0) - 1  # among the packed tokens
+    normed = layer.layer_norm1(x)
+    q = attn.q_proj(normed.index_select(0, ends)).unflatten(1, (attn.num_heads, -1))
+    columns = torch.arange(packing.shape[1], device=x.device)
+    out, _ = one_query_attention(
+        q,
+        packing.pad(normed),
+        attn.k_proj.weight,
+        attn.v_proj.weight,
+        attn.v_proj.bias,
+        keep=columns <= end_columns.unsqueeze(1),
+    )
+    # The key's bias gets its gradient of zero, because ZeRO-3 wants one of every parameter.
+    out = out + 0 * attn.k_proj.bias
+    x = x.index_select(0, ends) + attn.out_proj(out)
+    return x + _mlp(layer, x)
+
+
+def _mlp(layer: CLIPEncoderLayer, x: Tensor) -> Tensor:
+    # QuickGELU, x * sigmoid(1.702 x), as silu: autograd keeps one tensor of it instead of two.
+    hidden = layer.mlp.fc1(layer.layer_norm2(x)) * QUICK_GELU
+    return layer.mlp.fc2(F.silu(hidden) / QUICK_GELU)

@@ -53,10 +53,7 @@ class ImageTower(nn.Module):
             self.vit.patch_embed.requires_grad_(False)
 
     def external_parameters(self) -> list[nn.Parameter]:
-        """Parameters that this module reads outside the call of the module that owns them.
-
-        ZeRO-3 leaves such a weight empty unless it is told.
-        """
+        """Parameters that are read outside the call of the module that owns them (for ZeRO-3)."""
         vit, qkv, proj = self.vit, self.vit.blocks[-1].attn.qkv, self.vit.patch_embed.proj
         parameters = [vit.cls_token, vit.pos_embed, qkv.weight, qkv.bias, proj.weight, proj.bias]
         return [parameter for parameter in parameters if parameter is not None]
