@@ -168,7 +168,7 @@ class StepInputs:
     def _to_device(self, tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        if self._device.type == "cuda" and not tensor.is_pinned():
+        if self._device.type == "cuda" and tensor.is_cpu and not tensor.is_pinned():
             tensor = tensor.pin_memory()  # a copy from pageable memory would wait for the device
         return tensor.to(self._device, non_blocking=True)
 
