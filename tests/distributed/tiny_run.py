@@ -11,8 +11,8 @@ from aclip.config import load_recipe
 from aclip.engine import build_engine, init_distributed, read_ds_config
 from aclip.gather import rank, world_size
 from aclip.losses import StudentOutput
-from aclip.models.student import build_student
-from aclip.models.text import END_TOKEN, START_TOKEN
+from aclip.models.student import StudentInput, build_student
+from aclip.models.text import END_TOKEN, START_TOKEN, real_token_ids
 from aclip.sharded_state import ShardedState
 from aclip.teacher import Teacher
 
@@ -82,8 +82,8 @@ class TinyRun:
             teacher_box=box.repeat(size, 1),
             view_boxes=box.repeat(size, 2, 1),
         )
-        features = self.engine("encode", pixels, selection, tokens)
-        output = StudentOutput(**self.engine("project", *features))
+        inputs = StudentInput(pixels, selection, tokens, real_token_ids(tokens))
+        output = StudentOutput(**self.engine("project", self.engine("encode", inputs)))
         target = self.teacher.project(taught.features)
         loss, _ = losses.total(output, target, self.recipe.loss.model_dump(), 0.1)
         loss = loss - scale_pull * output.logit_scale.sum()

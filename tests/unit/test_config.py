@@ -17,6 +17,8 @@ SHIPPED = [
     "inverse_2x50_vitb16",
     "random_1x50_vitb16",
     "random_2x50_vitb16",
+    *(f"{method}_vit{size}16" for method in ("clip", "slip", "aclip") for size in "sbl"),
+    "maskclip_vitb16",
 ]
 
 
