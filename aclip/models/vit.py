@@ -1,8 +1,8 @@
 """The image tower: a timm VisionTransformer driven by our own forward.
 
-Only kept patches enter the blocks, and the last block computes its query, projection and MLP for
-the CLS row alone: the feature is read there, so nothing else of the last block's output is used. B
-images, P patches, N = 1 + P tokens, C width.
+Only kept patches enter the blocks, and the last block computes the CLS row alone: the feature is
+read there, so nothing else of the last block's output is used. B images, P patches, K of them kept,
+N = 1 + P or 1 + K tokens, C width.
 """
 
 from typing import Any
@@ -19,6 +19,7 @@ from aclip.errors import ConfigError
 from aclip.kernels.attentive_pack import attentive_pack
 from aclip.kernels.cls_attention_scores import cls_attention_scores
 from aclip.masking import Selection
+from aclip.models.attention import one_query_attention
 
 
 class ImageTower(nn.Module):
@@ -69,45 +70,28 @@ class ImageTower(nn.Module):
             (M, C), the normalised CLS token.
         """
         x, _ = self._embed(pixels, selection)
-        for block in self.vit.blocks[:-1]:
+        *blocks, last = self.vit.blocks
+        for block in blocks:
             x = self._run(block, x)
-        x = self._run(cls_only_block, self.vit.blocks[-1], x)
+        x = self._run(cls_only_block, last, x)
         return self.vit.norm(x)[:, 0]
 
     def forward_patches(
         self, pixels: Tensor, selection: Selection | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Encodes images to the features of every token.
+        """Encodes images to the features of all tokens that enter the blocks.
 
-        Args: as for `forward`.
+        Args:
+            pixels, selection: as in `forward`.
 
         Returns:
-            (M, 1 + K, C), the normalised CLS token and the kept patches in ascending order, and
-            their ids (M, K) int64, None without a selection, when K is P.
+            tokens (M, 1 + K, C), normalised, row 0 the CLS token; and keep_ids (M, K) int64
+            ascending, the patches of the other rows, None when all P are there.
         """
         x, keep_ids = self._embed(pixels, selection)
         for block in self.vit.blocks:
             x = self._run(block, x)
         return self.vit.norm(x), keep_ids
-
-    def _embed(self, pixels: Tensor, selection: Selection | None) -> tuple[Tensor, Tensor | None]:
-        """The blocks' input (M, 1 + K, C), and the kept ids (M, K)."""
-        tokens, keep_ids = self._embed_patches(pixels), None
-        if selection is None:
-            x = self._add_cls_and_positions(tokens)
-        else:
-            x, keep_ids = attentive_pack(
-                tokens,
-                self.vit.cls_token.flatten(),
-                self.vit.pos_embed[0],
-                selection.scores,
-                selection.teacher_box,
-                selection.view_boxes,
-                selection.num_kept_blocks,
-                selection.block_size,
-            )
-            keep_ids = keep_ids.flatten(0, 1)
-        return self.vit.norm_pre(self.vit.pos_drop(x)), keep_ids
 
     def forward_with_scores(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encodes images and also returns the attention of the CLS query to every patch.
@@ -122,15 +106,33 @@ class ImageTower(nn.Module):
 
         Source: A-CLIP, arXiv:2212.08653, section 3.2.
         """
-        tokens = self._embed_patches(pixels)
-        scores = tokens.new_zeros(tokens.shape[:2], dtype=torch.float32)
+        x, _ = self._embed(pixels, None)
+        scores = x.new_zeros(x.shape[0], x.shape[1] - 1, dtype=torch.float32)
         weight = 1.0 / len(self.vit.blocks)
-        x = self.vit.norm_pre(self.vit.pos_drop(self._add_cls_and_positions(tokens)))
         for block in self.vit.blocks[:-1]:
             x = _block_with_scores(block, x, scores, weight)
         x = cls_only_block(self.vit.blocks[-1], x, scores, weight)
         side = pixels.shape[-1] // self.vit.patch_embed.patch_size[0]
         return self.vit.norm(x)[:, 0], scores.view(-1, side, side)
+
+    def _embed(self, pixels: Tensor, selection: Selection | None) -> tuple[Tensor, Tensor | None]:
+        """What enters the blocks (M, 1 + K, C), and the kept patches (M, K) or None."""
+        tokens = self._embed_patches(pixels)
+        if selection is None:
+            x, keep_ids = self._add_cls_and_positions(tokens), None
+        else:
+            x, keep_ids = attentive_pack(
+                tokens,
+                self.vit.cls_token.flatten(),
+                self.vit.pos_embed[0],
+                selection.scores,
+                selection.teacher_box,
+                selection.view_boxes,
+                selection.num_kept_blocks,
+                selection.block_size,
+            )
+            keep_ids = keep_ids.flatten(0, 1)
+        return self.vit.norm_pre(self.vit.pos_drop(x)), keep_ids
 
     def _embed_patches(self, pixels: Tensor) -> Tensor:
         embed = self.vit.patch_embed
@@ -169,19 +171,38 @@ def cls_only_block(
     """
     attn = block.attn
     normed = block.norm1(x)
+    # Dropped attention does not add up to one, and normalised keys are not linear in x.
+    linear = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)
+    if linear and not (attn.training and attn.attn_drop.p):
+        out, attention = _cls_attention_on_input(attn, normed)
+        if scores is not None:
+            scores.add_(attention.detach().mean(1)[:, 1:], alpha=weight)
+    else:
+        q, k, v = _cls_query_keys_values(attn, normed)
+        if scores is not None:
+            cls_attention_scores(q[:, :, 0], k.transpose(1, 2), scores, weight)
+        out = _attend(attn, q, k, v)
+    cls = x[:, :1] + block.drop_path1(block.ls1(_project(attn, out)))
+    return cls + block.drop_path2(block.ls2(block.mlp(block.norm2(cls))))
+
+
+def _cls_attention_on_input(attn: Attention, normed: Tensor) -> tuple[Tensor, Tensor]:
+    """normed (B, N, C) -> the CLS row's heads (B, 1, H * d), its attention (B, H, N) fp32."""
+    q_weight, k_weight, v_weight = attn.qkv.weight.chunk(3)
+    q_bias, _, v_bias = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+    q = F.linear(normed[:, 0], q_weight, q_bias).unflatten(1, (attn.num_heads, -1))
+    out, attention = one_query_attention(q, normed, k_weight, v_weight, v_bias)
+    return out.unsqueeze(1), attention
+
+
+def _cls_query_keys_values(attn: Attention, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """normed (B, N, C) -> query (B, H, 1, d) of the CLS row, keys and values (B, H, N, d)."""
     dim = attn.attn_dim
     q_weight, kv_weight = attn.qkv.weight.split([dim, 2 * dim])
     q_bias, kv_bias = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([dim, 2 * dim])
-    q = F.linear(normed[:, :1], q_weight, q_bias)
-    kv = F.linear(normed, kv_weight, kv_bias)
-    q = attn.q_norm(_split_heads(q, attn, 1)[0])  # (B, H, 1, d)
-    k, v = _split_heads(kv, attn, 2)
-    k = attn.k_norm(k)
-    if scores is not None:
-        cls_attention_scores(q[:, :, 0], k.transpose(1, 2), scores, weight)
-    out = _attend(attn, q, k, v)
-    cls = x[:, :1] + block.drop_path1(block.ls1(out))
-    return cls + block.drop_path2(block.ls2(block.mlp(block.norm2(cls))))
+    (q,) = _split_heads(F.linear(normed[:, :1], q_weight, q_bias), attn, 1)
+    k, v = _split_heads(F.linear(normed, kv_weight, kv_bias), attn, 2)
+    return attn.q_norm(q), attn.k_norm(k), v
 
 
 def _block_with_scores(block: Block, x: Tensor, scores: Tensor, weight: float) -> Tensor:
@@ -189,7 +210,7 @@ def _block_with_scores(block: Block, x: Tensor, scores: Tensor, weight: float) -
     q, k, v = _split_heads(attn.qkv(block.norm1(x)), attn, 3)
     q, k = attn.q_norm(q), attn.k_norm(k)
     cls_attention_scores(q[:, :, 0], k.transpose(1, 2), scores, weight)
-    x = x + block.drop_path1(block.ls1(_attend(attn, q, k, v)))
+    x = x + block.drop_path1(block.ls1(_project(attn, _attend(attn, q, k, v))))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
@@ -202,8 +223,11 @@ def _split_heads(x: Tensor, attn: Attention, parts: int) -> tuple[Tensor, ...]:
 def _attend(attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     dropout = attn.attn_drop.p if attn.training else 0.0
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (B, H, n, d)
-    out = out.transpose(1, 2).flatten(2)
-    return attn.proj_drop(attn.proj(attn.norm(out)))
+    return out.transpose(1, 2).flatten(2)
+
+
+def _project(attn: Attention, heads: Tensor) -> Tensor:
+    return attn.proj_drop(attn.proj(attn.norm(heads)))
 
 
 def _build_vit(name: str, resolution: int, kwargs: dict[str, Any]) -> VisionTransformer:
