@@ -1,29 +1,23 @@
-"""The training loop: `train_step` is the one place that knows the order of a step."""
+"""The training loop: batches in, steps, and what is due between two of them."""
 
 import signal
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aclip import checkpoint, losses
+from aclip import checkpoint
 from aclip.config import Recipe
 from aclip.data.batch import Batch, build_train_loader
 from aclip.data.shards import SKIP_KINDS, Shard
-from aclip.engine import DsConfig, build_engine
+from aclip.engine import DsConfig
 from aclip.errors import ConfigError
 from aclip.gather import all_gather_rows, rank, world_size
-from aclip.losses import StudentOutput
 from aclip.metrics import MetricsLogger, StepTimer
-from aclip.models.student import build_student, kept_blocks
-from aclip.random_state import get_random_state, set_random_state
 from aclip.schedules import ema_momentum, learning_rate
-from aclip.sharded_state import ShardedState
-from aclip.step_inputs import StepInputs
-from aclip.teacher import Teacher
+from aclip.stepper import Stepper
 from aclip.watch import StepWatch
 
 EXIT_STOPPED_BY_SIGNAL = 143
@@ -55,9 +49,6 @@ class Trainer:
     ):
         self.recipe = recipe
         self.device = device
-        self.dtype = ds_config.dtype
-        self.micro_batch_size = ds_config.micro_batch_size
-        self._offloads = ds_config.offloads_optimizer
         self.evaluator = evaluator
         self.checkpoints = run_folder / "checkpoints"
         dataset_size = sum(shard.num_samples for shard in shards)
@@ -66,22 +57,7 @@ class Trainer:
         self.total_samples = self.num_steps * batch_size
         self.warmup_samples = round(recipe.train.warmup_epochs * dataset_size)
 
-        student = build_student(recipe)
-        self.grid = student.image.grid
-        self.num_kept_blocks = kept_blocks(recipe, self.grid)
-        self.teacher = Teacher(student, self.dtype, device) if recipe.needs_teacher else None
-        self.inputs = StepInputs(
-            recipe,
-            self.teacher,
-            self.grid,
-            self.num_kept_blocks,
-            student.image.patch_size,
-            device,
-            self.dtype,
-        )
-        self.engine = build_engine(student, recipe.optimizer, ds_config)
-        self.sharded_state = ShardedState(self.engine)
-
+        self.stepper = Stepper(recipe, ds_config, device)
         self.step = 0
         self.cursors: Tensor | None = None
         self.skipped = Counter()
@@ -90,7 +66,7 @@ class Trainer:
         if resume_from is not None:
             self._resume(resume_from)
         self._saved_at = self.samples if resume_from is not None else None
-        self._set_exact_logit_scale()
+        self.stepper.set_exact_logit_scale()
         self._recent_skips = Counter()
         self.watch = StepWatch()
         self._local_cursors: Tensor | None = None
@@ -128,86 +104,8 @@ class Trainer:
         self.logger.close()
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
-        """One optimizer update on this rank's part of the global batch.
-
-        The losses span the whole global batch whatever the micro-batch is: with several micro_steps
-        the towers run on all but the last without gradient, heads and losses run on all features
-        at once, and the towers run again on the others with their features' gradients. That is
-        exact, BatchNorm included.
-
-        Returns:
-            Unweighted loss terms and `loss`, of this rank, detached.
-        """
-        self._set_learning_rate()
-        micro_batches = batch.split(self.micro_batch_size)
-        taught = [self.inputs.teach(micro) for micro in micro_batches]
-        centre = self.inputs.centre(taught)
-        # Made anew for each pass over a micro-batch, so that only one input exists at a time.
-        make_inputs = [
-            partial(self.inputs.student, micro, of_teacher, centre)
-            for micro, of_teacher in zip(micro_batches, taught, strict=True)
-        ]
-        features, rng_states = self._encode(make_inputs)
-        joined = {name: torch.cat([part[name] for part in features]) for name in features[0]}
-        output = StudentOutput(**self.engine("project", joined))
-        byol_target = None
-        if self.recipe.loss.byol > 0:
-            byol_target = self.teacher.project(torch.cat([t.features for t in taught]))
-        weights = self.recipe.loss
-        loss, terms = losses.total(
-            output, byol_target, weights.model_dump(), weights.simclr_temperature
-        )
-        self._backward(loss, last=len(micro_batches) == 1)
-        self._backward_through_towers(make_inputs, features, rng_states)
-        self.engine.step()
-        self._set_exact_logit_scale()
-        if self.teacher is not None:
-            momentum = ema_momentum(
-                self.samples, total=self.total_samples, start=self.recipe.teacher.momentum
-            )
-            self.teacher.update(self.engine.module, momentum)
-        self.step += 1
-        return {"loss": loss.detach(), **terms}
-
-    def _encode(self, make_inputs) -> tuple[list[dict[str, Tensor]], list]:
-        """Features of each micro-batch, see Student.encode, and the random state before it.
-
-        Only the last keeps its graph; the others are leaves that collect a gradient. (ZeRO-3 takes
-        a step's first backward pass as the one that overwrites old gradients, so that pass must
-        reach every parameter.)
-        """
-        features, rng_states = [], []
-        for make in make_inputs:
-            is_last = make is make_inputs[-1]
-            rng_states.append(get_random_state())
-            with torch.set_grad_enabled(is_last):
-                parts = self.engine("encode", make())
-            if not is_last:
-                parts = {name: part.requires_grad_() for name, part in parts.items()}
-            features.append(parts)
-        return features, rng_states
-
-    def _backward_through_towers(self, make_inputs, features, rng_states) -> None:
-        """Runs the towers again on all micro-batches but the last, with their gradients."""
-        num_again = len(make_inputs) - 1
-        for index in range(num_again):
-            # The same dropout as in the pass whose features the losses saw.
-            set_random_state(rng_states[index])
-            parts = self.engine("encode", make_inputs[index]())
-            surrogate = sum(
-                (part.float() * features[index][name].grad.float()).sum()
-                for name, part in parts.items()
-            )
-            self._backward(surrogate, last=index == num_again - 1)
-
-    def _backward(self, loss: Tensor, last: bool) -> None:
-        # Offload copies gradients to the host at the boundary, and only those of its own backward
-        # pass; the heads are in the first one alone, so every pass is a boundary then.
-        self.engine.set_gradient_accumulation_boundary(last or self._offloads)
-        self.engine.backward(loss, scale_wrt_gas=False)
-
-    def _set_learning_rate(self) -> None:
-        config = self.recipe.optimizer
+        """One optimizer update on this rank's part of the global batch; see Stepper.step."""
+        config, teacher = self.recipe.optimizer, self.recipe.teacher
         self.learning_rate = learning_rate(
             self.samples,
             total=self.total_samples,
@@ -216,13 +114,12 @@ class Trainer:
             peak=config.lr,
             final=config.final_lr,
         )
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-
-    def _set_exact_logit_scale(self) -> None:
-        ceiling = torch.tensor(self.recipe.loss.max_logit_scale).log().item()
-        exact = self.sharded_state.clamp_max(LOGIT_SCALE, ceiling)
-        self.engine.module.logit_scale.exact = exact
+        momentum = 1.0
+        if teacher is not None:
+            momentum = ema_momentum(self.samples, total=self.total_samples, start=teacher.momentum)
+        terms = self.stepper.step(batch, self.learning_rate, momentum)
+        self.step += 1
+        return terms
 
     def _after_step(self, batch: Batch, terms: dict[str, Tensor], timer: StepTimer) -> bool:
         """Logs, evaluates and saves what is due; returns whether a signal asks to stop."""
@@ -258,8 +155,8 @@ class Trainer:
             self.samples,
             self.watch.mean_terms(),
             learning_rate=self.learning_rate,
-            logit_scale=self.engine.module.logit_scale.exact.exp().item(),
-            gradient_norm=_to_float(self.engine.get_global_grad_norm()),
+            logit_scale=self.stepper.engine.module.logit_scale.exact.exp().item(),
+            gradient_norm=_to_float(self.stepper.engine.get_global_grad_norm()),
             skipped=dict(self.skipped),
             **timer.summary(),
         )
@@ -277,9 +174,9 @@ class Trainer:
     def _evaluate(self, when: str) -> None:
         if self.evaluator is None:
             return
-        self.engine.eval()
+        self.stepper.engine.eval()
         results = self.evaluator(self)
-        self.engine.train()
+        self.stepper.engine.train()
         self.evaluations[when] = results
         for name, metrics in results.items():
             if name != "chance":
@@ -303,7 +200,7 @@ class Trainer:
             "data": self._fingerprint,
         }
         keep = self.recipe.train.keep_checkpoints
-        checkpoint.save(self.checkpoints, self.engine, self.teacher, state, keep)
+        checkpoint.save(self.checkpoints, self.stepper.engine, self.stepper.teacher, state, keep)
         self._saved_at = self.samples
 
     def _check_continues(self, folder: Path, state: dict) -> None:
@@ -323,7 +220,7 @@ class Trainer:
     def _resume(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
         self._check_continues(folder, state)
-        checkpoint.load(folder, self.engine, self.teacher, state["step"])
+        checkpoint.load(folder, self.stepper.engine, self.stepper.teacher, state["step"])
         self.step = state["step"]
         self.cursors = torch.tensor(state["cursors"])
         self.skipped.update(state["skipped"])

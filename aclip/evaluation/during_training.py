@@ -38,7 +38,7 @@ class Evaluator:
 
     def __call__(self, trainer) -> dict[str, dict[str, float]]:
         """{"student": metrics, "teacher": metrics, "chance": metrics}; equal on every rank."""
-        engine, teacher = trainer.engine, trainer.teacher
+        engine, teacher = trainer.stepper.engine, trainer.stepper.teacher
 
         def through_engine(task: str):
             return lambda batch: engine(task, batch)
@@ -67,7 +67,7 @@ class Evaluator:
             self._recipe.model.image.resolution,
             BATCH_SIZE,
             trainer.device,
-            trainer.dtype,
+            trainer.stepper.dtype,
             augmentation.mean,
             augmentation.std,
             gather,
@@ -85,26 +85,28 @@ class Evaluator:
 
         student_views = stack([sample.views.student_views for sample in samples])
         scores = None
-        if trainer.teacher is not None:
+        if recipe.needs_teacher_view:
             teacher_views = stack([sample.views.teacher_view for sample in samples])
-            pixels = augment(teacher_views.to(trainer.device), None, recipe.augment, trainer.dtype)
-            scores = trainer.teacher.forward(pixels).scores.cpu()
+            pixels = augment(
+                teacher_views.to(trainer.device), None, recipe.augment, trainer.stepper.dtype
+            )
+            scores = trainer.stepper.teacher.forward(pixels).scores.cpu()
         selection = masking.select(
             recipe.mask.policy,
-            trainer.num_kept_blocks,
+            trainer.stepper.num_kept_blocks,
             recipe.mask.block_size,
             teacher_scores=scores,
             teacher_box=stack([sample.views.teacher_box for sample in samples]),
             view_boxes=stack([sample.views.student_boxes for sample in samples]),
             noise=stack([sample.mask_noise for sample in samples]),
         )
-        keep_ids = masking.kept_patches(selection, trainer.grid, *student_views.shape[:2])
+        keep_ids = masking.kept_patches(selection, trainer.stepper.grid, *student_views.shape[:2])
         return kept_patches_figure(
             np.stack([image for _, image in self._samples]),
             None if scores is None else scores.numpy(),
             student_views.numpy(),
             keep_ids.numpy(),
-            trainer.grid,
+            trainer.stepper.grid,
             [sample.caption for sample in samples],
         )
 
