@@ -16,6 +16,7 @@ from aclip.errors import ConfigError
 
 Positive = Annotated[float, Field(gt=0)]
 Strength = Annotated[float, Field(ge=0)]
+Recompute = Literal["none", "elementwise", "blocks"]
 HueShift = Annotated[float, Field(ge=0, le=0.5)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Width = Annotated[int, Field(gt=0)]
@@ -38,8 +39,9 @@ class ImageTowerConfig(Part):
     """More keyword arguments for timm, e.g. {embed_dim: 192, depth: 3, num_heads: 3}."""
     freeze_patch_embed: bool = True
     """Patch embedding stays at its initialisation (MoCo v3), in student and teacher."""
-    checkpoint_activations: bool = False
-    """Recomputes each block in the backward pass: less memory, about a third more time."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again to save memory: elementwise (norms and activations,
+    about a third less, cheap) or blocks (all of each block, far less, a third more time)."""
 
 
 class TextTowerConfig(Part):
@@ -48,7 +50,7 @@ class TextTowerConfig(Part):
     layers: int = Field(12, gt=0)
     context_length: int = Field(77, ge=3)
     """Tokens of a caption, start and end included; longer captions are cut, the end token stays."""
-    checkpoint_activations: bool = False
+    recompute: Recompute = "none"
 
 
 class ModelConfig(Part):

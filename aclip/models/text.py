@@ -6,16 +6,18 @@ feature is read at the end token: what stands behind it changes nothing. The las
 end token's row alone. B captions, L tokens of the longest, T real tokens of all, H heads, W width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from aclip.config import Recompute
 from aclip.models.attention import one_query_attention
+from aclip.models.recompute import applied, run_block
 
 VOCAB_SIZE = 49408
 START_TOKEN, END_TOKEN = 49406, 49407
@@ -63,7 +65,7 @@ class TextTower(nn.Module):
     Args:
         width, heads, layers: of the transformer.
         context_length: the longest caption, tokens.
-        checkpoint_activations: recompute each block in the backward pass.
+        recompute: what the backward pass computes again (aclip/models/recompute.py).
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class TextTower(nn.Module):
         heads: int,
         layers: int,
         context_length: int,
-        checkpoint_activations: bool = False,
+        recompute: Recompute = "none",
     ):
         super().__init__()
         config = CLIPTextConfig(
@@ -89,7 +91,7 @@ class TextTower(nn.Module):
             attn_implementation="sdpa",
         )
         self.width = width
-        self.checkpoint_activations = checkpoint_activations
+        self.recompute = recompute
         self.transformer = CLIPTextModel(config)
 
     def external_parameters(self) -> list[nn.Parameter]:
@@ -153,31 +155,35 @@ class TextTower(nn.Module):
             x = torch.where(masked, mask_token.to(x.dtype), x)
         return x + embeddings.position_embedding(real_ids % tokens.shape[1])
 
-    def _run(self, function, *args) -> Tensor:
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
+    def _run(self, function: Callable, *args) -> Tensor:
+        return run_block(self.recompute, function, self.recompute, *args)
 
 
 def _packing(tokens: Tensor, real_ids: Tensor | None) -> _Packing:
     return _Packing(real_token_ids(tokens) if real_ids is None else real_ids, tuple(tokens.shape))
 
 
-def _packed_layer(layer: CLIPEncoderLayer, x: Tensor, packing: _Packing) -> Tensor:
+def _packed_layer(
+    recompute: Recompute, layer: CLIPEncoderLayer, x: Tensor, packing: _Packing
+) -> Tensor:
     """A whole layer on packed tokens: (T, W) -> (T, W)."""
     attn = layer.self_attn
-    normed = layer.layer_norm1(x)
-    q, k, v = (
-        packing.pad(linear(normed)).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
-        for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
-    )
+    with applied(recompute, layer.layer_norm1, x) as normed:
+        q, k, v = (
+            packing.pad(linear(normed)).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+            for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, L, d)
     x = x + attn.out_proj(packing.pack(out.transpose(1, 2).flatten(2)))
-    return x + _mlp(layer, x)
+    return x + _mlp(recompute, layer, x)
 
 
 def _end_only_layer(
-    layer: CLIPEncoderLayer, x: Tensor, packing: _Packing, end_columns: Tensor
+    recompute: Recompute,
+    layer: CLIPEncoderLayer,
+    x: Tensor,
+    packing: _Packing,
+    end_columns: Tensor,
 ) -> Tensor:
     """The end tokens' rows of a layer's output: (T, W) -> (B, W)."""
     attn = layer.self_attn
@@ -196,10 +202,16 @@ def _end_only_layer(
     # The key's bias gets its gradient of zero, because ZeRO-3 wants one of every parameter.
     out = out + 0 * attn.k_proj.bias
     x = x.index_select(0, ends) + attn.out_proj(out)
-    return x + _mlp(layer, x)
+    return x + _mlp(recompute, layer, x)
 
 
-def _mlp(layer: CLIPEncoderLayer, x: Tensor) -> Tensor:
-    # QuickGELU, x * sigmoid(1.702 x), as silu: autograd keeps one tensor of it instead of two.
-    hidden = layer.mlp.fc1(layer.layer_norm2(x)) * QUICK_GELU
-    return layer.mlp.fc2(F.silu(hidden) / QUICK_GELU)
+def _mlp(recompute: Recompute, layer: CLIPEncoderLayer, x: Tensor) -> Tensor:
+    with applied(recompute, layer.layer_norm2, x) as normed:
+        # QuickGELU, x * sigmoid(1.702 x), as silu: autograd keeps one tensor of it instead of two.
+        hidden = layer.mlp.fc1(normed) * QUICK_GELU
+    with applied(recompute, _quick_gelu_of_scaled, hidden) as activated:
+        return layer.mlp.fc2(activated)
+
+
+def _quick_gelu_of_scaled(x: Tensor) -> Tensor:
+    return F.silu(x) / QUICK_GELU

@@ -5,6 +5,7 @@ read there, so nothing else of the last block's output is used. B images, P patc
 N = 1 + P or 1 + K tokens, C width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -13,13 +14,13 @@ import torch.nn.functional as F
 from timm.layers import Attention, resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from aclip.config import Recompute
 from aclip.errors import ConfigError
 from aclip.kernels.attentive_pack import attentive_pack
-from aclip.kernels.cls_attention_scores import cls_attention_scores
 from aclip.masking import Selection
-from aclip.models.attention import one_query_attention
+from aclip.models.recompute import run_block
+from aclip.models.vit_block import cls_only_block, full_block
 
 
 class ImageTower(nn.Module):
@@ -30,7 +31,7 @@ class ImageTower(nn.Module):
         resolution: side of the images, pixels.
         kwargs: more keyword arguments of the timm model.
         freeze_patch_embed: the patch embedding gets no gradient.
-        checkpoint_activations: recompute each block in the backward pass.
+        recompute: what the backward pass computes again (aclip/models/recompute.py).
 
     Raises:
         ConfigError: timm doesn't know the name or a keyword, or it is another kind of network.
@@ -42,11 +43,11 @@ class ImageTower(nn.Module):
         resolution: int,
         kwargs: dict[str, Any] | None = None,
         freeze_patch_embed: bool = True,
-        checkpoint_activations: bool = False,
+        recompute: Recompute = "none",
     ):
         super().__init__()
         self.vit = _build_vit(name, resolution, kwargs or {})
-        self.checkpoint_activations = checkpoint_activations
+        self.recompute = recompute
         self.grid = self.vit.patch_embed.grid_size[0]
         self.patch_size = self.vit.patch_embed.patch_size[0]
         self.width = self.vit.embed_dim
@@ -72,9 +73,8 @@ class ImageTower(nn.Module):
         x, _ = self._embed(pixels, selection)
         *blocks, last = self.vit.blocks
         for block in blocks:
-            x = self._run(block, x)
-        x = self._run(cls_only_block, last, x)
-        return self.vit.norm(x)[:, 0]
+            x = self._run(full_block, block, x)
+        return self.vit.norm(self._run(cls_only_block, last, x))[:, 0]
 
     def forward_patches(
         self, pixels: Tensor, selection: Selection | None = None
@@ -90,7 +90,7 @@ class ImageTower(nn.Module):
         """
         x, keep_ids = self._embed(pixels, selection)
         for block in self.vit.blocks:
-            x = self._run(block, x)
+            x = self._run(full_block, block, x)
         return self.vit.norm(x), keep_ids
 
     def forward_with_scores(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,9 +109,11 @@ class ImageTower(nn.Module):
         x, _ = self._embed(pixels, None)
         scores = x.new_zeros(x.shape[0], x.shape[1] - 1, dtype=torch.float32)
         weight = 1.0 / len(self.vit.blocks)
-        for block in self.vit.blocks[:-1]:
-            x = _block_with_scores(block, x, scores, weight)
-        x = cls_only_block(self.vit.blocks[-1], x, scores, weight)
+        *blocks, last = self.vit.blocks
+        # Not through `_run`: a block that runs again would add its scores again.
+        for block in blocks:
+            x = full_block("none", block, x, scores, weight)
+        x = cls_only_block("none", last, x, scores, weight)
         side = pixels.shape[-1] // self.vit.patch_embed.patch_size[0]
         return self.vit.norm(x)[:, 0], scores.view(-1, side, side)
 
@@ -150,84 +152,8 @@ class ImageTower(nn.Module):
         cls = self.vit.cls_token.expand(len(tokens), -1, -1)
         return torch.cat([cls, tokens], dim=1) + positions
 
-    def _run(self, function, *args) -> Tensor:
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
-
-
-def cls_only_block(
-    block: Block, x: Tensor, scores: Tensor | None = None, weight: float = 0.0
-) -> Tensor:
-    """The CLS row of a transformer block's output; equal to `block(x)[:, :1]`.
-
-    Args:
-        block: a timm Block.
-        x: (B, N, C).
-        scores: (B, N - 1) fp32, receives `weight` x the head-mean CLS attention, in place.
-
-    Returns:
-        (B, 1, C).
-    """
-    attn = block.attn
-    normed = block.norm1(x)
-    # Dropped attention does not add up to one, and normalised keys are not linear in x.
-    linear = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)
-    if linear and not (attn.training and attn.attn_drop.p):
-        out, attention = _cls_attention_on_input(attn, normed)
-        if scores is not None:
-            scores.add_(attention.detach().mean(1)[:, 1:], alpha=weight)
-    else:
-        q, k, v = _cls_query_keys_values(attn, normed)
-        if scores is not None:
-            cls_attention_scores(q[:, :, 0], k.transpose(1, 2), scores, weight)
-        out = _attend(attn, q, k, v)
-    cls = x[:, :1] + block.drop_path1(block.ls1(_project(attn, out)))
-    return cls + block.drop_path2(block.ls2(block.mlp(block.norm2(cls))))
-
-
-def _cls_attention_on_input(attn: Attention, normed: Tensor) -> tuple[Tensor, Tensor]:
-    """normed (B, N, C) -> the CLS row's heads (B, 1, H * d), its attention (B, H, N) fp32."""
-    q_weight, k_weight, v_weight = attn.qkv.weight.chunk(3)
-    q_bias, _, v_bias = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
-    q = F.linear(normed[:, 0], q_weight, q_bias).unflatten(1, (attn.num_heads, -1))
-    out, attention = one_query_attention(q, normed, k_weight, v_weight, v_bias)
-    return out.unsqueeze(1), attention
-
-
-def _cls_query_keys_values(attn: Attention, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """normed (B, N, C) -> query (B, H, 1, d) of the CLS row, keys and values (B, H, N, d)."""
-    dim = attn.attn_dim
-    q_weight, kv_weight = attn.qkv.weight.split([dim, 2 * dim])
-    q_bias, kv_bias = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([dim, 2 * dim])
-    (q,) = _split_heads(F.linear(normed[:, :1], q_weight, q_bias), attn, 1)
-    k, v = _split_heads(F.linear(normed, kv_weight, kv_bias), attn, 2)
-    return attn.q_norm(q), attn.k_norm(k), v
-
-
-def _block_with_scores(block: Block, x: Tensor, scores: Tensor, weight: float) -> Tensor:
-    attn = block.attn
-    q, k, v = _split_heads(attn.qkv(block.norm1(x)), attn, 3)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    cls_attention_scores(q[:, :, 0], k.transpose(1, 2), scores, weight)
-    x = x + block.drop_path1(block.ls1(_project(attn, _attend(attn, q, k, v))))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
-def _split_heads(x: Tensor, attn: Attention, parts: int) -> tuple[Tensor, ...]:
-    """(B, N, parts * H * d) to `parts` tensors (B, H, N, d), strided views."""
-    heads = x.view(x.shape[0], x.shape[1], parts, attn.num_heads, attn.head_dim)
-    return heads.permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def _attend(attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (B, H, n, d)
-    return out.transpose(1, 2).flatten(2)
-
-
-def _project(attn: Attention, heads: Tensor) -> Tensor:
-    return attn.proj_drop(attn.proj(attn.norm(heads)))
+    def _run(self, function: Callable, *args) -> Tensor:
+        return run_block(self.recompute, function, self.recompute, *args)
 
 
 def _build_vit(name: str, resolution: int, kwargs: dict[str, Any]) -> VisionTransformer:

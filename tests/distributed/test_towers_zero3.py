@@ -63,10 +63,12 @@ def train_all_ways(folder, stage, overrides=()):
 
 def test_zero3_on_two_ranks_equals_one_process(run_distributed, tmp_path):
     ((expected_losses, expected),) = run_distributed(train_all_ways, 1, tmp_path, 0)
-    ranks = run_distributed(train_all_ways, 2, tmp_path, 3)
-    mean = torch.tensor([losses for losses, _ in ranks]).mean(0)
-    torch.testing.assert_close(mean, torch.tensor(expected_losses), rtol=1e-5, atol=1e-6)
-    for name, weight in expected.items():
-        # A key's bias has no gradient but rounding noise, which Adam blows up.
-        if not name.endswith(("k_proj.bias", "qkv.bias")):
-            assert (ranks[0][1][name] - weight).abs().max() <= 1e-3, name
+    for recompute in ("none", "elementwise", "blocks"):
+        overrides = [f"model.{tower}.recompute={recompute}" for tower in ("image", "text")]
+        ranks = run_distributed(train_all_ways, 2, tmp_path, 3, overrides)
+        mean = torch.tensor([losses for losses, _ in ranks]).mean(0)
+        torch.testing.assert_close(mean, torch.tensor(expected_losses), rtol=1e-5, atol=1e-6)
+        for name, weight in expected.items():
+            # A key's bias has no gradient but rounding noise, which Adam blows up.
+            if not name.endswith(("k_proj.bias", "qkv.bias")):
+                assert (ranks[0][1][name] - weight).abs().max() <= 1e-3, (recompute, name)

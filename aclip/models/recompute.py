@@ -1,0 +1,61 @@
+"""What the backward pass computes again instead of keeping it: memory for time, exactly.
+
+- none: everything is kept.
+- elementwise: outputs of norms and activations are computed again from their inputs, which are kept
+  anyway, wherever a linear reads them. No matrix product runs twice.
+- blocks: of each block only its input is kept; the whole block runs again, about a third more time.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from aclip.config import Recompute
+
+
+def run_block(recompute: Recompute, function: Callable, *args) -> Tensor:
+    """function(*args), whose inside is not kept with `blocks`."""
+    if recompute == "blocks" and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
+
+
+def applied(
+    recompute: Recompute, function: Callable[[Tensor], Tensor], x: Tensor
+) -> AbstractContextManager[Tensor]:
+    """function(x) for the `with` body; with `elementwise`, what the body keeps of it is computed
+    again in the backward pass.
+
+    Args:
+        function: of one tensor, the same result at every call, cheap. It may call modules, also
+            ones whose weights ZeRO-3 partitions: their own hooks gather them each time.
+        x: what the graph keeps anyway.
+    """
+    if recompute == "elementwise" and torch.is_grad_enabled():
+        return _recomputed(function, x)
+    return nullcontext(function(x))
+
+
+@contextmanager
+def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor):
+    y = function(x)
+    storage = y.untyped_storage().data_ptr()
+
+    def pack(tensor: Tensor):
+        # A linear keeps its input in another shape, so it is known by its memory.
+        if tensor.untyped_storage().data_ptr() == storage:
+            return tensor.shape, tensor.stride(), tensor.storage_offset()
+        return tensor
+
+    def unpack(kept) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return function(x).as_strided(*kept)
+
+    with saved_tensors_hooks(pack, unpack):
+        yield y

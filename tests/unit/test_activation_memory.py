@@ -1,0 +1,45 @@
+"""What a step of A-CLIP keeps for its backward pass, against open_clip's CLIP at the same batch."""
+
+import open_clip
+import torch
+
+from aclip import masking
+from aclip.benchmarking import saved_activation_bytes
+from aclip.config import load_recipe
+from aclip.models.student import build_student, kept_blocks
+from aclip.models.text import END_TOKEN, START_TOKEN, real_token_ids
+
+LENGTHS = (12, 9, 16, 39)  # mean 19, as captions of YFCC have it
+
+
+def test_two_masked_views_keep_less_than_one_full_view_of_open_clip():
+    torch.manual_seed(0)
+    tokens = torch.zeros(len(LENGTHS), 77, dtype=torch.int64)
+    for row, length in enumerate(LENGTHS):
+        tokens[row, :length] = torch.randint(1, 40000, (length,))
+        tokens[row, 0], tokens[row, length - 1] = START_TOKEN, END_TOKEN
+    clip = open_clip.create_model("ViT-B-16", pretrained=None).train()
+    pixels = torch.randn(len(LENGTHS), 3, 224, 224)
+    of_open_clip = saved_activation_bytes(lambda: clip(pixels, tokens), [clip])
+
+    recipe = load_recipe("aclip_vitb16")
+    student = build_student(recipe)
+    selection = masking.select(
+        "random",
+        kept_blocks(recipe, student.image.grid),
+        recipe.mask.block_size,
+        noise=torch.rand(len(LENGTHS), 2, 7, 7),
+    )
+    views = torch.randn(len(LENGTHS), 2, 3, 224, 224)
+    cut = tokens[:, : max(LENGTHS)]
+
+    def forward():
+        features = student("encode", views, selection, cut, real_token_ids(cut))
+        return student("project", *features)
+
+    kept = {}
+    for mode in ("none", "elementwise"):
+        student.image.recompute = student.text.recompute = mode
+        kept[mode] = saved_activation_bytes(forward, [student])
+    assert kept["none"] <= 0.85 * of_open_clip
+    assert kept["elementwise"] <= 0.65 * of_open_clip
