@@ -187,9 +187,9 @@ def test_every_family_learns_and_gives_equal_losses_however_it_is_split(
     assert sum(terms["loss"] for terms in whole[-5:]) < sum(terms["loss"] for terms in whole[:5])
     split = run("split", 2, stage="3", micro_batch=4)
     assert len(whole) == len(split) == STEPS
-    # Ten steps, before Adam has blown up the rounding of single terms.
-    for one, other in zip(whole[:10], split[:10], strict=True):
-        assert other == pytest.approx(one, rel=1e-4)
+    # Five steps: later, rounding decides which of two equally good blocks a mask keeps.
+    for one, other in zip(whole[:5], split[:5], strict=True):
+        assert other == pytest.approx(one, rel=2e-5)
 
 
 def _train_in(run, shards, **options):
