@@ -29,7 +29,7 @@ DEMO = "demo"
 
 def pretrain(arguments: argparse.Namespace) -> int:
     """Runs `launch/pretrain.py` with its parsed arguments; returns the exit status."""
-    _default_to_one_rank()
+    default_to_one_rank()
     num_ranks = int(os.environ["WORLD_SIZE"])
     recipe = _read_recipe(arguments)
     ds_config = read_ds_config(arguments.ds_config, recipe.train.global_batch_size, num_ranks)
@@ -173,7 +173,7 @@ def _headline(recipe, trainer, ds_config, resume_from, run_folder) -> str:
     return "\n".join(lines)
 
 
-def _default_to_one_rank() -> None:
+def default_to_one_rank() -> None:
     """Without a launcher the script is its own single rank."""
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")

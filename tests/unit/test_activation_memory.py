@@ -6,7 +6,7 @@ import torch
 from aclip import masking
 from aclip.benchmarking import saved_activation_bytes
 from aclip.config import load_recipe
-from aclip.models.student import build_student, kept_blocks
+from aclip.models.student import StudentInput, build_student, kept_blocks
 from aclip.models.text import END_TOKEN, START_TOKEN, real_token_ids
 
 LENGTHS = (12, 9, 16, 39)  # mean 19, as captions of YFCC have it
@@ -34,8 +34,8 @@ def test_two_masked_views_keep_less_than_one_full_view_of_open_clip():
     cut = tokens[:, : max(LENGTHS)]
 
     def forward():
-        features = student("encode", views, selection, cut, real_token_ids(cut))
-        return student("project", *features)
+        inputs = StudentInput(views, selection, cut, real_token_ids(cut))
+        return student("project", student("encode", inputs))
 
     kept = {}
     for mode in ("none", "elementwise"):

@@ -1,0 +1,46 @@
+"""The cost of a step, recipe by recipe, on this machine: `python launch/benchmark.py`."""
+
+import argparse
+
+from aclip.errors import run_reporting_errors
+
+PAPER = ["clip_vitb16", "slip_vitb16", "maskclip_vitb16", "aclip_vitb16", "aclip_eff_vitb16"]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Time and memory of one training step of each recipe, interleaved in one run.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("recipes", nargs="*", default=PAPER, help="names of recipes or YAML files")
+    parser.add_argument("--baseline", help="the recipe that counts as 1 (default: the first)")
+    parser.add_argument(
+        "--against",
+        choices=["open_clip"],
+        help="also time open_clip's step with the towers of the first recipe, plain and with half "
+        "of the patches dropped",
+    )
+    parser.add_argument("--batch_size", type=int, help="images of a step (default: 4, on a GPU 128)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each system")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU, where there is no GPU")
+    parser.add_argument("--json", help="file for the figures")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="key.sub=value",
+        help="recipe values to change in every recipe",
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    # Imported here so that --help answers at once.
+    from aclip.cost_table import run
+
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    run_reporting_errors(main)
