@@ -246,7 +246,7 @@ def _image_pass(
             patches, 3 * student.image.patch_size**2, trained and not config.freeze_patch_embed
         ),
         trained=trained,
-        recomputed=trained and config.checkpoint_activations,
+        recomputed=trained and config.recompute == "blocks",
     )
 
 
@@ -261,7 +261,7 @@ def _text_pass(
         caption_tokens,
         padded_tokens=longest,
         one_query_at_end=one_query_at_end,
-        recomputed=config.checkpoint_activations,
+        recomputed=config.recompute == "blocks",
     )
 
 

@@ -17,10 +17,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--against",
         choices=["open_clip"],
-        help="also time open_clip's step with the towers of the first recipe, plain and with half "
+        help="also time open_clip with the towers of the first recipe, plain and with half "
         "of the patches dropped",
     )
-    parser.add_argument("--batch_size", type=int, help="images of a step (default: 4, on a GPU 128)")
+    parser.add_argument(
+        "--batch_size", type=int, help="images of a step (default: 4, on a GPU 128)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each system")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, where there is no GPU")
     parser.add_argument("--json", help="file for the figures")
