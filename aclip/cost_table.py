@@ -22,7 +22,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from aclip.config import Recipe, load_recipe
-from aclip.engine import init_distributed, read_ds_config
+from aclip.ds_config import read_ds_config
+from aclip.engine import init_distributed
 from aclip.errors import ConfigError
 from aclip.flops import step_flops
 from aclip.open_clip_step import OpenClipStep

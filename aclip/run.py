@@ -11,19 +11,16 @@ from pathlib import Path
 
 import torch
 
-from aclip import checkpoint
 from aclip.config import Recipe, dump_recipe, load_recipe
 from aclip.data.batch import build_train_loader
 from aclip.data.demo import ensure_demo_data
 from aclip.data.shards import Shard, index_shards, list_shards
-from aclip.engine import init_distributed, read_ds_config
+from aclip.ds_config import read_ds_config
 from aclip.errors import ConfigError
-from aclip.evaluation.during_training import Evaluator
 from aclip.gather import rank, world_size
-from aclip.trainer import EXIT_STOPPED_BY_SIGNAL, Trainer
-from aclip.watch import NonFiniteLoss
 
 EXIT_NON_FINITE = 3
+EXIT_STOPPED_BY_SIGNAL = 143
 DEMO = "demo"
 
 
@@ -39,8 +36,14 @@ def pretrain(arguments: argparse.Namespace) -> int:
     shards, val_shards = _find_data(recipe, say)
     # Built once before anything costs time, since it checks lanes, ranks and workers.
     build_train_loader(recipe, shards, int(os.environ["RANK"]), num_ranks)
-    resume_from = checkpoint.find(run_folder / "checkpoints", arguments.resume)
+    # Imported here: DeepSpeed and the towers take seconds, which no wrong input should cost.
+    from aclip import checkpoint
+    from aclip.engine import init_distributed
+    from aclip.evaluation.during_training import Evaluator
+    from aclip.trainer import Trainer
+    from aclip.watch import NonFiniteLoss
 
+    resume_from = checkpoint.find(run_folder / "checkpoints", arguments.resume)
     device = init_distributed()
     trainer = Trainer(
         recipe,

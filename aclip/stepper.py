@@ -8,7 +8,8 @@ from torch import Tensor
 from aclip import losses
 from aclip.config import Recipe
 from aclip.data.batch import Batch
-from aclip.engine import DsConfig, build_engine
+from aclip.ds_config import DsConfig
+from aclip.engine import build_engine
 from aclip.losses import StudentOutput
 from aclip.models.student import build_student, kept_blocks
 from aclip.random_state import get_random_state, set_random_state

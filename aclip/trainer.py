@@ -12,7 +12,7 @@ from aclip import checkpoint
 from aclip.config import Recipe
 from aclip.data.batch import Batch, build_train_loader
 from aclip.data.shards import SKIP_KINDS, Shard
-from aclip.engine import DsConfig
+from aclip.ds_config import DsConfig
 from aclip.errors import ConfigError
 from aclip.gather import all_gather_rows, rank, world_size
 from aclip.metrics import MetricsLogger, StepTimer
@@ -20,7 +20,6 @@ from aclip.schedules import ema_momentum, learning_rate
 from aclip.stepper import Stepper
 from aclip.watch import StepWatch
 
-EXIT_STOPPED_BY_SIGNAL = 143
 LOGIT_SCALE = "logit_scale.log_logit_scale"
 
 

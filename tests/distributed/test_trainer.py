@@ -14,7 +14,8 @@ from PIL import Image
 from aclip import checkpoint
 from aclip.config import load_recipe
 from aclip.data.shards import index_shards
-from aclip.engine import init_distributed, read_ds_config
+from aclip.ds_config import read_ds_config
+from aclip.engine import init_distributed
 from aclip.errors import ConfigError
 from aclip.trainer import Trainer
 from aclip.watch import NonFiniteLoss

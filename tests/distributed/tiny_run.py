@@ -8,7 +8,8 @@ from torch import Tensor
 
 from aclip import losses, masking
 from aclip.config import load_recipe
-from aclip.engine import build_engine, init_distributed, read_ds_config
+from aclip.ds_config import read_ds_config
+from aclip.engine import build_engine, init_distributed
 from aclip.gather import rank, world_size
 from aclip.losses import StudentOutput
 from aclip.models.student import StudentInput, build_student
