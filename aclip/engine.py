@@ -40,7 +40,15 @@ def build_engine(student: Student, config: OptimizerConfig, ds_config: DsConfig)
 
     Biases, norms, the logit scale and other 1-d parameters get no weight decay; frozen parameters
     are in no group.
+
+    Raises:
+        ConfigError: the student's blocks are compiled and the stage is 3.
     """
+    if ds_config.stage == 3 and student.image.compiled:
+        raise ConfigError(
+            f"model.compile is true with zero_optimization.stage 3 in {ds_config.path}, whose "
+            "gathering of weights torch.compile cannot trace; use stage 2 or model.compile=false"
+        )
     _avoid_shared_memory_build()
     if ds_config.dtype == torch.bfloat16 and get_accelerator().device_name() == "cpu":
         cpu_bf16.use_fp32_products_if_faster()

@@ -35,9 +35,12 @@ def applied(
             ones whose weights ZeRO-3 partitions: their own hooks gather them each time.
         x: what the graph keeps anyway.
     """
-    if recompute == "elementwise" and torch.is_grad_enabled():
-        return _recomputed(function, x)
-    return nullcontext(function(x))
+    if recompute != "elementwise" or not torch.is_grad_enabled():
+        return nullcontext(function(x))
+    if torch.compiler.is_compiling():
+        # The compiler can't trace the hooks; to it, a checkpoint of the function says the same.
+        return nullcontext(checkpoint(function, x, use_reentrant=False))
+    return _recomputed(function, x)
 
 
 @contextmanager

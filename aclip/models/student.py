@@ -203,11 +203,11 @@ def build_student(recipe: Recipe) -> Student:
             f"model.text.heads is {model.text.heads}, which does not divide model.text.width "
             f"{model.text.width}; change one of them"
         )
-    image = ImageTower(**model.image.model_dump())
+    image = ImageTower(**model.image.model_dump(), compile=model.compile)
     _check_mask(recipe, image)
     student = Student(
         image,
-        TextTower(**model.text.model_dump()),
+        TextTower(**model.text.model_dump(), compile=model.compile),
         model.embed_dim,
         simclr_widths=loss.simclr_widths if loss.simclr > 0 else None,
         byol_widths=loss.byol_widths if loss.byol > 0 else None,

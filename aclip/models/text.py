@@ -66,6 +66,7 @@ class TextTower(nn.Module):
         width, heads, layers: of the transformer.
         context_length: the longest caption, tokens.
         recompute: what the backward pass computes again (aclip/models/recompute.py).
+        compile: torch.compile each kind of layer, on its first call.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class TextTower(nn.Module):
         layers: int,
         context_length: int,
         recompute: Recompute = "none",
+        compile: bool = False,
     ):
         super().__init__()
         config = CLIPTextConfig(
@@ -92,6 +94,11 @@ class TextTower(nn.Module):
         )
         self.width = width
         self.recompute = recompute
+        # Each batch has its own number of tokens, so sizes must not be compiled in.
+        self._packed_layer, self._end_only_layer = (
+            torch.compile(layer, dynamic=True) if compile else layer
+            for layer in (_packed_layer, _end_only_layer)
+        )
         self.transformer = CLIPTextModel(config)
 
     def external_parameters(self) -> list[nn.Parameter]:
@@ -113,8 +120,8 @@ class TextTower(nn.Module):
         x = self._embed(tokens, packing)
         *layers, last = self.transformer.encoder.layers
         for layer in layers:
-            x = self._run(_packed_layer, layer, x, packing)
-        x = self._run(_end_only_layer, last, x, packing, tokens.argmax(1))
+            x = self._run(self._packed_layer, layer, x, packing)
+        x = self._run(self._end_only_layer, last, x, packing, tokens.argmax(1))
         return self.transformer.final_layer_norm(x)
 
     def forward_tokens(
@@ -138,7 +145,7 @@ class TextTower(nn.Module):
         packing = _packing(tokens, real_ids)
         x = self._embed(tokens, packing, masked, mask_token)
         for layer in self.transformer.encoder.layers:
-            x = self._run(_packed_layer, layer, x, packing)
+            x = self._run(self._packed_layer, layer, x, packing)
         return packing.pad(self.transformer.final_layer_norm(x))
 
     def _embed(

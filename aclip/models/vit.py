@@ -32,6 +32,7 @@ class ImageTower(nn.Module):
         kwargs: more keyword arguments of the timm model.
         freeze_patch_embed: the patch embedding gets no gradient.
         recompute: what the backward pass computes again (aclip/models/recompute.py).
+        compile: torch.compile each kind of block, on its first call.
 
     Raises:
         ConfigError: timm doesn't know the name or a keyword, or it is another kind of network.
@@ -44,10 +45,14 @@ class ImageTower(nn.Module):
         kwargs: dict[str, Any] | None = None,
         freeze_patch_embed: bool = True,
         recompute: Recompute = "none",
+        compile: bool = False,
     ):
         super().__init__()
         self.vit = _build_vit(name, resolution, kwargs or {})
         self.recompute = recompute
+        self.compiled = compile
+        self._full_block = torch.compile(full_block) if compile else full_block
+        self._cls_only_block = torch.compile(cls_only_block) if compile else cls_only_block
         self.grid = self.vit.patch_embed.grid_size[0]
         self.patch_size = self.vit.patch_embed.patch_size[0]
         self.width = self.vit.embed_dim
@@ -73,8 +78,8 @@ class ImageTower(nn.Module):
         x, _ = self._embed(pixels, selection)
         *blocks, last = self.vit.blocks
         for block in blocks:
-            x = self._run(full_block, block, x)
-        return self.vit.norm(self._run(cls_only_block, last, x))[:, 0]
+            x = self._run(self._full_block, block, x)
+        return self.vit.norm(self._run(self._cls_only_block, last, x))[:, 0]
 
     def forward_patches(
         self, pixels: Tensor, selection: Selection | None = None
@@ -90,7 +95,7 @@ class ImageTower(nn.Module):
         """
         x, keep_ids = self._embed(pixels, selection)
         for block in self.vit.blocks:
-            x = self._run(full_block, block, x)
+            x = self._run(self._full_block, block, x)
         return self.vit.norm(x), keep_ids
 
     def forward_with_scores(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,8 +117,8 @@ class ImageTower(nn.Module):
         *blocks, last = self.vit.blocks
         # Not through `_run`: a block that runs again would add its scores again.
         for block in blocks:
-            x = full_block("none", block, x, scores, weight)
-        x = cls_only_block("none", last, x, scores, weight)
+            x = self._full_block("none", block, x, scores, weight)
+        x = self._cls_only_block("none", last, x, scores, weight)
         side = pixels.shape[-1] // self.vit.patch_embed.patch_size[0]
         return self.vit.norm(x)[:, 0], scores.view(-1, side, side)
 
