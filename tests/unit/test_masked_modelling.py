@@ -8,6 +8,9 @@ from torch import nn
 
 from aclip import losses, masking
 from aclip.config import load_recipe
+from aclip.data import samples, views
+from aclip.data.samples import SampleMaker
+from aclip.data.tar import TarShard
 from aclip.errors import ConfigError
 from aclip.models.decoder import Codewords, PatchDecoder, TextDecoder
 from aclip.models.student import build_student
@@ -172,3 +175,38 @@ def test_parts_that_do_not_fit_are_refused_in_one_sentence(overrides, words):
     with pytest.raises(ConfigError) as caught:
         load_recipe("demo", overrides)
     assert all(word in str(caught.value) for word in words)
+
+
+CROPS = [  # recipe's overrides, crops of one image
+    pytest.param(["teacher=null", "mask.policy=none", "views.student=1"], 1, id="clip"),
+    pytest.param(["teacher=null", "mask.policy=random"], 2, id="random mask"),
+    pytest.param(
+        [*("teacher=null", "mask.policy=none", "views.student=1", "views.ssl=2", "loss.simclr=1")],
+        3,
+        id="slip",
+    ),
+    pytest.param(["mask.policy=none", "views.student=1", "loss.distill=1"], 1, id="maskclip"),
+    pytest.param(["loss.byol=2"], 3, id="aclip"),
+]
+
+
+@pytest.mark.parametrize("overrides, num_crops", CROPS)
+def test_sample_is_decoded_once_and_cut_for_the_parts_that_read_it(
+    monkeypatch, write_tar, encode_image, overrides, num_crops
+):
+    calls = {"crop": 0, "decode_image": 0}
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(views, "crop", counted("crop", views.crop))
+    monkeypatch.setattr(samples, "decode_image", counted("decode_image", samples.decode_image))
+    shard = write_tar("0.tar", [("0.jpg", encode_image(90, 70)), ("0.txt", b"a thing")])
+    (raw,) = TarShard(shard).walk()
+    sample = SampleMaker(load_recipe("demo", overrides), ["0.tar"]).make(0, 0, raw, 0, 0)
+    assert calls == {"crop": num_crops, "decode_image": 1}
+    assert sample.caption == "a thing"
