@@ -12,6 +12,7 @@ from torch import nn
 from aclip import cpu_bf16
 from aclip.config import OptimizerConfig
 from aclip.ds_config import DsConfig
+from aclip.errors import ConfigError
 from aclip.models.student import Student
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
