@@ -11,8 +11,10 @@ demo: $(VENV)/.installed
 	PATH=$(abspath $(BIN)):$$PATH deepspeed $(if $(RANKS),--num_accelerators $(RANKS)) \
 		launch/pretrain.py --ds_config ds_configs/zero2.json --output runs/demo
 
+# The tests of the launch scripts run last and alone: they start processes, kill them and measure limits.
 test: $(VENV)/.installed-dev
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not e2e" -n auto --maxprocesses 8
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest -m e2e --durations 5
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

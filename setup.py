@@ -37,6 +37,7 @@ setup(
         "dev": [
             "pytest==9.2.0",
             "pytest-benchmark==5.3.1",
+            "pytest-xdist>=3.6",
             "ruff==0.17.6",
             "pre-commit>=4.0",
             "ninja",

@@ -86,7 +86,7 @@ def total_case():
         "predictor": randn(WIDTH, 3, seed=7),
     }
     inputs = [randn(BATCH, 2, WIDTH, seed=3), randn(BATCH, WIDTH, seed=4), randn(BATCH, 3, seed=9)]
-    weights = {"contrastive": 1.0, "simclr": 0.5, "byol": 2.0}
+    weights = {"contrastive": 1.0, "simclr": 0.5, "byol": 2.0, "distill": 0.0, "mlm": 0.0}
 
     def forward(loss, p, images, texts, targets):
         output = StudentOutput(

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from aclip.masking import Selection
-from aclip.models.student import Student
+from aclip.models.student import Student, StudentInput
+from aclip.models.text import real_token_ids
 
 pytestmark = pytest.mark.distributed
 
@@ -31,8 +32,9 @@ def _all_ways(self, pixels, tokens):
     masked[:, 1::2] = True
     scores = views[:, 0, ::8, ::8].unflatten(0, pixels.shape[:2])
     selection = Selection(scores, None, None, 8, 1)
+    inputs = StudentInput(pixels, selection, tokens, real_token_ids(tokens))
     features = [
-        *self.encode(pixels, selection, tokens),
+        *self.encode(inputs).values(),
         self.text.forward_tokens(tokens),
         self.text.forward_tokens(tokens, masked, tokens.new_ones(8, dtype=views.dtype)),
         self.image.forward_patches(views)[0],

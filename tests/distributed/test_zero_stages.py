@@ -114,7 +114,7 @@ def push_logit_scale(folder, stage, dtype, persistent):
         returned = run.state.clamp_max(LOGIT_SCALE, CEILING)
         run.engine.module.logit_scale.exact = returned
         weight = run.weights()[LOGIT_SCALE].item()
-        used = run.engine("project", *features_of(run))["logit_scale"].item()
+        used = run.engine("project", features_of(run))["logit_scale"].item()
         rows.append((pushed, run.master(LOGIT_SCALE).item(), returned.item(), weight, used))
     untouched = run.state.clamp_max(LOGIT_SCALE, 10.0).item()
     return rows, untouched, run.master(LOGIT_SCALE).item()
@@ -122,7 +122,10 @@ def push_logit_scale(folder, stage, dtype, persistent):
 
 def features_of(run):
     dtype = run.ds_config.dtype
-    return torch.ones(2, 2, 24, dtype=dtype), torch.ones(2, 8, dtype=dtype)
+    return {
+        "image": torch.ones(2, 2, 24, dtype=dtype),
+        "text": torch.ones(2, 8, dtype=dtype),
+    }
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from aclip.config import OptimizerConfig, load_recipe
-from aclip.engine import DsConfig, build_engine
+from aclip.ds_config import DsConfig
+from aclip.engine import build_engine
 from aclip.errors import ConfigError
 from aclip.masking import Selection
 from aclip.models.student import build_student
