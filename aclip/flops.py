@@ -116,13 +116,13 @@ def step_flops(step: StepShape) -> dict[str, Flops]:
 
 def repeated_flops(step: StepShape, num_micro_steps: int) -> float:
     """A sample's FLOPs on top of step_flops because something runs twice: blocks that the backward
-    pass recomputes, and the towers of all micro_steps but the last (Trainer.train_step)."""
+    pass recomputes, and the towers of all micro_steps but the last (Stepper.step)."""
     share_again = (num_micro_steps - 1) / num_micro_steps
     repeated = 0.0
     for tower in step.towers:
         if tower.trained:
             blocks = tower_blocks(tower).forward
-            repeated += blocks if tower.recomputed else 0.0
+            repeated += blocks if tower.recompute == "blocks" else 0.0
             repeated += (blocks + patch_embedding(tower).forward) * share_again
     for shape in step.heads:
         if shape.trained and shape.with_towers:

@@ -4,11 +4,11 @@
 is one more pass or head in the list, and both counts follow.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from aclip.config import Recipe
+from aclip.config import Recipe, Recompute
 from aclip.models.student import Student, kept_blocks
 from aclip.models.text import VOCAB_SIZE
 
@@ -53,7 +53,8 @@ class TowerPass:
         one_query_at_end: the last block computes one row alone, and no keys and values.
         embed: of an image tower.
         trained: the pass has a backward pass.
-        recomputed: its blocks run once more in the backward pass.
+        recompute: what the backward pass computes again (aclip/models/recompute.py); None where
+            that can't be chosen.
     """
 
     name: str
@@ -65,7 +66,7 @@ class TowerPass:
     one_query_at_end: bool = False
     embed: PatchEmbedShape | None = None
     trained: bool = True
-    recomputed: bool = False
+    recompute: Recompute | None = None
 
     @property
     def attended_tokens(self) -> float:
@@ -139,6 +140,15 @@ def describe_step(
         recipe.loss.simclr_widths[-1] if recipe.loss.simclr > 0 else None,
         recipe.train.global_batch_size,
     )
+
+
+def with_recompute(step: StepShape, recompute: Recompute) -> StepShape:
+    """The step with another choice for all towers that have one."""
+    towers = (
+        tower if tower.recompute is None else replace(tower, recompute=recompute)
+        for tower in step.towers
+    )
+    return replace(step, towers=tuple(towers))
 
 
 def _contrastive(recipe: Recipe, student: Student, caption_tokens: float, longest: float):
@@ -246,7 +256,7 @@ def _image_pass(
             patches, 3 * student.image.patch_size**2, trained and not config.freeze_patch_embed
         ),
         trained=trained,
-        recomputed=trained and config.recompute == "blocks",
+        recompute=config.recompute if trained else None,
     )
 
 
@@ -261,7 +271,7 @@ def _text_pass(
         caption_tokens,
         padded_tokens=longest,
         one_query_at_end=one_query_at_end,
-        recomputed=config.recompute == "blocks",
+        recompute=config.recompute,
     )
 
 

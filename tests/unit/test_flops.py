@@ -177,7 +177,7 @@ def test_head_and_logits():
 
 def test_what_runs_twice_is_counted_apart():
     block_forward = flops.transformer_block(3, 3, BLOCK).forward
-    tower = TowerPass("image", BLOCK, 2, num_tokens=3, recomputed=True)
+    tower = TowerPass("image", BLOCK, 2, num_tokens=3, recompute="blocks")
     teacher = TowerPass("teacher", BLOCK, 2, num_tokens=3, trained=False)
     step = StepShape((tower, teacher), (), 1, 4, None, 8)
     # recomputed once, and 3 of 4 micro_steps run the tower's forward pass twice
