@@ -1,0 +1,56 @@
+"""Plans a run: `python launch/plan.py --recipe aclip_vitb16 --ds_config ds_configs/zero2.json
+--gpu h100 --gpus_per_node 8`. Needs no GPU."""
+
+import argparse
+import os
+
+from aclip.errors import run_reporting_errors
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Memory, the largest micro-batch, time and communication of a run."
+    )
+    parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON, see ds_configs/")
+    parser.add_argument(
+        "--recipe", default="demo", help="name of a recipe or path to a YAML file (default: demo)"
+    )
+    parser.add_argument("--gpu", required=True, help="such as a100-80 or h100")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus_per_node", type=int, default=8)
+    parser.add_argument(
+        "--mfu", type=float, default=0.35, help="share of the peak FLOPs that is reached"
+    )
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        help="GB/s that a GPU sends (default: its link; with more nodes 25, a 200 Gb/s adapter)",
+    )
+    parser.add_argument(
+        "--samples", type=float, default=15e6, help="images of an epoch (default: YFCC-15M)"
+    )
+    parser.add_argument(
+        "--caption_tokens",
+        type=float,
+        default=22,
+        help="mean length of a caption in tokens, start and end included",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="recipe values to change"
+    )
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    # A plan is arithmetic: DeepSpeed need not look for a GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Imported here so that --help answers at once.
+    from aclip.planner import plan_run
+    from aclip.planner_report import report
+
+    print(report(plan_run(arguments)))
+
+
+if __name__ == "__main__":
+    run_reporting_errors(main)

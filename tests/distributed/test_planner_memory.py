@@ -1,0 +1,102 @@
+"""The planner's parameters, gradients and optimizer states are what DeepSpeed allocates."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from aclip.planner import count_parameters
+from aclip.zero import ZeroSettings, zero_states
+
+pytestmark = pytest.mark.distributed
+
+
+def _load(name):
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"aclip_tests_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny_run = _load("tiny_run")
+
+PERSISTENT = 100
+# Wide enough that padding and Adam's step counters are far below the tolerance; odd, so that two
+# ranks can't halve it. The patch embedding is frozen, which ZeRO treats apart.
+OVERRIDES = [
+    "model.image.kwargs={patch_size: 8, embed_dim: 97, depth: 3, num_heads: 1}",
+    "model.image.freeze_patch_embed=true",
+]
+SETTINGS = [
+    *(("fp32", stage) for stage in (0, 1, 2, 3)),
+    *(("bf16", stage) for stage in (1, 2, 3)),
+]
+IDS = [f"{dtype}, ZeRO-{stage}" for dtype, stage in SETTINGS]
+
+
+def num_bytes(tensors) -> int:
+    """Of the storages behind the tensors, each counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def gradients(engine):
+    """What stands between the backward pass and the step."""
+    optimizer, parameters = engine.optimizer, list(engine.module.parameters())
+    found = [p.grad for p in parameters if p.grad is not None]
+    for group in getattr(optimizer, "averaged_gradients", {}).values():
+        found += group or []
+    return found
+
+
+def states(engine):
+    """Masters, where they are apart from the weights, and moments."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    names = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups"}
+    names[3] = "fp32_partitioned_groups_flat"
+    masters = getattr(optimizer, names[stage]) if stage else []
+    base = optimizer.optimizer if stage else optimizer
+    moments = [value for state in base.state.values() for value in state.values()]
+    return [*masters, *(value for value in moments if torch.is_tensor(value) and value.ndim)]
+
+
+def measure(folder, stage, dtype):
+    run = tiny_run.TinyRun(folder, stage, dtype, OVERRIDES, persistent=PERSISTENT)
+    engine, found = run.engine, {}
+    backward = engine.backward
+
+    def measured(*args, **kwargs):
+        backward(*args, **kwargs)
+        found["gradients"] = num_bytes(gradients(engine))
+
+    engine.backward = measured
+    run.step(0)
+    parameters = list(engine.module.parameters())
+    shards = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
+    found["parameters"] = num_bytes([p.data for p in parameters if p.numel()] + shards)
+    found["optimizer"] = num_bytes(states(engine))
+    return found
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("dtype, stage", SETTINGS, ids=IDS)
+def test_states_are_what_deepspeed_allocates(run_distributed, tmp_path, dtype, stage, num_ranks):
+    student = tiny_run.build_student(tiny_run.load_recipe("demo", [*tiny_run.TINY, *OVERRIDES]))
+    groups, frozen = count_parameters(student, weight_decay=0.1)
+    width = 2 if dtype == "bf16" else 4
+    settings = ZeroSettings(
+        stage,
+        num_ranks,
+        dtype_bytes=width,
+        # tiny_run's ds_config accumulates in fp32 from stage 2 on.
+        accumulation_bytes=4 if stage > 1 else width,
+        persistence_threshold=PERSISTENT,
+    )
+    planned = zero_states(groups, frozen, settings)
+    assert frozen, "the case of frozen parameters is to be covered"
+    measured = run_distributed(measure, num_ranks, tmp_path, stage, dtype)
+    for part in ("parameters", "gradients", "optimizer"):
+        most = max(rank[part] for rank in measured)
+        assert getattr(planned, part) == pytest.approx(most, rel=0.02), part

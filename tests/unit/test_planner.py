@@ -1,0 +1,183 @@
+"""Plans: states and communication by hand, times, limits, errors, the report."""
+
+import argparse
+import json
+
+import pytest
+
+from aclip.errors import ConfigError
+from aclip.gpus import GPUS, find_gpu
+from aclip.planner import MODES, embedding_bytes, largest_divisor, plan_run
+from aclip.planner_report import report
+from aclip.step_shape import StepShape
+from aclip.zero import ZeroSettings, sent_bytes, zero_states
+
+GROUPS, FROZEN = [[30, 7], [5]], [11]  # elements
+
+
+def settings(stage, **changes):
+    values = {"dtype_bytes": 2, "accumulation_bytes": 4, "bucket_size": 100}
+    return ZeroSettings(stage, **{"num_ranks": 2, **values, **changes})
+
+
+def test_states_without_zero():
+    states = zero_states(GROUPS, FROZEN, settings(0, dtype_bytes=4))
+    assert (states.parameters, states.gradients, states.optimizer) == (53 * 4, 42 * 4, 42 * 8)
+
+
+def test_states_under_zero_2():
+    # Groups of 37 and 5 elements are padded to multiples of 2 a rank: 40 and 8, 24 of them a rank.
+    states = zero_states(GROUPS, FROZEN, settings(2, overlap=True))
+    assert states.parameters == (48 + 11) * 2
+    assert states.gradients == 24 * 4
+    assert states.optimizer == 24 * 12
+    assert states.buffers == 2 * 100 * 2
+
+
+def test_states_under_zero_1_hold_whole_gradients():
+    # Rank 0 owns a part of the first parameter and of the third, rank 1 of all three.
+    states = zero_states(GROUPS, FROZEN, settings(1, accumulation_bytes=2))
+    assert states.gradients == (30 + 7 + 5) * 2
+    assert states.buffers == 100 * 2 + 42 * 2
+
+
+def test_states_under_zero_3():
+    # Parts of 15, 4, 3 and the frozen 6 elements; 7 and 5 are kept whole too, 30 + 11 gathered.
+    states = zero_states(GROUPS, FROZEN, settings(3, persistence_threshold=7))
+    assert states.parameters == (15 + 4 + 3 + 6 + 7 + 5) * 2
+    assert states.gradients == (15 + 4 + 3) * 4
+    assert states.optimizer == (15 + 4 + 3) * 12
+    assert states.buffers == (100 + 30 + 11) * 2
+
+
+def test_offloaded_states_are_on_the_host():
+    states = zero_states(GROUPS, FROZEN, settings(3, persistence_threshold=7, offload=True))
+    assert (states.gradients, states.optimizer) == (0, 0)
+    assert states.host == 22 * (12 + 4 + 4)  # masters and moments, their gradient, accumulation
+
+
+STEP = StepShape((), (), 2, 3, None, global_batch_size=8)
+
+
+def test_bytes_that_a_rank_sends():
+    def sent(settings):
+        return sent_bytes(GROUPS, FROZEN, settings, num_micro_steps=2, updates_teacher=True)
+
+    # All-reduce is twice a gather, of which each of 4 ranks sends 3 / 4.
+    assert sent(settings(0, num_ranks=4, dtype_bytes=4)) == 3 / 4 * 2 * 42 * 4
+    # ZeRO-1 reduces once and gathers the weights; ZeRO-2 reduces in both micro_steps.
+    assert sent(settings(1, num_ranks=4)) == 3 / 4 * 3 * 42 * 2
+    assert sent(settings(2, num_ranks=4)) == 3 / 4 * 5 * 42 * 2
+    # ZeRO-3: 3 forward and 2 backward passes and the teacher's update gather what is cut, 30 + 11;
+    # both backward passes scatter gradients.
+    cut = settings(3, num_ranks=4, persistence_threshold=7)
+    assert sent(cut) == 3 / 4 * (2 * 42 * 2 + 6 * 41 * 2)
+    # 8 samples' embeddings of 3, 2 views and a text, fp32: gathered, their gradient all-reduced
+    assert embedding_bytes(STEP, 4) == 3 / 4 * 3 * 4 * 8 * 9
+
+
+@pytest.mark.parametrize("limit, expected", [(100, 12), (7, 6), (4.9, 4), (0.5, 0), (-3, 0)])
+def test_micro_batch_divides_the_local_batch(limit, expected):
+    assert largest_divisor(12, limit) == expected
+
+
+def test_unknown_gpu_names_the_known_ones():
+    with pytest.raises(ConfigError) as caught:
+        find_gpu("h10")
+    assert "h10" in str(caught.value)
+    assert all(name in str(caught.value) for name in GPUS)
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """plan(ds_values=None, overrides=(), **arguments): a plan of CLIP with ViT-S on 2 x 4 GPUs."""
+
+    def make(ds_values=None, overrides=(), **changes):
+        path = tmp_path / "ds.json"
+        values = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+        path.write_text(json.dumps(ds_values or values))
+        plain = {"recipe": "clip_vits16", "ds_config": str(path), "gpu": "a100-80", "nodes": 2}
+        plain |= {"gpus_per_node": 4, "mfu": 0.5, "bandwidth": None, "samples": 4096 * 100}
+        plain |= {"caption_tokens": 22, "overrides": list(overrides)}
+        return plan_run(argparse.Namespace(**plain | changes))
+
+    return make
+
+
+def test_time_of_a_plan(plan):
+    planned = plan()
+    flops = sum(part.total for part in planned.flops.values())
+    # 512 samples a GPU, half of 312 TFLOP/s; 25 epochs of 100 steps on 8 GPUs
+    assert planned.compute_seconds == pytest.approx(512 * flops / 156e12)
+    assert planned.communication_seconds == pytest.approx(planned.sent_bytes / 25e9)
+    assert planned.num_steps == 2500
+    longer = max(planned.compute_seconds, planned.communication_seconds)
+    assert planned.gpu_hours == pytest.approx(2500 * longer * 8 / 3600)
+
+
+def test_recomputation_takes_time_and_saves_memory(plan):
+    planned = plan()
+    again = plan(overrides=["model.image.recompute=blocks"])
+    assert again.compute_seconds > 1.25 * planned.compute_seconds
+    kept = planned.own.activations
+    assert kept["blocks"] < kept["none"] / 4
+    assert again.own.fitting >= planned.own.fitting
+
+
+def test_links_by_number_of_nodes(plan):
+    assert plan(nodes=1, gpus_per_node=8).link_bytes == 300e9  # NVLink
+    assert plan().link_bytes == 25e9
+    assert plan(bandwidth=7.0).link_bytes == 7e9
+
+
+def test_largest_micro_batch_is_at_the_limit(plan):
+    planned = plan(gpu="a10", gpus_per_node=1)
+    for row in planned.rows:
+        for mode in MODES:
+            micro = row.micro_batches[mode]
+            assert 2048 % micro == 0
+            assert row.total(micro, mode) <= 0.9 * 24e9
+            assert micro == 2048 or row.total(2 * micro, mode) > 0.9 * 24e9
+
+
+def test_times_are_for_a_micro_batch_that_fits(plan):
+    planned = plan(gpu="a10", gpus_per_node=1, recipe="clip_vitl16")
+    assert planned.micro_batch_size < 2048
+    assert planned.num_micro_steps == 2048 // planned.micro_batch_size
+    assert "Micro-batch 2048 does not fit" in report(planned)
+
+
+def test_report_marks_the_stage_of_the_ds_config(plan):
+    text = report(plan())
+    assert [line.split()[0] for line in text.splitlines() if "<-" in line] == ["2", "2"]
+    for name in ("image tower", "text tower", "0 (fp32)", "3_offload", "GPU-hours"):
+        assert name in text
+
+
+def test_ds_config_with_another_offload_has_its_own_row(plan):
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    planned = plan({"bf16": {"enabled": True}, "zero_optimization": zero})
+    assert planned.own.title == "2_offload"
+    assert planned.own in planned.rows
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"mfu": 1.5}, "--mfu is 1.5"),
+        ({"nodes": 0}, "--nodes is 0"),
+        ({"bandwidth": -1.0}, "--bandwidth is -1"),
+        ({"samples": 0}, "--samples is 0"),
+        ({"gpu": "v100"}, "--gpu is v100"),
+        ({"gpus_per_node": 3}, "which 6 ranks do not divide"),
+    ],
+)
+def test_bad_argument_is_one_sentence(plan, changes, named):
+    with pytest.raises(ConfigError, match=named):
+        plan(**changes)
+
+
+def test_offloaded_parameters_are_refused(plan):
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}}
+    with pytest.raises(ConfigError, match="offload_param"):
+        plan({"bf16": {"enabled": True}, "zero_optimization": zero})
