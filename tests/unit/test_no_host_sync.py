@@ -1,19 +1,12 @@
 """On a GPU the mask, the towers, the losses and the EMA update never wait for the device.
 
-The step runs on fake tensors, which have shapes but no values: whatever would read a value on the
-host, or make a shape from values, fails. On a fake CUDA device so does any copy to the host; the
-backward pass needs a real device, so it runs on fake CPU tensors.
+The step runs on meta tensors, which have shapes but no values: whatever would read a value on the
+host, make a shape from values or copy to the host fails. (Fake CUDA tensors would do it too, but
+leave a process in which a fork cannot run a backward pass.)
 """
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from aclip import losses, masking
 from aclip.config import load_recipe
@@ -48,23 +41,8 @@ RECIPE = [
 BATCH, GRID = 4, 8
 
 
-class CopyToHost(Exception):
-    pass
-
-
-class RefuseCopies(TorchDispatchMode):
-    """Raises where an op reads CUDA tensors and gives one on the CPU."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if any(_devices(args, kwargs)) and not all(_devices(result)):
-            raise CopyToHost(str(function))
-        return result
-
-
-def _devices(*trees):
-    """Whether each tensor is on CUDA."""
-    return [leaf.is_cuda for leaf in tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
+def make(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 @pytest.fixture(scope="module")
@@ -79,25 +57,14 @@ def models(recipe):
     return student, Teacher(student, torch.float32, torch.device("cpu"))
 
 
-@pytest.fixture(params=["cuda", "cpu"])
-def make(request):
-    """Fake tensors until the test ends, and `make(*shape, dtype)` that gives one on the device."""
-
-    def fake(*shape, dtype=torch.float32):
-        return torch.zeros(*shape, dtype=dtype, device=request.param)
-
-    with FakeTensorMode(), RefuseCopies():
-        yield fake
-
-
-def _without_values(module, make, dtype):
+def _without_values(module, dtype):
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
-            fake = make(*weight.shape, dtype=dtype)
-            setattr(part, name, torch.nn.Parameter(fake, requires_grad=weight.requires_grad))
+            empty = make(*weight.shape, dtype=dtype)
+            setattr(part, name, torch.nn.Parameter(empty, requires_grad=weight.requires_grad))
 
 
-def _boxes(make):
+def _boxes():
     return {
         "teacher_box": make(BATCH, 4, dtype=torch.int32),
         "view_boxes": make(BATCH, 2, 4, dtype=torch.int32),
@@ -112,46 +79,41 @@ def _boxes(make):
         pytest.param(lambda x: (x > 0).nonzero(), id="nonzero"),
         pytest.param(lambda x: 1 if (x > 0).any() else 0, id="branch"),
         pytest.param(lambda x: real_token_ids(x.long().view(1, 4)), id="real_token_ids"),
+        pytest.param(lambda x: x.cpu(), id="cpu"),
+        pytest.param(lambda x: torch.zeros(4).copy_(x), id="copy"),
     ],
 )
-def test_reading_a_value_is_found(make, wait):
-    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+def test_what_waits_for_the_device_is_found(wait):
+    with pytest.raises((RuntimeError, NotImplementedError), match="[mM]eta"):
         wait(make(4))
 
 
-@pytest.mark.parametrize("make", ["cuda"], indirect=True)
-@pytest.mark.parametrize("copy", [lambda x: x.cpu(), lambda x: torch.zeros(4).copy_(x)])
-def test_copy_to_the_host_is_found(make, copy):
-    with pytest.raises(CopyToHost):
-        copy(make(4))
-
-
 @pytest.mark.parametrize("policy", ["random", "attentive", "inverse"])
-def test_mask_does_not_wait_for_the_device(make, policy):
+def test_mask_does_not_wait_for_the_device(policy):
     selection = masking.select(
         policy,
         5,
         2,
         teacher_scores=make(BATCH, GRID, GRID),
         noise=make(BATCH, 2, GRID // 2, GRID // 2),
-        **_boxes(make),
+        **_boxes(),
     )
     keep_ids = masking.kept_patches(selection, GRID, BATCH, 2)
     assert keep_ids.shape == (BATCH, 2, 20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_step_does_not_wait_for_the_device(recipe, models, make, dtype):
+def test_step_does_not_wait_for_the_device(recipe, models, dtype):
     """Teacher, mask, towers, heads, losses, their gradients and the EMA update, on one rank."""
     student, teacher = models
-    _without_values(student, make, dtype)
-    _without_values(teacher.model, make, dtype)
+    _without_values(student, dtype)
+    _without_values(teacher.model, dtype)
     teacher._compute = dict(teacher.model.named_parameters())
     teacher._average = {name: make(*p.shape) for name, p in teacher._compute.items()}
 
     taught = teacher.forward(make(BATCH, 3, 64, 64, dtype=dtype))
     selection = masking.select(
-        "attentive", kept_blocks(recipe, GRID), 2, teacher_scores=taught.scores, **_boxes(make)
+        "attentive", kept_blocks(recipe, GRID), 2, teacher_scores=taught.scores, **_boxes()
     )
     pixels = make(BATCH, 2, 3, 64, 64, dtype=dtype)
     tokens, real_ids = make(BATCH, 16, dtype=torch.int64), make(37, dtype=torch.int64)
@@ -167,15 +129,14 @@ def test_step_does_not_wait_for_the_device(recipe, models, make, dtype):
     output = StudentOutput(**student("project", student("encode", inputs)))
     target = teacher.project(taught.features)
     loss, _ = losses.total(output, target, recipe.loss.model_dump(), 0.1)
-    if not loss.is_cuda:
-        loss.backward()
-        assert all(p.grad is not None for p in student.parameters() if p.requires_grad)
+    loss.backward()
+    assert all(p.grad is not None for p in student.parameters() if p.requires_grad)
     teacher.update(student, 0.99)
 
 
-def test_features_of_all_tokens_do_not_wait_for_the_device(models, make):
+def test_features_of_all_tokens_do_not_wait_for_the_device(models):
     student, _ = models
-    _without_values(student, make, torch.float32)
+    _without_values(student, torch.float32)
     tokens, real_ids = make(BATCH, 16, dtype=torch.int64), make(37, dtype=torch.int64)
     masked = make(BATCH, 16, dtype=torch.bool)
     features = student.text.forward_tokens(tokens, masked, make(16), real_ids)
