@@ -1,17 +1,10 @@
 """Checkpoints: whole fp32 tensors that any ZeRO stage and number of ranks can load.
 
-    <run>/checkpoints/samples-000000012288/   student, optimizer, teacher, rng .safetensors;
-                                              state.json; manifest.json (sizes and SHA-256)
-    <run>/checkpoints/latest                  the name of the newest complete one
-
-A checkpoint is written under a temporary name, synced and renamed, and `latest` moves last, so a
-reader never sees a half one and a kill at any moment leaves the previous one in place.
+A folder holds student, optimizer, teacher and rng .safetensors and state.json; what makes it
+complete is checkpoint_folder.py's.
 """
 
-import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aclip.checkpoint_folder import complete, prune, publish, remove_partial, verify
 from aclip.errors import ConfigError
 from aclip.gather import rank, world_size
 from aclip.random_state import get_random_state, set_random_state
@@ -29,9 +23,7 @@ from aclip.teacher import Teacher
 STUDENT, OPTIMIZER, TEACHER, RNG = (
     f"{name}.safetensors" for name in ("student", "optimizer", "teacher", "rng")
 )
-STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
-REPLACED = "-replaced"
-_HASH_CHUNK = 1 << 22
+STATE = "state.json"
 
 
 class CheckpointError(RuntimeError):
@@ -66,7 +58,7 @@ def save(root: Path, engine, teacher: Teacher | None, state: dict[str, Any], kee
     problem = None
     if rank() == 0:
         try:
-            _remove_partial(root)
+            remove_partial(root)
             partial.mkdir(parents=True)
             save_file(masters, partial / STUDENT)
             save_file(moments, partial / OPTIMIZER)
@@ -75,8 +67,8 @@ def save(root: Path, engine, teacher: Teacher | None, state: dict[str, Any], kee
                 save_file(average, partial / TEACHER)
             save_file(rng, partial / RNG)
             (partial / STATE).write_text(json.dumps(state, indent=1))
-            _publish(root, partial, folder)
-            _prune(root, folder, keep)
+            publish(root, partial, folder)
+            prune(root, folder, keep)
         except (OSError, SafetensorError) as error:
             problem = f"{type(error).__name__}: {error}"
     problem = _from_rank_0(problem)
@@ -85,36 +77,15 @@ def save(root: Path, engine, teacher: Teacher | None, state: dict[str, Any], kee
     return folder
 
 
-def find(root: Path, resume: str) -> Path | None:
-    """The checkpoint that `--resume auto|none|PATH` means; None to start new.
-
-    Raises:
-        ConfigError: PATH is neither a checkpoint nor a run folder.
-    """
-    if resume == "none":
-        return None
-    if resume == "auto":
-        return _latest(root)
-    path = Path(resume)
-    for candidate in (path, _latest(path), _latest(path / "checkpoints")):
-        if candidate is not None and (candidate / MANIFEST).is_file():
-            return candidate
-    raise ConfigError(
-        f"--resume is {resume}, which is neither a checkpoint nor a run folder that holds one; "
-        "give "
-        "the folder that contains manifest.json, or auto, or none"
-    )
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     """The progress that was saved, after checking every file against the manifest.
 
     Raises:
         ConfigError: a file is missing or its content changed.
     """
-    problem = _from_rank_0(_verify(folder) if rank() == 0 else None)
+    problem = _from_rank_0(verify(folder) if rank() == 0 else None)
     if problem is not None:
-        others = [path.name for path in _complete(folder.parent) if path != folder]
+        others = [path.name for path in complete(folder.parent) if path != folder]
         advice = f"--resume {folder.parent / others[-1]}" if others else "--resume none"
         raise ConfigError(f"checkpoint {folder} is damaged: {problem}; start with {advice}")
     return json.loads((folder / STATE).read_text())
@@ -148,84 +119,6 @@ def load(folder: Path, engine, teacher: Teacher | None, step: int) -> None:
     if teacher is not None:
         teacher.load_state_dict(load_file(folder / TEACHER))
     _load_rng(folder)
-
-
-def _publish(root: Path, partial: Path, folder: Path) -> None:
-    files = sorted(path.name for path in partial.iterdir())
-    manifest = {
-        name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
-        for name in files
-    }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for name in (*files, MANIFEST):
-        _sync(partial / name)
-    _sync(partial)
-    if folder.exists():
-        # The run went on from an older checkpoint and reached this number of samples again.
-        # It keeps its manifest and a name of its own until the new one is in place.
-        replaced = folder.with_name(f"{folder.name}{REPLACED}")
-        os.rename(folder, replaced)
-        os.rename(partial, folder)
-        shutil.rmtree(replaced)
-    else:
-        os.rename(partial, folder)
-    _sync(root)
-    pointer = root / f"{LATEST}.tmp"
-    pointer.write_text(folder.name)
-    _sync(pointer)
-    os.replace(pointer, root / LATEST)
-    _sync(root)
-
-
-def _prune(root: Path, newest: Path, keep: int) -> None:
-    older = [path for path in _complete(root) if path.name <= newest.name]
-    for path in older[:-keep]:
-        shutil.rmtree(path)
-
-
-def _remove_partial(root: Path) -> None:
-    """Removes what a killed save left behind."""
-    if root.is_dir():
-        for path in root.glob("samples-*.tmp"):
-            shutil.rmtree(path)
-        for path in root.glob(f"samples-*{REPLACED}"):
-            original = path.with_name(path.name.removesuffix(REPLACED))
-            if original.exists():
-                shutil.rmtree(path)
-            else:
-                os.rename(path, original)
-
-
-def _complete(root: Path) -> list[Path]:
-    folders = (path for path in root.glob("samples-*") if path.suffix != ".tmp")
-    return sorted(path for path in folders if (path / MANIFEST).is_file())
-
-
-def _latest(root: Path) -> Path | None:
-    pointer = root / LATEST
-    if not pointer.is_file():
-        return None
-    folder = root / pointer.read_text().strip()
-    if (folder / MANIFEST).is_file():
-        return folder
-    complete = _complete(root)
-    return complete[-1] if complete else None
-
-
-def _verify(folder: Path) -> str | None:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except ValueError:
-        return f"{MANIFEST} is not JSON"
-    for name, expected in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _sha256(path) != expected["sha256"]:
-            return f"{name} does not have the checksum that was saved"
-    return None
 
 
 def _check_shapes(folder: Path, engine) -> None:
@@ -270,19 +163,3 @@ def _from_rank_0(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

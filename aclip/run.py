@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from aclip import checkpoint_folder
 from aclip.config import Recipe, dump_recipe, load_recipe
 from aclip.data.batch import build_train_loader
 from aclip.data.demo import ensure_demo_data
@@ -36,6 +37,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     shards, val_shards = _find_data(recipe, say)
     # Built once before anything costs time, since it checks lanes, ranks and workers.
     build_train_loader(recipe, shards, int(os.environ["RANK"]), num_ranks)
+    resume_from = checkpoint_folder.find(run_folder / "checkpoints", arguments.resume)
     # Imported here: DeepSpeed and the towers take seconds, which no wrong input should cost.
     from aclip import checkpoint
     from aclip.engine import init_distributed
@@ -43,7 +45,6 @@ def pretrain(arguments: argparse.Namespace) -> int:
     from aclip.trainer import Trainer
     from aclip.watch import NonFiniteLoss
 
-    resume_from = checkpoint.find(run_folder / "checkpoints", arguments.resume)
     device = init_distributed()
     trainer = Trainer(
         recipe,

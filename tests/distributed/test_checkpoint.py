@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from aclip import checkpoint
+from aclip import checkpoint, checkpoint_folder
 from aclip.errors import ConfigError
 
 pytestmark = pytest.mark.distributed
@@ -41,7 +41,7 @@ def names(root):
 
 def marker_of_latest(root):
     """What a restarted run would find; every file of it is checked."""
-    return checkpoint.read_state(checkpoint.find(root, "auto"))["marker"]
+    return checkpoint.read_state(checkpoint_folder.find(root, "auto"))["marker"]
 
 
 def in_one_process(run_distributed, function, *args):
@@ -62,7 +62,7 @@ def test_saved_run_loads_into_a_fresh_engine_of_another_stage(run_distributed, t
 
     def load_and_go_on():
         run = tiny_run.TinyRun(tmp_path, 3, overrides=["train.seed=1"])
-        folder = checkpoint.find(tmp_path / "checkpoints", "auto")
+        folder = checkpoint_folder.find(tmp_path / "checkpoints", "auto")
         state = checkpoint.read_state(folder)
         checkpoint.load(folder, run.engine, run.teacher, state["step"])
         after = (torch.rand(3), run.gathered(), dict(run.teacher.state_dict()))
@@ -97,7 +97,7 @@ def test_damage_is_refused_with_the_files_name_and_the_other_checkpoint_is_offer
 
     in_one_process(run_distributed, save_two)
     newest, other = (tmp_path / "checkpoints" / f"samples-0000000000{n}" for n in ("16", "08"))
-    assert checkpoint.find(newest.parent, "auto") == newest
+    assert checkpoint_folder.find(newest.parent, "auto") == newest
     for name in FILES:
         path = newest / name
         whole = path.read_bytes()
@@ -126,7 +126,7 @@ def test_damage_is_refused_with_the_files_name_and_the_other_checkpoint_is_offer
 
 def test_resume_argument_names_a_checkpoint_a_run_or_nothing(run_distributed, tmp_path):
     root = tmp_path / "run" / "checkpoints"
-    assert checkpoint.find(root, "auto") is None
+    assert checkpoint_folder.find(root, "auto") is None
 
     def save_two():
         run = tiny_run.TinyRun(tmp_path, 0)
@@ -136,22 +136,22 @@ def test_resume_argument_names_a_checkpoint_a_run_or_nothing(run_distributed, tm
     in_one_process(run_distributed, save_two)
     first, second = root / "samples-000000000008", root / "samples-000000000016"
     elsewhere = tmp_path / "elsewhere"
-    assert checkpoint.find(root, "auto") == second
-    assert checkpoint.find(root, "none") is None
-    assert checkpoint.find(elsewhere, str(first)) == first
-    assert checkpoint.find(elsewhere, str(root)) == second
-    assert checkpoint.find(elsewhere, str(tmp_path / "run")) == second
+    assert checkpoint_folder.find(root, "auto") == second
+    assert checkpoint_folder.find(root, "none") is None
+    assert checkpoint_folder.find(elsewhere, str(first)) == first
+    assert checkpoint_folder.find(elsewhere, str(root)) == second
+    assert checkpoint_folder.find(elsewhere, str(tmp_path / "run")) == second
     for path in (tmp_path, elsewhere, first / "state.json"):
         with pytest.raises(ConfigError) as caught:
-            checkpoint.find(root, str(path))
+            checkpoint_folder.find(root, str(path))
         assert str(caught.value).startswith(f"--resume is {path},")
 
     # `latest` that was lost or names nothing: the newest complete folder stands in.
     (root / "latest").write_text("")
-    assert checkpoint.find(root, "auto") == second
+    assert checkpoint_folder.find(root, "auto") == second
     shutil.rmtree(second)
     (root / "latest").write_text(second.name)
-    assert checkpoint.find(root, "auto") == first
+    assert checkpoint_folder.find(root, "auto") == first
 
 
 def test_newest_checkpoints_stay_and_stale_partial_ones_go(run_distributed, tmp_path):
@@ -248,7 +248,7 @@ def test_kill_between_any_two_file_operations_leaves_a_loadable_latest(
                     checkpoint.save(root, run.engine, run.teacher, state, 2)
                 outcomes.append("finished")
             except Killed:
-                folder = checkpoint.find(root, "auto")
+                folder = checkpoint_folder.find(root, "auto")
                 assert folder is not None, f"nothing to resume after a kill at {len(outcomes)}"
                 outcomes.append(checkpoint.read_state(folder)["marker"])
                 if len(outcomes) % 5 == 0:
@@ -280,7 +280,7 @@ def test_other_shapes_are_refused_by_name_and_nothing_is_loaded(run_distributed,
     def load_into(override):
         run = tiny_run.TinyRun(tmp_path, 3, overrides=[override, "train.seed=1"])
         before = run.weights()
-        folder = checkpoint.find(root, "auto")
+        folder = checkpoint_folder.find(root, "auto")
         with pytest.raises(ConfigError) as caught:
             checkpoint.load(folder, run.engine, run.teacher, 1)
         after = run.weights()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aclip import checkpoint
+from aclip import checkpoint, checkpoint_folder
 from aclip.errors import ConfigError
 
 pytestmark = pytest.mark.distributed
@@ -36,7 +36,7 @@ def names(root):
 
 def marker_of_latest(root):
     """What a restarted run would find; every file of it is checked."""
-    return checkpoint.read_state(checkpoint.find(root, "auto"))["marker"]
+    return checkpoint.read_state(checkpoint_folder.find(root, "auto"))["marker"]
 
 
 def in_one_process(run_distributed, function, *args):
@@ -85,7 +85,7 @@ def test_kill_while_the_only_checkpoint_is_replaced_leaves_it_loadable(run_distr
         with pytest.raises(KeyboardInterrupt):
             save(root, run, 16)
         os.rename = original
-        return names(root), checkpoint.find(root, "auto")
+        return names(root), checkpoint_folder.find(root, "auto")
 
     left, found = in_one_process(run_distributed, kill)
     assert found is not None, left
@@ -111,7 +111,7 @@ def test_checkpoint_without_a_teacher_is_refused_by_a_recipe_with_one(run_distri
 
     def load_with_teacher():
         run = tiny_run.TinyRun(tmp_path, 0, overrides=["loss.byol=0"])
-        folder = checkpoint.find(tmp_path / "checkpoints", "auto")
+        folder = checkpoint_folder.find(tmp_path / "checkpoints", "auto")
         with pytest.raises(ConfigError, match="teacher"):
             checkpoint.load(folder, run.engine, run.teacher, 1)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aclip import checkpoint
+from aclip import checkpoint, checkpoint_folder
 from aclip.config import load_recipe
 from aclip.data.shards import index_shards
 from aclip.ds_config import read_ds_config
@@ -103,7 +103,7 @@ def _train(run, shards, stage="0", micro_batch=None, overrides=(), kill_at=None,
     path.write_text(json.dumps(values))
     recipe = load_recipe("demo", [*RECIPE, *overrides])
     ds_config = read_ds_config(str(path), BATCH, ranks)
-    resume_from = checkpoint.find(run / "checkpoints", "auto")
+    resume_from = checkpoint_folder.find(run / "checkpoints", "auto")
     trainer = Recorder(recipe, ds_config, shards, run, resume_from, device)
     trainer.record = run / f"record-{os.environ['RANK']}-of-{ranks}.jsonl"
     trainer.kill_at = kill_at
@@ -234,7 +234,7 @@ def test_loss_that_is_not_finite_stops_every_rank_and_keeps_the_checkpoint(
     for message in run_distributed(diverge, 2):
         assert "contrastive" in message and "step" in message
         assert message.count("/0") >= BATCH // 2, "the samples' keys are listed"
-    folder = checkpoint.find(run / "checkpoints", "auto")
+    folder = checkpoint_folder.find(run / "checkpoints", "auto")
     assert checkpoint.read_state(folder)["step"] == 4
 
 

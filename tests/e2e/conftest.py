@@ -28,7 +28,8 @@ def _free_port() -> int:
 
 
 class Launcher:
-    """Runs `deepspeed --num_accelerators N launch/pretrain.py` with a cache of its own."""
+    """Runs `deepspeed --num_accelerators N launch/pretrain.py` with a cache of its own, or without
+    the launcher, when the script is its own single rank."""
 
     def __init__(self, cache: Path):
         self.env = {
@@ -38,9 +39,12 @@ class Launcher:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
 
-    def start(self, *arguments: str, ranks: int = 2) -> subprocess.Popen:
-        command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port"]
-        command += [str(_free_port()), "launch/pretrain.py", *arguments]
+    def start(self, *arguments: str, ranks: int = 2, launcher: bool = True) -> subprocess.Popen:
+        command = [sys.executable]
+        if launcher:
+            command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port"]
+            command.append(str(_free_port()))
+        command += ["launch/pretrain.py", *arguments]
         return subprocess.Popen(
             command,
             cwd=ROOT,
@@ -51,9 +55,11 @@ class Launcher:
             start_new_session=True,
         )
 
-    def run(self, *arguments: str, ranks: int = 2, timeout: float = 240) -> Finished:
+    def run(
+        self, *arguments: str, ranks: int = 2, launcher: bool = True, timeout: float = 240
+    ) -> Finished:
         start = time.monotonic()
-        process = self.start(*arguments, ranks=ranks)
+        process = self.start(*arguments, ranks=ranks, launcher=launcher)
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:

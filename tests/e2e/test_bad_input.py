@@ -93,10 +93,12 @@ def test_bad_input_ends_with_one_sentence(launcher, tmp_path, ranks):
     cases = _cases(tmp_path)
     run = ["--output", str(tmp_path / "run")]
     outputs = [[] if "--output" in arguments else run for arguments, _ in cases.values()]
-    with ThreadPoolExecutor(2 // ranks) as pool:
+    with ThreadPoolExecutor(2) as pool:
         results = list(
             pool.map(
-                lambda case, output: launcher.run(*case[0], *output, ranks=ranks),
+                lambda case, output: launcher.run(
+                    *case[0], *output, ranks=ranks, launcher=ranks > 1
+                ),
                 cases.values(),
                 outputs,
             )

@@ -1,0 +1,139 @@
+"""The checkpoints folder on disk: complete or absent, found, verified, replaced and pruned.
+
+    checkpoints/samples-000000012288/   the files, and manifest.json with their sizes and SHA-256
+    checkpoints/latest                  the name of the newest complete one
+
+A checkpoint is written under a temporary name, synced and renamed, and `latest` moves last, so a
+reader never sees a half one and a kill at any moment leaves the previous one in place.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from aclip.errors import ConfigError
+
+MANIFEST, LATEST = "manifest.json", "latest"
+REPLACED = "-replaced"
+_HASH_CHUNK = 1 << 22
+
+
+def find(root: Path, resume: str) -> Path | None:
+    """The checkpoint that `--resume auto|none|PATH` means; None to start new.
+
+    Raises:
+        ConfigError: PATH is neither a checkpoint nor a run folder.
+    """
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return _latest(root)
+    path = Path(resume)
+    for candidate in (path, _latest(path), _latest(path / "checkpoints")):
+        if candidate is not None and (candidate / MANIFEST).is_file():
+            return candidate
+    raise ConfigError(
+        f"--resume is {resume}, which is neither a checkpoint nor a run folder that holds one; "
+        "give "
+        "the folder that contains manifest.json, or auto, or none"
+    )
+
+
+def publish(root: Path, partial: Path, folder: Path) -> None:
+    """Gives a written checkpoint its manifest and its name, and makes it the latest."""
+    files = sorted(path.name for path in partial.iterdir())
+    manifest = {
+        name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
+        for name in files
+    }
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for name in (*files, MANIFEST):
+        _sync(partial / name)
+    _sync(partial)
+    if folder.exists():
+        # The run went on from an older checkpoint and reached this number of samples again.
+        # It keeps its manifest and a name of its own until the new one is in place.
+        replaced = folder.with_name(f"{folder.name}{REPLACED}")
+        os.rename(folder, replaced)
+        os.rename(partial, folder)
+        shutil.rmtree(replaced)
+    else:
+        os.rename(partial, folder)
+    _sync(root)
+    pointer = root / f"{LATEST}.tmp"
+    pointer.write_text(folder.name)
+    _sync(pointer)
+    os.replace(pointer, root / LATEST)
+    _sync(root)
+
+
+def prune(root: Path, newest: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints up to `newest`."""
+    older = [path for path in complete(root) if path.name <= newest.name]
+    for path in older[:-keep]:
+        shutil.rmtree(path)
+
+
+def remove_partial(root: Path) -> None:
+    """Removes what a killed save left behind."""
+    if root.is_dir():
+        for path in root.glob("samples-*.tmp"):
+            shutil.rmtree(path)
+        for path in root.glob(f"samples-*{REPLACED}"):
+            original = path.with_name(path.name.removesuffix(REPLACED))
+            if original.exists():
+                shutil.rmtree(path)
+            else:
+                os.rename(path, original)
+
+
+def complete(root: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first."""
+    folders = (path for path in root.glob("samples-*") if path.suffix != ".tmp")
+    return sorted(path for path in folders if (path / MANIFEST).is_file())
+
+
+def _latest(root: Path) -> Path | None:
+    pointer = root / LATEST
+    if not pointer.is_file():
+        return None
+    folder = root / pointer.read_text().strip()
+    if (folder / MANIFEST).is_file():
+        return folder
+    folders = complete(root)
+    return folders[-1] if folders else None
+
+
+def verify(folder: Path) -> str | None:
+    """What differs from the manifest, in words; None when nothing does."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except ValueError:
+        return f"{MANIFEST} is not JSON"
+    for name, expected in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if _sha256(path) != expected["sha256"]:
+            return f"{name} does not have the checksum that was saved"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
