@@ -40,17 +40,17 @@ def _block_activations(tower: TowerPass, dtype_bytes: int) -> float:
     if tower.recompute == "elementwise":
         rows -= tokens * (2 * block.width + block.mlp_width)  # norms, the MLP behind its activation
     if tower.padded_tokens is not None:
-        # Query, key, value and attention's output are kept padded beside their packed form.
-        rows += 4 * tower.padded_tokens * block.width
+        # Query, key and value are kept padded, attention's output so and packed.
+        rows += (4 * tower.padded_tokens - 3 * tokens) * block.width
     log_sums = block.num_heads * tower.attended_tokens * FP32
     return rows * dtype_bytes + log_sums + 2 * tokens * STATISTICS
 
 
 def _one_query_activations(tower: TowerPass, dtype_bytes: int) -> float:
     block, tokens = tower.block, tower.num_tokens
-    # The input, its norm, and what attention reads of that: padded, in fp32.
+    # The input, its norm, or what attention reads of that: padded, in fp32.
     padded = tower.padded_tokens is not None
-    norm_is_kept = padded or tower.recompute != "elementwise"
+    norm_is_kept = not padded and tower.recompute != "elementwise"
     rows = (1 + norm_is_kept) * tokens * block.width * dtype_bytes
     if padded or dtype_bytes < FP32:
         rows += tower.attended_tokens * block.width * FP32
