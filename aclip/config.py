@@ -1,18 +1,12 @@
 """The recipe: everything that defines a run but what the ds_config owns (precision, micro-batch).
 
-A recipe is YAML checked against the models below: defaults < YAML < `key.sub=value` overrides.
-Modules of aclip take plain arguments; only the builders read a Recipe.
+A recipe is YAML checked against the models below (aclip/recipe_file.py reads it). Modules of aclip
+take plain arguments; only the builders read a Recipe.
 """
 
-import difflib
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from aclip.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Strength = Annotated[float, Field(ge=0)]
@@ -272,132 +266,3 @@ class Recipe(Part):
                     f"views.{name} is [{low:g}, {high:g}]; give two shares of the area with "
                     "0 < low <= high <= 1"
                 )
-
-
-def recipe_names() -> list[str]:
-    """The names of the recipes that ship with aclip, sorted."""
-    folder = resources.files("aclip") / "recipes"
-    return sorted(path.name[:-5] for path in folder.iterdir() if path.name.endswith(".yaml"))
-
-
-def load_recipe(name_or_path: str, overrides: list[str] = ()) -> Recipe:
-    """Reads a recipe by its name or a YAML file's path and applies `key.sub=value` overrides.
-
-    Values of overrides are YAML: `loss.simclr=0`, `views.scale=[0.3,1]`, `teacher=null`.
-
-    Raises:
-        ConfigError: no such recipe or file, not YAML, an unknown key (names the nearest), a value
-            of the wrong type or out of range, or parts that contradict each other.
-    """
-    values = _read_yaml(name_or_path)
-    for override in overrides:
-        _apply_override(values, override)
-    _refuse_unknown_keys(values, Recipe, "")
-    try:
-        return Recipe(**values)
-    except ValidationError as error:
-        raise ConfigError(_describe(error, name_or_path)) from None
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML with every default written out; load_recipe reads it back."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-
-
-def _read_yaml(name_or_path: str) -> dict:
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or "/" in name_or_path:
-        if not path.is_file():
-            raise ConfigError(
-                f"--recipe is {name_or_path}, but there is no such file; check the path"
-            )
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ConfigError(f"--recipe is {name_or_path}, which is not a text file") from None
-    elif name_or_path in recipe_names():
-        text = (resources.files("aclip") / "recipes" / f"{name_or_path}.yaml").read_text()
-    else:
-        raise ConfigError(
-            f"--recipe is {name_or_path}, which is not a recipe"
-            f"{_nearest(name_or_path, recipe_names())}; take one of {', '.join(recipe_names())}, "
-            "or a path to a YAML file"
-        )
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"--recipe is {name_or_path}, but it is not YAML: {_one_line(error)}"
-        ) from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"--recipe is {name_or_path}, but it does not hold keys and values")
-    return values
-
-
-def _apply_override(values: dict, override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override is {override}; write it as key.sub=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key} is {text}, which is not YAML: {_one_line(error)}") from None
-    if isinstance(value, str):
-        value = _as_number(value)
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        if values.get(parent) is None:
-            values[parent] = {}
-        values = values[parent]
-        if not isinstance(values, dict):
-            raise ConfigError(f"override is {override}, but {parent} is a value, not a section")
-    values[leaf] = value
-
-
-def _as_number(text: str) -> float | str:
-    """`1e-3` is a number to everybody but YAML 1.1."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _refuse_unknown_keys(values: dict, part: type[BaseModel], prefix: str) -> None:
-    for key, value in values.items():
-        field = part.model_fields.get(key)
-        if field is None:
-            known = list(part.model_fields)
-            raise ConfigError(
-                f"{prefix}{key} is not a key of the recipe{_nearest(key, known, prefix)}; "
-                f"known here: {', '.join(prefix + name for name in known)}"
-            )
-        section = _section_type(field.annotation)
-        if section is not None and isinstance(value, dict):
-            _refuse_unknown_keys(value, section, f"{prefix}{key}.")
-
-
-def _section_type(annotation: Any) -> type[BaseModel] | None:
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    for candidate in candidates:
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
-
-
-def _describe(error: ValidationError, source: str) -> str:
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
-    if not field:
-        return first["msg"].removeprefix("Value error, ")
-    message = first["msg"][0].lower() + first["msg"][1:]
-    where = f"change it in {source} or on the command line"
-    return f"{field} is {first['input']!r}, but {message}; {where}"
-
-
-def _nearest(word: str, known: list[str], prefix: str = "") -> str:
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {prefix}{matches[0]}?)" if matches else ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

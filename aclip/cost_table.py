@@ -21,12 +21,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from aclip.config import Recipe, load_recipe
+from aclip.config import Recipe
 from aclip.ds_config import read_ds_config
 from aclip.engine import init_distributed
 from aclip.errors import ConfigError
 from aclip.flops import step_flops
 from aclip.open_clip_step import OpenClipStep
+from aclip.recipe_file import load_recipe
 from aclip.run import default_to_one_rank
 from aclip.step_shape import describe_step
 from aclip.stepper import Stepper

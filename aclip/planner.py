@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 
 from aclip.activations import FP32, activations, local_activations, logits
-from aclip.config import Recompute, load_recipe
+from aclip.config import Recompute
 from aclip.ds_config import DsConfig, read_ds_config
 from aclip.engine import parameter_groups
 from aclip.errors import ConfigError
@@ -21,6 +21,7 @@ from aclip.flops import Flops, repeated_flops, step_flops
 from aclip.gpus import NETWORK_BYTES, Gpu, find_gpu
 from aclip.losses import CHUNK_ROWS
 from aclip.models.student import Student, build_student
+from aclip.recipe_file import load_recipe
 from aclip.step_shape import StepShape, describe_step, with_recompute
 from aclip.teacher import TRAINING_ONLY
 from aclip.zero import (

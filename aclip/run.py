@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 
 from aclip import checkpoint_folder
-from aclip.config import Recipe, dump_recipe, load_recipe
+from aclip.config import Recipe
 from aclip.data.batch import build_train_loader
 from aclip.data.demo import ensure_demo_data
 from aclip.data.shards import Shard, index_shards, list_shards
 from aclip.ds_config import read_ds_config
 from aclip.errors import ConfigError
 from aclip.gather import rank, world_size
+from aclip.recipe_file import dump_recipe, load_recipe
 
 EXIT_NON_FINITE = 3
 EXIT_STOPPED_BY_SIGNAL = 143

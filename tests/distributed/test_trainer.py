@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from aclip import checkpoint, checkpoint_folder
-from aclip.config import load_recipe
 from aclip.data.shards import index_shards
 from aclip.ds_config import read_ds_config
 from aclip.engine import init_distributed
 from aclip.errors import ConfigError
+from aclip.recipe_file import load_recipe
 from aclip.trainer import Trainer
 from aclip.watch import NonFiniteLoss
 

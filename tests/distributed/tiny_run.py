@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from aclip import losses, masking
-from aclip.config import load_recipe
 from aclip.ds_config import read_ds_config
 from aclip.engine import build_engine, init_distributed
 from aclip.gather import rank, world_size
 from aclip.losses import StudentOutput
 from aclip.models.student import StudentInput, build_student
 from aclip.models.text import END_TOKEN, START_TOKEN, real_token_ids
+from aclip.recipe_file import load_recipe
 from aclip.sharded_state import ShardedState
 from aclip.teacher import Teacher
 

@@ -7,10 +7,10 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from aclip.activations import activations, local_activations, logits, tower_activations
-from aclip.config import load_recipe
 from aclip.masking import Selection
 from aclip.models.student import DistillInput, MlmInput, StudentInput, build_student, kept_blocks
 from aclip.models.text import END_TOKEN, START_TOKEN
+from aclip.recipe_file import load_recipe
 from aclip.step_shape import BlockShape, StepShape, TowerPass, describe_step
 
 BATCH = 8

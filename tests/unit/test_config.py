@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
-from aclip.config import Recipe, dump_recipe, load_recipe, recipe_names
+from aclip.config import Recipe
 from aclip.errors import ConfigError
+from aclip.recipe_file import dump_recipe, load_recipe, recipe_names
 
 SHIPPED = [
     "aclip_eff_vitb16",

@@ -11,7 +11,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from aclip import flops, losses
-from aclip.config import load_recipe, recipe_names
 from aclip.masking import Selection
 from aclip.models.student import (
     DistillInput,
@@ -21,6 +20,7 @@ from aclip.models.student import (
     kept_blocks,
 )
 from aclip.models.text import END_TOKEN, START_TOKEN
+from aclip.recipe_file import load_recipe, recipe_names
 from aclip.step_shape import (
     BlockShape,
     HeadShape,

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from aclip import losses, masking
-from aclip.config import load_recipe
 from aclip.losses import StudentOutput
 from aclip.models.student import (
     DistillInput,
@@ -19,6 +18,7 @@ from aclip.models.student import (
     kept_blocks,
 )
 from aclip.models.text import real_token_ids
+from aclip.recipe_file import load_recipe
 from aclip.teacher import Teacher
 
 RECIPE = [
