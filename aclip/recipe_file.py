@@ -4,6 +4,8 @@ A value is taken from the command line, else from the file, else it is the defau
 """
 
 import difflib
+import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,8 @@ def load_recipe(name_or_path: str, overrides: list[str] = ()) -> Recipe:
         _apply_override(values, override)
     _refuse_unknown_keys(values, Recipe, "")
     try:
-        return Recipe(**values)
+        # As JSON, where strict means that true is no number and '512' neither, but a list a tuple.
+        return Recipe.model_validate_json(json.dumps(_numbers(values), default=str), strict=True)
     except ValidationError as error:
         raise ConfigError(_describe(error, name_or_path)) from None
 
@@ -83,8 +86,6 @@ def _apply_override(values: dict, override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{key} is {text}, which is not YAML: {_one_line(error)}") from None
-    if isinstance(value, str):
-        value = _as_number(value)
     *parents, leaf = key.split(".")
     for parent in parents:
         if values.get(parent) is None:
@@ -95,12 +96,17 @@ def _apply_override(values: dict, override: str) -> None:
     values[leaf] = value
 
 
-def _as_number(text: str) -> float | str:
-    """`1e-3` is a number to everybody but YAML 1.1."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _numbers(value: Any) -> Any:
+    """Turns `1e-3` and `1e6` into numbers, which they are to everybody but YAML 1.1."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        value = float(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # fits both kinds of keys
+    return value
 
 
 def _refuse_unknown_keys(values: dict, part: type[BaseModel], prefix: str) -> None:

@@ -298,3 +298,26 @@ def test_recipe_that_is_no_text_is_refused(tmp_path):
 def test_value_out_of_range_is_refused(override):
     with pytest.raises(ConfigError, match=override.split("=")[0]):
         load_recipe("demo", [override])
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("optimizer.lr=true", ["optimizer.lr", "True", "number"]),
+        ("model.text.width='512'", ["model.text.width", "'512'", "integer"]),
+        ("train.global_batch_size=48.5", ["train.global_batch_size", "48.5"]),
+        ("model.image.freeze_patch_embed=1", ["freeze_patch_embed", "boolean"]),
+    ],
+)
+def test_value_of_another_kind_is_not_converted(override, words):
+    message = refusal(override)
+    assert all(word in message for word in words), message
+
+
+def test_scientific_notation_is_a_number(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("optimizer: {lr: 1e-3}\ntrain: {checkpoint_every: 1e6}\n")
+    recipe = load_recipe(str(path), ["mask.policy=none", "loss.byol=0", "data.min_image_side=2e1"])
+    assert recipe.optimizer.lr == 0.001
+    assert recipe.train.checkpoint_every == 1_000_000
+    assert recipe.data.min_image_side == 20
