@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         systems += _build_open_clip(next(iter(recipes.values())), batch_size, device)
         baselines.append(systems[-2].name)
     _measure(systems, arguments.rounds, device)
-    rows = [_row(system, systems, baselines, batch_size) for system in systems]
+    rows = [make_row(system, systems, baselines, batch_size) for system in systems]
     environment = _environment(device, batch_size, arguments, next(iter(recipes.values())))
     print(format_table(rows, baselines, environment))
     if arguments.json:
@@ -229,7 +229,8 @@ def _state_bytes(stepper: Stepper) -> int:
     return sum(storages.values()) + 4 * fp32_copies * trained
 
 
-def _row(system: System, systems: list[System], baselines: list[str], batch_size: int) -> Row:
+def make_row(system: System, systems: list[System], baselines: list[str], batch_size: int) -> Row:
+    """Medians over the rounds; a ratio is that of the rounds' ratios to the baseline's."""
     by_name = {other.name: other for other in systems}
     ratios = {
         name: [a / b for a, b in zip(system.seconds, by_name[name].seconds, strict=True)]

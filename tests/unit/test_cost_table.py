@@ -1,0 +1,93 @@
+"""The cost table: ratios of a hand-made run, synthetic batches, open_clip's step, one real run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, median
+
+import pytest
+import torch
+
+from aclip.cost_table import System, format_table, make_row
+from aclip.open_clip_step import OpenClipStep
+from aclip.recipe_file import load_recipe
+from aclip.synthetic import caption_lengths, synthetic_batch, synthetic_tokens
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "model.image.resolution=32",
+    "model.image.kwargs={patch_size: 8, embed_dim: 64, depth: 2, num_heads: 2}",
+    "model.text={width: 32, heads: 2, layers: 2, context_length: 77}",
+    "model.embed_dim=16",
+]
+
+
+def system(name, seconds, peaks=(0, 0, 0)):
+    return System(name, lambda: None, 2 * 2**20, 1.5, list(seconds), list(peaks))
+
+
+def test_ratio_is_the_median_of_the_rounds_ratios():
+    # The machine slows down from round to round; the ratios of a round do not.
+    base, other = system("base", [1, 2, 8]), system("other", [2, 4.2, 12], [0, 3 * 2**20, 2**22])
+    row = make_row(other, [base, other], ["base"], batch_size=4)
+    assert row.ratios == {"base": pytest.approx(2.0)}
+    assert row.spread == pytest.approx((1.5, 2.1))
+    assert row.step_seconds == 4.2
+    assert row.images_per_second == pytest.approx(4 / 4.2)
+    assert (row.state_mib, row.step_mib) == (2, 3)
+    assert "2.000" in format_table([row], ["base"], {"device": "none"})
+
+
+def test_captions_have_the_published_lengths():
+    lengths = caption_lengths(1000, 77)
+    assert median(lengths) == 12
+    assert 18 < mean(lengths) < 20.5  # a little under 20: the longest are cut
+    assert min(lengths) == 3 and max(lengths) == 77
+
+
+def test_synthetic_captions_end_where_their_lengths_say():
+    tokens = synthetic_tokens(16, 77)
+    assert (tokens.argmax(1) + 1).tolist() == caption_lengths(16, 77)
+    assert (tokens[:, 0] == 49406).all()
+    assert ((tokens == 0).sum(1) == tokens.shape[1] - tokens.argmax(1) - 1).all()
+
+
+@pytest.mark.parametrize("name", ["slip_vitb16", "maskclip_vitb16", "random_2x50_vitb16", "demo"])
+def test_synthetic_batch_holds_what_the_recipe_reads(name):
+    recipe = load_recipe(name)
+    batch = synthetic_batch(recipe, 3)
+    assert (batch.teacher_view is not None) == recipe.needs_teacher_view
+    assert (batch.ssl_views is not None) == (name == "slip_vitb16")
+    assert (batch.distill_noise is not None) == (name == "maskclip_vitb16")
+    assert (batch.mask_noise is not None) == (name == "random_2x50_vitb16")
+    assert len(batch.split(2)) == 2
+
+
+def test_patch_dropout_of_the_open_clip_step_changes_its_loss_and_none_does_not():
+    recipe = load_recipe("demo", SMALL)
+    step = OpenClipStep(recipe, 4, torch.device("cpu"))
+    first = step.step(0.0)
+    assert torch.isfinite(first) and step.step(0.5) != step.step(0.0)
+    assert step.state_bytes() > 0
+
+
+def test_command_prints_every_system_and_writes_the_figures(tmp_path):
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, "launch/benchmark.py", "demo", "--against", "open_clip"]
+    command += ["--batch_size", "2", "--rounds", "2", "--json", str(figures), "--set", *SMALL]
+    command += ["teacher.resolution=32"]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = json.loads(figures.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["demo", "open_clip", "open_clip, patch dropout 0.5"]
+    assert rows[0]["ratios"]["demo"] == rows[1]["ratios"]["open_clip"] == 1
+    for row in rows:
+        assert row["name"] in run.stdout and row["step_seconds"] > 0
+
+
+def test_baseline_that_is_not_measured_is_refused():
+    command = [sys.executable, "launch/benchmark.py", "demo", "--baseline", "clip_vitb16"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and "--baseline is clip_vitb16" in run.stderr
