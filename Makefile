@@ -11,10 +11,11 @@ demo: $(VENV)/.installed
 	PATH=$(abspath $(BIN)):$$PATH deepspeed $(if $(RANKS),--num_accelerators $(RANKS)) \
 		launch/pretrain.py --ds_config ds_configs/zero2.json --output runs/demo
 
-# The tests of the launch scripts run last and alone: they start processes, kill them and measure limits.
+# The tests of the launch scripts run last: they start processes of their own and measure limits.
+PYTEST := OMP_NUM_THREADS=1 PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest -n auto --maxprocesses 8 --durations 10
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not e2e" -n auto --maxprocesses 8
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest -m e2e --durations 5
+	$(PYTEST) -m "not e2e"
+	$(PYTEST) -m e2e --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -26,7 +26,9 @@ def run_reporting_errors(main: Callable[[], int | None]) -> None:
         rank = os.environ.get("RANK")
         prefix = f"[rank {rank}] " if rank is not None else ""
         sys.stdout.flush()
-        print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+        # One write with its line end, or the ranks' lines run into each other.
+        sys.stderr.write(f"{prefix}error: {error}\n")
+        sys.stderr.flush()
         _let_other_ranks_report()
         os._exit(EXIT_BAD_INPUT)
     sys.exit(status or 0)

@@ -34,11 +34,11 @@ def pretrain(arguments: argparse.Namespace) -> int:
     ds_config = read_ds_config(arguments.ds_config, recipe.train.global_batch_size, num_ranks)
     run_folder = Path(arguments.output or f"runs/{Path(arguments.recipe).stem}")
     _check_writable(run_folder)
+    resume_from = checkpoint_folder.find(run_folder / "checkpoints", arguments.resume)
     say = print if os.environ["RANK"] == "0" else _silent
     shards, val_shards = _find_data(recipe, say)
     # Built once before anything costs time, since it checks lanes, ranks and workers.
     build_train_loader(recipe, shards, int(os.environ["RANK"]), num_ranks)
-    resume_from = checkpoint_folder.find(run_folder / "checkpoints", arguments.resume)
     # Imported here: DeepSpeed and the towers take seconds, which no wrong input should cost.
     from aclip import checkpoint
     from aclip.engine import init_distributed

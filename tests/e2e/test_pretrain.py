@@ -52,10 +52,10 @@ def test_shipped_ds_config_trains_the_demo(launcher, tmp_path, name):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_second_start_of_a_complete_run_prints_its_table_again(launcher, tmp_path):
+def test_complete_run_prints_its_table_again_and_refuses_another_shape(launcher, tmp_path):
     arguments = ["--ds_config", "ds_configs/zero0.json", "--output", str(tmp_path), *SHORT, *SMALL]
-    first = launcher.run(*arguments, ranks=1)
-    again = launcher.run(*arguments, ranks=1)
+    first = launcher.run(*arguments)
+    again = launcher.run(*arguments)
 
     def table(output: str) -> list[str]:
         lines = output.splitlines()
@@ -64,6 +64,13 @@ def test_second_start_of_a_complete_run_prints_its_table_again(launcher, tmp_pat
 
     assert again.status == 0
     assert table(first.output) == table(again.output)
+
+    for ranks in (1, 2):
+        other = launcher.run(*arguments, "model.embed_dim=64", ranks=ranks, launcher=ranks > 1)
+        assert other.status != 0 and other.seconds < 30
+        assert "Traceback" not in other.output
+        assert other.output.count("error: --resume loads") == ranks
+        assert "image_projection.weight is [96, 48], but the recipe builds [64, 48]" in other.output
 
 
 def test_run_killed_at_random_moments_equals_an_uninterrupted_one(launcher, kill_all, tmp_path):
