@@ -82,6 +82,12 @@ def test_exported_towers_compute_what_aclip_computes(name, write_run, tmp_path):
     # Of the teacher, the default; its logit scale is the student's.
     run_export(run, tmp_path / "open_clip", "open_clip")
     assert_open_clip_computes(tmp_path / "open_clip", recipe, teacher)
+    config = json.loads((tmp_path / "open_clip/open_clip_config.json").read_text())
+    timm_name = config["model_cfg"]["vision_cfg"]["timm_model_name"]
+    # A tower that timm's name alone describes names no folder.
+    is_portable = name == "ViT-B/16"
+    assert timm_name == recipe.model.image.name if is_portable else "local-dir" in timm_name
+    assert (tmp_path / "open_clip/config.json").exists() != is_portable
     run_export(run, tmp_path / "huggingface", "huggingface", "student")
     assert_transformers_computes(tmp_path / "huggingface", recipe, student)
     if recipe_name == "demo":
@@ -93,17 +99,6 @@ def test_exported_towers_compute_what_aclip_computes(name, write_run, tmp_path):
     for folder, key in (("open_clip", "logit_scale"), ("huggingface", "logit_scale")):
         (file,) = (tmp_path / folder).glob("*model.safetensors")
         assert load_file(file)[key].item() == pytest.approx(scale)
-
-
-def test_towers_that_timm_knows_by_name_name_no_folder(write_run, tmp_path):
-    run, *_ = write_run(load_recipe("clip_vitb16", ["model.text.layers=1"]), has_teacher=False)
-    run_export(run, tmp_path / "out", "open_clip")
-    config = json.loads((tmp_path / "out/open_clip_config.json").read_text())
-    assert config["model_cfg"]["vision_cfg"]["timm_model_name"] == "vit_base_patch16_224"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "open_clip_config.json",
-        "open_clip_model.safetensors",
-    }
 
 
 def test_a_moved_folder_of_another_tower_is_refused_by_open_clip_not_read_as_another_tower(
