@@ -1,7 +1,6 @@
 """Checkpoints: whole fp32 tensors that any ZeRO stage and number of ranks can load.
 
-A folder holds student, optimizer, teacher and rng .safetensors and state.json; what makes it
-complete is checkpoint_folder.py's.
+What is in a checkpoint's folder and makes it complete is checkpoint_folder.py's.
 """
 
 import json
@@ -13,17 +12,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aclip.checkpoint_folder import complete, prune, publish, remove_partial, verify
+from aclip.checkpoint_folder import (
+    OPTIMIZER,
+    RNG,
+    STATE,
+    STUDENT,
+    TEACHER,
+    complete,
+    prune,
+    publish,
+    remove_partial,
+    verify,
+)
 from aclip.errors import ConfigError
 from aclip.gather import rank, world_size
 from aclip.random_state import get_random_state, set_random_state
 from aclip.sharded_state import MASTER, ShardedState
 from aclip.teacher import Teacher
-
-STUDENT, OPTIMIZER, TEACHER, RNG = (
-    f"{name}.safetensors" for name in ("student", "optimizer", "teacher", "rng")
-)
-STATE = "state.json"
 
 
 class CheckpointError(RuntimeError):

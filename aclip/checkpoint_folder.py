@@ -1,6 +1,7 @@
 """The checkpoints folder on disk: complete or absent, found, verified, replaced and pruned.
 
-    checkpoints/samples-000000012288/   the files, and manifest.json with their sizes and SHA-256
+    checkpoints/samples-000000012288/   student, optimizer, teacher and rng .safetensors,
+                                        state.json, manifest.json with their sizes and SHA-256
     checkpoints/latest                  the name of the newest complete one
 
 A checkpoint is written under a temporary name, synced and renamed, and `latest` moves last, so a
@@ -15,6 +16,10 @@ from pathlib import Path
 
 from aclip.errors import ConfigError
 
+STUDENT, OPTIMIZER, TEACHER, RNG = (
+    f"{name}.safetensors" for name in ("student", "optimizer", "teacher", "rng")
+)
+STATE = "state.json"
 MANIFEST, LATEST = "manifest.json", "latest"
 REPLACED = "-replaced"
 _HASH_CHUNK = 1 << 22
@@ -30,15 +35,22 @@ def find(root: Path, resume: str) -> Path | None:
         return None
     if resume == "auto":
         return _latest(root)
-    path = Path(resume)
-    for candidate in (path, _latest(path), _latest(path / "checkpoints")):
-        if candidate is not None and (candidate / MANIFEST).is_file():
-            return candidate
+    found = locate(Path(resume))
+    if found is not None:
+        return found
     raise ConfigError(
         f"--resume is {resume}, which is neither a checkpoint nor a run folder that holds one; "
         "give "
         "the folder that contains manifest.json, or auto, or none"
     )
+
+
+def locate(path: Path) -> Path | None:
+    """The checkpoint that a path means: itself, or the latest of a checkpoints or run folder."""
+    for candidate in (path, _latest(path), _latest(path / "checkpoints")):
+        if candidate is not None and (candidate / MANIFEST).is_file():
+            return candidate
+    return None
 
 
 def publish(root: Path, partial: Path, folder: Path) -> None:
@@ -106,13 +118,20 @@ def _latest(root: Path) -> Path | None:
     return folders[-1] if folders else None
 
 
-def verify(folder: Path) -> str | None:
-    """What differs from the manifest, in words; None when nothing does."""
+def verify(folder: Path, names: list[str] | None = None) -> str | None:
+    """What differs from the manifest, in words; None when nothing does.
+
+    Args:
+        names: of the files to check; None for all.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except ValueError:
         return f"{MANIFEST} is not JSON"
-    for name, expected in manifest.items():
+    for name in manifest if names is None else names:
+        expected = manifest.get(name)
+        if expected is None:
+            return f"{MANIFEST} does not list {name}"
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

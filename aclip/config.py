@@ -52,6 +52,8 @@ class ModelConfig(Part):
     text: TextTowerConfig = TextTowerConfig()
     embed_dim: int = Field(512, gt=0)
     """Size of the joint embedding."""
+    init: str = ""
+    """Weights that a new run starts from, student and teacher: see README, Export and import."""
     compile: bool = False
     """torch.compile of the towers' blocks. On a GPU in bf16 a step waits for memory more than for
     matrix products; the compiler fuses norms, activations and residuals, which move most of it. The

@@ -57,7 +57,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
         evaluator=Evaluator(recipe, val_shards, run_folder) if val_shards else None,
     )
     if rank() == 0:
-        _record(run_folder, recipe, ds_config.values)
+        _record(run_folder, recipe, ds_config.values, trainer.stepper.init_report)
     say(_headline(recipe, trainer, ds_config, resume_from, run_folder), flush=True)
     try:
         finished = trainer.train()
@@ -102,6 +102,8 @@ def _read_recipe(arguments: argparse.Namespace) -> Recipe:
             overrides.append("data.val=[]")
     if arguments.val:
         overrides.append(f"data.val={json.dumps(arguments.val)}")
+    if arguments.init:
+        overrides.append(f"model.init={json.dumps(arguments.init)}")
     recipe = load_recipe(arguments.recipe, overrides)
     if not recipe.data.train:
         raise ConfigError(
@@ -139,8 +141,8 @@ def _check_writable(run_folder: Path) -> None:
         ) from None
 
 
-def _record(run_folder: Path, recipe: Recipe, ds_values: dict) -> None:
-    """Writes what the run was made of: recipe, ds_config, versions and git commit."""
+def _record(run_folder: Path, recipe: Recipe, ds_values: dict, init_report) -> None:
+    """Writes what the run was made of: recipe, ds_config, versions, git commit, first weights."""
     packages = ("torch", "deepspeed", "timm", "transformers", "open_clip_torch", "triton")
     environment = {
         "python": platform.python_version(),
@@ -152,6 +154,9 @@ def _record(run_folder: Path, recipe: Recipe, ds_values: dict) -> None:
     (run_folder / "recipe.yaml").write_text(dump_recipe(recipe))
     (run_folder / "ds_config.json").write_text(json.dumps(ds_values, indent=2))
     (run_folder / "environment.json").write_text(json.dumps(environment, indent=2))
+    if init_report is not None:
+        report = json.dumps(init_report.to_dict(), indent=2)
+        (run_folder / "init_report.json").write_text(report)
 
 
 def _git_commit() -> str | None:
@@ -175,6 +180,8 @@ def _headline(recipe, trainer, ds_config, resume_from, run_folder) -> str:
     ]
     if resume_from is not None:
         lines.append(f"continuing from {resume_from} at {trainer.samples:,} samples")
+    if trainer.stepper.init_report is not None:
+        lines.append(trainer.stepper.init_report.summary())
     return "\n".join(lines)
 
 

@@ -10,10 +10,11 @@ from aclip.config import Recipe
 from aclip.data.batch import Batch
 from aclip.ds_config import DsConfig
 from aclip.engine import build_engine
+from aclip.initial_weights import load_initial_weights
 from aclip.losses import StudentOutput
-from aclip.models.student import build_student, kept_blocks
+from aclip.models.student import Student, build_student, kept_blocks
 from aclip.random_state import get_random_state, set_random_state
-from aclip.sharded_state import ShardedState
+from aclip.sharded_state import MASTER, ShardedState
 from aclip.step_inputs import StepInputs
 from aclip.teacher import Teacher
 
@@ -27,20 +28,24 @@ class Stepper:
         recipe: what is trained.
         ds_config: checked against the recipe and the number of ranks.
         device: of this rank.
+        init: weights to start from, see ModelConfig.init; empty for none.
 
     Attributes:
         engine: DeepSpeed's, around the student.
+        init_report: what became of the keys of `init`; None without.
         teacher: None where the recipe has none.
         grid: patches per side of a student view. num_kept_blocks: of a masked one.
     """
 
-    def __init__(self, recipe: Recipe, ds_config: DsConfig, device: torch.device):
+    def __init__(self, recipe: Recipe, ds_config: DsConfig, device: torch.device, init: str = ""):
         self.recipe = recipe
         self.device = device
         self.dtype = ds_config.dtype
         self.micro_batch_size = ds_config.micro_batch_size
         self._offloads = ds_config.offloads_optimizer
         student = build_student(recipe)
+        self.init_report = load_initial_weights(student, init) if init else None
+        exact = _copy_of_weights(student) if init and self.dtype != torch.float32 else {}
         self.grid = student.image.grid
         self.num_kept_blocks = kept_blocks(recipe, self.grid)
         self.teacher = Teacher(student, self.dtype, device) if recipe.needs_teacher else None
@@ -55,6 +60,8 @@ class Stepper:
         )
         self.engine = build_engine(student, recipe.optimizer, ds_config)
         self._sharded_state = ShardedState(self.engine)
+        for name, weights in exact.items():
+            self._sharded_state.load(name, MASTER, weights)
 
     def set_exact_logit_scale(self) -> None:
         """Clamps the logit scale's fp32 master and hands its value on; also after loading."""
@@ -141,3 +148,8 @@ class Stepper:
         # pass; the heads are in the first one alone, so every pass is a boundary then.
         self.engine.set_gradient_accumulation_boundary(last or self._offloads)
         self.engine.backward(loss, scale_wrt_gas=False)
+
+
+def _copy_of_weights(student: Student) -> dict[str, Tensor]:
+    """The fp32 weights, since DeepSpeed rounds the student before it makes its masters of it."""
+    return {name: p.detach().clone() for name, p in student.named_parameters()}

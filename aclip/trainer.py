@@ -56,7 +56,8 @@ class Trainer:
         self.total_samples = self.num_steps * batch_size
         self.warmup_samples = round(recipe.train.warmup_epochs * dataset_size)
 
-        self.stepper = Stepper(recipe, ds_config, device)
+        init = recipe.model.init if resume_from is None else ""
+        self.stepper = Stepper(recipe, ds_config, device, init)
         self.step = 0
         self.cursors: Tensor | None = None
         self.skipped = Counter()

@@ -19,6 +19,11 @@ def parse_arguments() -> argparse.Namespace:
         default="auto",
         help="auto: continue the run in --output; none: start new; or a checkpoint's path",
     )
+    parser.add_argument(
+        "--init",
+        help="weights that a new run starts from: a SLIP or A-CLIP checkpoint, open_clip folder, "
+        "a run, or timm:NAME_OR_FILE for the image tower; the same as model.init=...",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="recipe values to change"
