@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aclip.checkpoint_folder import STUDENT, TEACHER, locate, verify
-from aclip.config import Recipe, load_recipe
+from aclip.config import Recipe
 from aclip.errors import ConfigError
 from aclip.interop.weights_file import TowerFacts
 from aclip.models.student import Student, build_student
+from aclip.recipe_file import load_recipe
 
 LOGIT_SCALE = "logit_scale.log_logit_scale"
 EXPORTED = ("image.", "text.", "image_projection.", "text_projection.", LOGIT_SCALE)

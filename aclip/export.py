@@ -9,9 +9,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from aclip.checkpoint_weights import CheckpointWeights, load_checkpoint_weights, tower_facts
-from aclip.config import dump_recipe
 from aclip.errors import ConfigError
 from aclip.interop import open_clip, plain
+from aclip.recipe_file import dump_recipe
 
 
 def export(arguments: argparse.Namespace) -> None:

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from aclip import checkpoint_folder
-from aclip.config import dump_recipe, load_recipe
 from aclip.data.shards import index_shards
 from aclip.ds_config import read_ds_config
 from aclip.engine import init_distributed
 from aclip.export import export
+from aclip.recipe_file import dump_recipe, load_recipe
 from aclip.sharded_state import ShardedState
 from aclip.trainer import Trainer
 

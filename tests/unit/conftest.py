@@ -48,8 +48,8 @@ def write_run(tmp_path):
     from safetensors.torch import save_file
 
     from aclip import checkpoint_folder
-    from aclip.config import dump_recipe
     from aclip.models.student import build_student
+    from aclip.recipe_file import dump_recipe
 
     def write(recipe, has_teacher: bool = True):
         run = tmp_path / "run"

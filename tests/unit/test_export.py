@@ -17,11 +17,11 @@ from transformers import (
     VisionTextDualEncoderProcessor,
 )
 
-from aclip.config import load_recipe
 from aclip.data.tokenizer import Tokenizer
 from aclip.data.views import center_crop
 from aclip.errors import ConfigError
 from aclip.export import export
+from aclip.recipe_file import load_recipe
 
 SHORT_TEXT = "model.text.layers=2"
 TOWERS = {

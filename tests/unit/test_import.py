@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from aclip.config import load_recipe
 from aclip.errors import ConfigError
 from aclip.export import export
 from aclip.initial_weights import load_initial_weights
 from aclip.models.student import build_student
+from aclip.recipe_file import load_recipe
 
 CONTEXT, VOCABULARY = 77, 49408
 DEMO_KWARGS = {"patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
