@@ -69,6 +69,10 @@ def _cases(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
             ["--output", "file/run"],
         ),
         "resume of nothing": ([*ZERO0, "--resume", f"{folder}/no-run"], ["--resume", "no-run"]),
+        "init that is no checkpoint": (
+            [*ZERO0, "--init", f"{folder}/broken.json"],
+            ["--init", "broken.json", "no checkpoint"],
+        ),
         "keep_ratio of 0": ([*ZERO0, "mask.keep_ratio=0"], ["mask.keep_ratio", "0"]),
         "keep_ratio above 1": ([*ZERO0, "mask.keep_ratio=1.5"], ["mask.keep_ratio", "1.5"]),
     }
