@@ -68,6 +68,10 @@ def _cases(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
             ["--output", "file/run"],
         ),
         "resume of nothing": ([*ZERO0, "--resume", f"{folder}/no-run"], ["--resume", "no-run"]),
+        "init that is no checkpoint": (
+            [*ZERO0, "--init", f"{folder}/broken.json"],
+            ["--init", "broken.json", "no checkpoint"],
+        ),
         "keep_ratio of 0": ([*ZERO0, "mask.keep_ratio=0"], ["mask.keep_ratio", "0"]),
         "keep_ratio above 1": ([*ZERO0, "mask.keep_ratio=1.5"], ["mask.keep_ratio", "1.5"]),
     }
@@ -91,7 +95,8 @@ CASES = (
     *("shards that match nothing", "unknown recipe", "unknown key", "wrong type"),
     *("missing ds_config", "ds_config that is not JSON", "ds_config contradicts the batch"),
     *("ranks x micro-batch does not divide", "fewer shards than lanes"),
-    *("output that can't be written", "resume of nothing", "keep_ratio of 0", "keep_ratio above 1"),
+    *("output that can't be written", "resume of nothing", "init that is no checkpoint"),
+    *("keep_ratio of 0", "keep_ratio above 1"),
 )
 
 

@@ -21,7 +21,12 @@ from aclip.data.tokenizer import Tokenizer
 from aclip.data.views import center_crop
 from aclip.errors import ConfigError
 from aclip.export import export
+<<<<<<< HEAD
 from aclip.recipe_file import load_recipe
+=======
+from aclip.interop import huggingface
+from aclip.models.student import build_student
+>>>>>>> 63573a26e445b5137f7ad3fbd003682e82b54e37
 
 SHORT_TEXT = "model.text.layers=2"
 TOWERS = {
@@ -125,6 +130,19 @@ def test_plain_export_holds_the_model_and_its_recipe(write_run, tmp_path, capsys
     assert load_recipe(str(tmp_path / "out/recipe.yaml")) == recipe
     printed = capsys.readouterr().out
     assert "teacher" in printed and "load_file" in printed and str(tmp_path / "out") in printed
+
+
+@torch.no_grad()
+def test_vit_large_computes_the_same_in_transformers(tmp_path):
+    """Without a checkpoint on the disk, whose gigabytes would take most of a minute."""
+    recipe = load_recipe("aclip_vitl16", ["model.text.layers=1", "loss.simclr=0", "loss.byol=0"])
+    with torch.device("meta"):
+        student = build_student(recipe)
+    student.to_empty(device="cpu").eval()
+    for parameter in student.parameters():
+        parameter.normal_(0, 0.03)
+    huggingface.write(tmp_path, recipe, student, dict(student.named_parameters()))
+    assert_transformers_computes(tmp_path, recipe, student)
 
 
 # Resized and cut to 64 px: exact, enlarged, extreme, and every remainder of the part cut off.
