@@ -69,7 +69,7 @@ def _cases(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
         ),
         "resume of nothing": ([*ZERO0, "--resume", f"{folder}/no-run"], ["--resume", "no-run"]),
         "init that is no checkpoint": (
-            [*ZERO0, "--init", f"{folder}/broken.json"],
+            [*ZERO0, "--init", f"{folder}/broken.json", "--train", f"{folder}/[01].tar"],
             ["--init", "broken.json", "no checkpoint"],
         ),
         "keep_ratio of 0": ([*ZERO0, "mask.keep_ratio=0"], ["mask.keep_ratio", "0"]),

@@ -21,12 +21,9 @@ from aclip.data.tokenizer import Tokenizer
 from aclip.data.views import center_crop
 from aclip.errors import ConfigError
 from aclip.export import export
-<<<<<<< HEAD
-from aclip.recipe_file import load_recipe
-=======
 from aclip.interop import huggingface
 from aclip.models.student import build_student
->>>>>>> 63573a26e445b5137f7ad3fbd003682e82b54e37
+from aclip.recipe_file import load_recipe
 
 SHORT_TEXT = "model.text.layers=2"
 TOWERS = {
