@@ -83,15 +83,16 @@ def test_elementwise_repeats_no_matrix_product(build):
     assert counts["none"] == counts["elementwise"] < counts["blocks"]
 
 
-@pytest.mark.parametrize("build", [_image, _text])
-def test_less_is_kept(build):
+# Of the captions, padded queries, keys, values and outputs are kept in both modes.
+@pytest.mark.parametrize("build, most", [(_image, 0.7), (_text, 0.75)])
+def test_less_is_kept(build, most):
     kept = {}
     for mode in MODES:
         tower, forward = build()
         tower.recompute = mode
         kept[mode] = saved_activation_bytes(forward, [tower])
     assert kept["blocks"] < 0.25 * kept["none"]
-    assert 0.5 * kept["none"] < kept["elementwise"] < 0.7 * kept["none"]
+    assert 0.5 * kept["none"] < kept["elementwise"] < most * kept["none"]
 
 
 def test_kept_bytes_of_known_layers():
