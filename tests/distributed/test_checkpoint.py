@@ -1,12 +1,12 @@
 """Checkpoints: what is saved comes back, damage is named, a kill at any moment costs one save."""
 
-import importlib.util
 import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+import tiny_run
 import torch
 import torch.distributed as dist
 
@@ -15,16 +15,6 @@ from aclip.errors import ConfigError
 
 pytestmark = pytest.mark.distributed
 
-
-def _load(name):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"aclip_tests_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny_run = _load("tiny_run")
 
 TENSORS = ("student", "optimizer", "teacher", "rng")
 FILES = {*(f"{name}.safetensors" for name in TENSORS), "state.json"}

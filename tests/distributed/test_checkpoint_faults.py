@@ -1,28 +1,16 @@
 """Checkpoints on a full disk, after a kill between two renames, and under another recipe."""
 
-import importlib.util
 import os
 import resource
 import signal
-from pathlib import Path
 
 import pytest
+import tiny_run
 
 from aclip import checkpoint, checkpoint_folder
 from aclip.errors import ConfigError
 
 pytestmark = pytest.mark.distributed
-
-
-def _load(name):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"aclip_tests_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny_run = _load("tiny_run")
 
 
 def save(root, run, samples, keep=2):

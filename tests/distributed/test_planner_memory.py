@@ -1,9 +1,7 @@
 """The planner's parameters, gradients and optimizer states are what DeepSpeed allocates."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+import tiny_run
 import torch
 
 from aclip.planner import count_parameters
@@ -11,16 +9,6 @@ from aclip.zero import ZeroSettings, zero_states
 
 pytestmark = pytest.mark.distributed
 
-
-def _load(name):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"aclip_tests_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny_run = _load("tiny_run")
 
 PERSISTENT = 100
 # Wide enough that padding and Adam's step counters are far below the tolerance; odd, so that two

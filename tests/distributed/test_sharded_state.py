@@ -1,23 +1,11 @@
 """Whole fp32 masters and moments move between all ZeRO stages and one and two ranks, bit by bit."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+import tiny_run
 import torch
 
 pytestmark = pytest.mark.distributed
 
-
-def _load(name):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"aclip_tests_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny_run = _load("tiny_run")
 
 # (dtype, stage, ranks)
 FP32 = [

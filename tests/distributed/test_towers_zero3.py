@@ -1,9 +1,7 @@
 """Every way through the towers on partitioned weights: ZeRO-3 on two ranks equals one process."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+import tiny_run
 import torch
 
 from aclip.masking import Selection
@@ -12,11 +10,6 @@ from aclip.models.text import real_token_ids
 
 pytestmark = pytest.mark.distributed
 
-spec = importlib.util.spec_from_file_location(
-    "aclip_tests_tiny_run", Path(__file__).with_name("tiny_run.py")
-)
-tiny_run = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_run)
 
 OVERRIDES = [
     "model.text={width: 8, heads: 2, layers: 3, context_length: 16}",

@@ -1,24 +1,13 @@
 """Teacher and logit-scale clamp under every ZeRO stage, on two ranks."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
+import tiny_run
 import torch
 
 pytestmark = pytest.mark.distributed
 
-
-def _load(name):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"aclip_tests_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny_run = _load("tiny_run")
 LOGIT_SCALE = tiny_run.LOGIT_SCALE
 
 CEILING = math.log(100)
