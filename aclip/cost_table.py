@@ -75,11 +75,12 @@ class Row:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs `launch/benchmark.py`; returns the exit status."""
-    if arguments.rounds < 1 or arguments.threads < 1 or (arguments.batch_size or 2) < 2:
-        raise ConfigError(
-            f"--rounds is {arguments.rounds}, --threads {arguments.threads} and --batch_size "
-            f"{arguments.batch_size}; give at least 1, 1 and 2"
-        )
+    for name, least in (("rounds", 1), ("threads", 1), ("batch_size", 2)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} is {value}; give {least} or more")
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json is {arguments.json}, whose folder is not there; make it first")
     default_to_one_rank()
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
