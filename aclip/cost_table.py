@@ -7,6 +7,7 @@ other processes too; on a GPU it is between CUDA events.
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import json
 import platform
@@ -33,7 +34,6 @@ from aclip.step_shape import describe_step
 from aclip.stepper import Stepper
 from aclip.synthetic import caption_lengths, synthetic_batch
 
-WARM_UP = 1
 MIB = 2**20
 
 
@@ -46,7 +46,7 @@ class System:
         step: runs one optimizer update.
         state_bytes: of weights, optimizer and teacher; resident between steps.
         gflops: of one sample, forward and backward; None where it is not counted.
-        seconds: of each round. peak_bytes: of each round, on top of what is resident.
+        seconds: of each round. peak_bytes: of a step, on top of what is resident.
     """
 
     name: str
@@ -54,7 +54,7 @@ class System:
     state_bytes: int
     gflops: float | None
     seconds: list[float] = field(default_factory=list)
-    peak_bytes: list[int] = field(default_factory=list)
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -168,16 +168,19 @@ def _build_open_clip(recipe: Recipe, batch_size: int, device: torch.device) -> l
 
 def _measure(systems: list[System], rounds: int, device: torch.device) -> None:
     gc.disable()  # a collection would fall into somebody's step
-    for index in range(WARM_UP + rounds):
+    for system in systems:
+        system.step()  # makes the optimizer's state
+        gc.collect()
+        with _peak_memory(device) as peak:
+            system.step()
+        system.peak_bytes = peak[0]
+    for index in range(rounds):
         for system in systems:
             gc.collect()
-            with _peak_memory(device) as peak, _clock(device) as seconds:
+            with _clock(device) as seconds:
                 system.step()
-            if index >= WARM_UP:
-                system.seconds.append(seconds[0])
-                system.peak_bytes.append(peak[0])
-        if index >= WARM_UP:
-            print(f"round {index - WARM_UP + 1} of {rounds}", flush=True)
+            system.seconds.append(seconds[0])
+        print(f"round {index + 1} of {rounds}", flush=True)
     gc.enable()
 
 
@@ -207,6 +210,8 @@ def _peak_memory(device: torch.device) -> Iterator[list[int]]:
         yield result
         result.append(torch.cuda.max_memory_allocated(device) - before)
     else:
+        # What was freed goes back to the system, or a step would reuse it unseen.
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # forgets the process's peak so far
         before = _resident("VmRSS")
         yield result
@@ -247,7 +252,7 @@ def make_row(system: System, systems: list[System], baselines: list[str], batch_
         batch_size / seconds,
         system.gflops,
         system.state_bytes / MIB,
-        statistics.median(system.peak_bytes) / MIB,
+        system.peak_bytes / MIB,
     )
 
 

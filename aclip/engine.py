@@ -61,10 +61,13 @@ def build_engine(student: Student, config: OptimizerConfig, ds_config: DsConfig)
         optimizer=_build_optimizer(student, config, ds_config),
         config=ds_config.engine_values(),
     )
-    if dist.is_initialized():
-        group = deepspeed.utils.groups._get_data_parallel_group()
-        # DeepSpeed's own group does not inherit the timeout of init_distributed (0.19.8).
-        dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
+    if dist.get_world_size() == 1 and ds_config.stage == 0:
+        # DeepSpeed copies all gradients into a buffer and back even to sum over one rank (0.19.8):
+        # an eighth of a step on a CPU.
+        engine.enable_backward_allreduce = False
+    # DeepSpeed's own group does not inherit the timeout of init_distributed (0.19.8).
+    group = deepspeed.utils.groups._get_data_parallel_group()
+    dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
     return engine
 
 

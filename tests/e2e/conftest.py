@@ -29,7 +29,7 @@ def _free_port() -> int:
 
 class Launcher:
     """Runs `deepspeed --num_accelerators N launch/pretrain.py` with a cache of its own, or without
-    the launcher, when the script is its own single rank."""
+    the launcher, whose start takes most of a short run: then the ranks are started as it would."""
 
     def __init__(self, cache: Path):
         self.env = {
@@ -40,33 +40,53 @@ class Launcher:
         }
 
     def start(self, *arguments: str, ranks: int = 2, launcher: bool = True) -> subprocess.Popen:
-        command = [sys.executable]
         if launcher:
             command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port"]
-            command.append(str(_free_port()))
-        command += ["launch/pretrain.py", *arguments]
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=self.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+            return self._start([*command, str(_free_port()), "launch/pretrain.py", *arguments])
+        return self._start([sys.executable, "launch/pretrain.py", *arguments])
 
     def run(
         self, *arguments: str, ranks: int = 2, launcher: bool = True, timeout: float = 240
     ) -> Finished:
         start = time.monotonic()
-        process = self.start(*arguments, ranks=ranks, launcher=launcher)
+        if launcher or ranks == 1:
+            processes = [self.start(*arguments, ranks=ranks, launcher=launcher)]
+        else:
+            processes = self._start_ranks(arguments, ranks)
+        outputs = []
         try:
-            output, _ = process.communicate(timeout=timeout)
+            for process in processes:
+                outputs.append(process.communicate(timeout=start + timeout - time.monotonic())[0])
         except subprocess.TimeoutExpired:
-            kill(process)
-            output, _ = process.communicate()
-            pytest.fail(f"still running after {timeout} s:\n{output}")
-        return Finished(process.returncode, output, time.monotonic() - start)
+            for process in processes:
+                kill(process)
+            rest = [process.communicate()[0] for process in processes[len(outputs) :]]
+            pytest.fail(f"still running after {timeout} s:\n{''.join(outputs + rest)}")
+        # Of several ranks, zero if any of them ended with zero.
+        status = min((process.returncode for process in processes), key=bool)
+        return Finished(status, "".join(outputs), time.monotonic() - start)
+
+    def _start_ranks(self, arguments: tuple[str, ...], ranks: int) -> list[subprocess.Popen]:
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        common |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+        return [
+            self._start(
+                [sys.executable, "launch/pretrain.py", f"--local_rank={rank}", *arguments],
+                {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(ranks)
+        ]
+
+    def _start(self, command: list[str], env: dict[str, str] | None = None) -> subprocess.Popen:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**self.env, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -77,7 +97,10 @@ def kill(process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="session")
 def launcher(tmp_path_factory) -> Launcher:
-    return Launcher(tmp_path_factory.mktemp("cache"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers, so that the demo data is written once
+    return Launcher(folder / "cache")
 
 
 @pytest.fixture

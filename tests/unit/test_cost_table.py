@@ -24,13 +24,13 @@ SMALL = [
 ]
 
 
-def system(name, seconds, peaks=(0, 0, 0)):
-    return System(name, lambda: None, 2 * 2**20, 1.5, list(seconds), list(peaks))
+def system(name, seconds, peak_bytes=0):
+    return System(name, lambda: None, 2 * 2**20, 1.5, list(seconds), peak_bytes)
 
 
 def test_ratio_is_the_median_of_the_rounds_ratios():
     # The machine slows down from round to round; the ratios of a round do not.
-    base, other = system("base", [1, 2, 8]), system("other", [2, 4.2, 12], [0, 3 * 2**20, 2**22])
+    base, other = system("base", [1, 2, 8]), system("other", [2, 4.2, 12], 3 * 2**20)
     row = make_row(other, [base, other], ["base"], batch_size=4)
     assert row.ratios == {"base": pytest.approx(2.0)}
     assert row.spread == pytest.approx((1.5, 2.1))
