@@ -81,10 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{name} is {value}; give {least} or more")
     if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
         raise ConfigError(f"--json is {arguments.json}, whose folder is not there; make it first")
-    default_to_one_rank()
     on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        torch.set_num_threads(arguments.threads)
     batch_size = arguments.batch_size or (128 if on_gpu else 4)
     # Each recipe is read before the first one is built.
     overrides = [*arguments.set, f"train.global_batch_size={batch_size}", "data.train=demo"]
@@ -92,6 +89,9 @@ def run(arguments: argparse.Namespace) -> int:
     baseline = arguments.baseline or arguments.recipes[0]
     if baseline not in recipes:
         raise ConfigError(f"--baseline is {baseline}, which is not among {', '.join(recipes)}")
+    if not on_gpu:
+        torch.set_num_threads(arguments.threads)
+    default_to_one_rank()
     device = init_distributed()
     systems = []
     for name, recipe in recipes.items():

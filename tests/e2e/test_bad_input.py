@@ -1,12 +1,11 @@
 """Bad input ends within 30 s, non-zero, with one sentence, no traceback, on one and two ranks."""
 
-import io
 import json
 import tarfile
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from shard_files import add, jpeg, write_shard
 
 pytestmark = pytest.mark.e2e
 
@@ -14,29 +13,10 @@ LIMIT = 30
 ZERO0 = ["--ds_config", "ds_configs/zero0.json"]
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
-def _jpeg(width: int = 64, height: int = 64, color: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), color).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def _write_shard(path: Path, num_samples: int) -> None:
-    with tarfile.open(path, "w") as tar:
-        for index in range(num_samples):
-            _add(tar, f"{index:04d}.jpg", _jpeg())
-            _add(tar, f"{index:04d}.txt", f"picture {index}".encode())
-
-
 def _cases(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
     """Arguments, and words that the sentence must hold, by name."""
     for index in range(2):
-        _write_shard(folder / f"{index}.tar", 12)
+        write_shard(folder / f"{index}.tar", 12)
     (folder / "broken.json").write_text("{not json")
     (folder / "contradiction.json").write_text(json.dumps({"train_batch_size": 17}))
     (folder / "indivisible.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 7}))
@@ -114,25 +94,25 @@ def test_bad_input_ends_with_one_sentence(launcher, tmp_path, name, ranks):
 
 
 def test_bad_samples_are_skipped_counted_and_named(launcher, tmp_path):
-    _write_shard(tmp_path / "0.tar", 40)
+    write_shard(tmp_path / "0.tar", 40)
     with tarfile.open(tmp_path / "1.tar", "w") as tar:
         for index in range(20):
-            _add(tar, f"good{index}.jpg", _jpeg())
-            _add(tar, f"good{index}.txt", b"good")
-        _add(tar, "corrupt.jpg", b"\xff\xd8 this is no picture")
-        _add(tar, "corrupt.txt", b"corrupt")
-        _add(tar, "empty.jpg", _jpeg())
-        _add(tar, "empty.txt", b"  ")
-        _add(tar, "thin.jpg", _jpeg(4000, 1))
-        _add(tar, "thin.txt", b"thin")
-    _write_shard(tmp_path / "2.tar", 20)
+            add(tar, f"good{index}.jpg", jpeg())
+            add(tar, f"good{index}.txt", b"good")
+        add(tar, "corrupt.jpg", b"\xff\xd8 this is no picture")
+        add(tar, "corrupt.txt", b"corrupt")
+        add(tar, "empty.jpg", jpeg())
+        add(tar, "empty.txt", b"  ")
+        add(tar, "thin.jpg", jpeg(4000, 1))
+        add(tar, "thin.txt", b"thin")
+    write_shard(tmp_path / "2.tar", 20)
     content = (tmp_path / "2.tar").read_bytes()
     (tmp_path / "sizes.json").write_text(json.dumps({"2.tar": 20}))
     (tmp_path / "2.tar").write_bytes(content[: len(content) // 2])
     with tarfile.open(tmp_path / "3.tar", "w") as tar:
         for index in range(5):
-            _add(tar, f"bad{index}.jpg", b"no picture")
-            _add(tar, f"bad{index}.txt", b"bad")
+            add(tar, f"bad{index}.jpg", b"no picture")
+            add(tar, f"bad{index}.txt", b"bad")
     run = tmp_path / "run"
     result = launcher.run(
         *ZERO0, "--train", f"{tmp_path}/*.tar", "--output", str(run), "data.lanes=1",

@@ -1,5 +1,6 @@
 """The cost table: ratios of a hand-made run, synthetic batches, open_clip's step, one real run."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,7 +11,8 @@ from statistics import mean, median
 import pytest
 import torch
 
-from aclip.cost_table import System, format_table, make_row
+from aclip.cost_table import System, format_table, make_row, run
+from aclip.errors import ConfigError
 from aclip.open_clip_step import OpenClipStep
 from aclip.recipe_file import load_recipe
 from aclip.synthetic import caption_lengths, synthetic_batch, synthetic_tokens
@@ -78,16 +80,24 @@ def test_command_prints_every_system_and_writes_the_figures(tmp_path):
     command = [sys.executable, "launch/benchmark.py", "demo", "--against", "open_clip"]
     command += ["--batch_size", "2", "--rounds", "2", "--json", str(figures), "--set", *SMALL]
     command += ["teacher.resolution=32"]
-    run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(figures.read_text())["rows"]
     assert [row["name"] for row in rows] == ["demo", "open_clip", "open_clip, patch dropout 0.5"]
     assert rows[0]["ratios"]["demo"] == rows[1]["ratios"]["open_clip"] == 1
     for row in rows:
-        assert row["name"] in run.stdout and row["step_seconds"] > 0
+        assert row["name"] in done.stdout and row["step_seconds"] > 0
 
 
 def test_baseline_that_is_not_measured_is_refused():
-    command = [sys.executable, "launch/benchmark.py", "demo", "--baseline", "clip_vitb16"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2 and "--baseline is clip_vitb16" in run.stderr
+    arguments = argparse.Namespace(
+        recipes=["demo"],
+        baseline="clip_vitb16",
+        set=[],
+        batch_size=2,
+        threads=1,
+        rounds=1,
+        json=None,
+    )
+    with pytest.raises(ConfigError, match="--baseline is clip_vitb16, .* not among demo"):
+        run(arguments)
