@@ -18,8 +18,12 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import IO, Any
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  see below
 import torch
 import torch.distributed as dist
+
+# DeepSpeed imports its optimizers, and with them torch's compiler, when an engine is built:
+# imported here, that happens once and not in every forked rank.
 
 
 class RankTraceback(Exception):

@@ -117,6 +117,7 @@ def test_bad_samples_are_skipped_counted_and_named(launcher, tmp_path):
     result = launcher.run(
         *ZERO0, "--train", f"{tmp_path}/*.tar", "--output", str(run), "data.lanes=1",
         "train.global_batch_size=32", "train.epochs=3", "train.log_every=1", ranks=1,
+        launcher=False,
     )  # fmt: skip
     assert result.status == 0, result.output
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])

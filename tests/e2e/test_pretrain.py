@@ -79,12 +79,11 @@ def test_complete_run_prints_its_table_again_and_refuses_another_shape(launcher,
     assert again.status == 0
     assert table(first.output) == table(again.output)
 
-    for ranks in (1, 2):
-        other = launcher.run(*arguments, "model.embed_dim=64", ranks=ranks, launcher=False)
-        assert other.status != 0 and other.seconds < 30
-        assert "Traceback" not in other.output
-        assert other.output.count("error: --resume loads") == ranks
-        assert "image_projection.weight is [96, 48], but the recipe builds [64, 48]" in other.output
+    other = launcher.run(*arguments, "model.embed_dim=64", launcher=False)
+    assert other.status != 0 and other.seconds < 30
+    assert "Traceback" not in other.output
+    assert other.output.count("error: --resume loads") == 2
+    assert "image_projection.weight is [96, 48], but the recipe builds [64, 48]" in other.output
 
 
 def test_run_killed_at_random_moments_equals_an_uninterrupted_one(
@@ -94,7 +93,8 @@ def test_run_killed_at_random_moments_equals_an_uninterrupted_one(
     options = ["--ds_config", "ds_configs/zero0.json", *quick_evaluation, *SHORT, *SMALL]
     # A checkpoint at every step: most kills fall into one that is being written.
     options.append("train.checkpoint_every=48")
-    assert launcher.run(*options, "--output", str(tmp_path / "whole")).status == 0
+    whole = launcher.run(*options, "--output", str(tmp_path / "whole"), launcher=False)
+    assert whole.status == 0, whole.output
     killed = tmp_path / "killed"
     arguments = [*options, "--output", str(killed)]
     kills = _kill_after(launcher, kill_all, arguments, killed, rng.uniform(0, 0.3))
@@ -128,9 +128,8 @@ def test_sigterm_saves_and_the_same_command_continues(launcher, quick_evaluation
     assert "stopped by SIGTERM" in output
     state = _state(tmp_path)
     assert 0 < state["step"] < 2 * 7680 // 48
-    result = launcher.run(
-        *options, "--output", str(tmp_path), f"train.epochs={(state['step'] + 2) * 48 / 7680}"
-    )
+    epochs = f"train.epochs={(state['step'] + 2) * 48 / 7680}"
+    result = launcher.run(*options, "--output", str(tmp_path), epochs, ranks=1, launcher=False)
     assert result.status == 0, result.output
     assert f"at {state['samples']:,} samples" in result.output
     assert sorted(_losses(tmp_path)) == list(range(1, state["step"] + 3))
