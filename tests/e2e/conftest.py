@@ -29,7 +29,7 @@ def _free_port() -> int:
 
 class Launcher:
     """Runs `deepspeed --num_accelerators N launch/pretrain.py` with a cache of its own, or without
-    the launcher, when the script is its own single rank."""
+    the launcher, when the script is its own single rank; or another script."""
 
     def __init__(self, cache: Path):
         self.env = {
@@ -39,12 +39,18 @@ class Launcher:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
 
-    def start(self, *arguments: str, ranks: int = 2, launcher: bool = True) -> subprocess.Popen:
+    def start(
+        self,
+        *arguments: str,
+        ranks: int = 2,
+        launcher: bool = True,
+        script: str = "pretrain.py",
+    ) -> subprocess.Popen:
         command = [sys.executable]
         if launcher:
             command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port"]
             command.append(str(_free_port()))
-        command += ["launch/pretrain.py", *arguments]
+        command += [f"launch/{script}", *arguments]
         return subprocess.Popen(
             command,
             cwd=ROOT,
@@ -55,11 +61,9 @@ class Launcher:
             start_new_session=True,
         )
 
-    def run(
-        self, *arguments: str, ranks: int = 2, launcher: bool = True, timeout: float = 240
-    ) -> Finished:
+    def run(self, *arguments: str, timeout: float = 240, **options) -> Finished:
         start = time.monotonic()
-        process = self.start(*arguments, ranks=ranks, launcher=launcher)
+        process = self.start(*arguments, **options)
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:

@@ -45,10 +45,15 @@ def test_shipped_ds_config_trains_the_demo(launcher, tmp_path, name):
     losses = _losses(tmp_path)
     assert sorted(losses) == list(range(1, STEPS + 1))
     assert losses[STEPS] < losses[1]
+    figure, report = tmp_path / f"pictures/kept-patches-{STEPS * 48:012d}.png", "report.html"
     for words in ("This is the demo", "chance", "teacher", "the run is complete"):
         assert words in result.output
+    assert f"report: {tmp_path / report}\nfigure of kept patches: {figure}" in result.output
     assert "Traceback" not in result.output
-    assert list((tmp_path / "pictures").glob("*.png"))
+    assert figure.is_file()
+    page = (tmp_path / report).read_text()
+    assert f"<td>term loss</td><td>{losses[STEPS]:.4f}</td>" in page
+    assert page.count("image/webp") == 2  # kept patches before and at the end
     assert list((tmp_path / "tensorboard").iterdir())
 
 
@@ -56,6 +61,11 @@ def test_complete_run_prints_its_table_again_and_refuses_another_shape(launcher,
     arguments = ["--ds_config", "ds_configs/zero0.json", "--output", str(tmp_path), *SHORT, *SMALL]
     first = launcher.run(*arguments)
     again = launcher.run(*arguments)
+    shown = launcher.run(str(tmp_path), script="visualize.py", launcher=False)
+    assert shown.status == 0 and f"wrote {tmp_path / 'figure/figure.html'}" in shown.output
+    assert "| attentive |" in shown.output
+    nothing = launcher.run(str(tmp_path / "no"), script="report.py", launcher=False)
+    assert nothing.status == 2 and nothing.output.startswith("error: RUN is ")
 
     def table(output: str) -> list[str]:
         lines = output.splitlines()
