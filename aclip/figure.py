@@ -40,7 +40,7 @@ NUM_MEASURED = 256
 """Samples that the overlap with the objects is measured on; their masks must be known."""
 BATCH_SIZE = 8
 POLICIES = ("attentive", "random", "inverse")
-PAGE, FIGURE = "figure.html", "figure.png"
+PAGE, FIGURE, SAMPLE = "figure.html", "figure.png", "sample-{}.png"
 
 
 def visualize(arguments: argparse.Namespace) -> None:
@@ -59,6 +59,8 @@ def visualize(arguments: argparse.Namespace) -> None:
     if pictured is None:
         where = " ".join(arguments.images) or "data.val of the run"
         raise ConfigError(f"IMAGES is {where}, which holds no usable image; give others")
+    if len(pictured.captions) > MAX_SAMPLES:
+        print(f"measuring the masks on {len(pictured.captions)} images with objects", flush=True)
     scores = attention(weights, pictured.images)
     shown = "inverse" if weights.recipe.mask.policy == "inverse" else "attentive"
     keep_ids = {name: pictured.keep_ids(name, scores) for name in POLICIES}
@@ -67,9 +69,12 @@ def visualize(arguments: argparse.Namespace) -> None:
     blocks = [*_explanation(weights), *overlap, *_rows(pictured, columns, keep_ids[shown])]
     page = to_html(f"Kept patches of {weights.folder}", blocks)
     with writing_to(out):
+        for number in range(MAX_SAMPLES):
+            (out / SAMPLE.format(number + 1)).unlink(missing_ok=True)  # of an earlier figure
         for number, caption in enumerate(pictured.captions[:MAX_SAMPLES]):
             row = [replace(column, pictures=[column.pictures[number]]) for column in columns]
-            write_whole(out / f"sample-{number + 1}.png", encode(draw_figure(row, [caption])))
+            content = encode(draw_figure(row, [caption]))
+            write_whole(out / SAMPLE.format(number + 1), content)
         write_whole(out / FIGURE, encode(draw_figure(columns, pictured.captions)))
         write_whole(out / PAGE, page.encode())
     for kind, number in sorted(pictured.skipped.items()):

@@ -94,14 +94,13 @@ def write_report(folders: list[Path], out: Path) -> None:
         for name, title, lines in _curves(runs)
         if lines
     ]
-    blocks: list[Block] = [Heading("Latest values"), _latest(runs)]
+    blocks: list[Block] = [Gallery(charts, 340)]
     if any(run.evaluations for run in runs):
         blocks += [Heading("Evaluations"), _evaluations(runs)]
-    blocks += [Heading("Over samples seen"), Gallery(charts, 340)]
     pictures = list(_pictures(runs, out))
     if pictures:
         blocks += [Heading("Kept patches"), Gallery(pictures, 1000, PICTURE_WIDTH)]
-    blocks += _recipes(runs)
+    blocks += [Heading("Latest values"), _latest(runs), *_recipes(runs)]
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs"
     for chart in charts:
         write_whole(out / chart.file, chart.content)
@@ -149,7 +148,7 @@ def _latest_values(run: Run) -> dict[str, str]:
     if run.steps:
         last = run.steps[-1]
         values |= {"samples": f"{last['samples']:,}", "step": f"{last['step']:,}"}
-        values |= {f"term {name}": _show(v, "{:.4f}") for name, v in last["terms"].items()}
+        values |= {_term(name): _show(v, "{:.4f}") for name, v in last["terms"].items()}
         for key, (title, form) in LOGGED.items():
             if last.get(key) is not None:
                 values[title] = _show(last[key], form)
@@ -172,6 +171,10 @@ def _evaluations(runs: list[Run]) -> Table:
     return Table([*first, "samples", "model", *ACCURACIES.values()], rows)
 
 
+def _term(name: str) -> str:
+    return "Loss" if name == "loss" else f"Loss term {name}"
+
+
 def _show(value: float | None, form: str) -> str:
     return "not finite" if value is None else form.format(value)
 
@@ -186,7 +189,7 @@ def _curves(runs: list[Run]) -> Iterator[tuple[str, str, list[Line]]]:
     """File name, title and lines of each chart that has something to show."""
     terms = dict.fromkeys(name for run in runs for line in run.steps for name in line["terms"])
     for name in terms:
-        yield f"term-{name}", f"Loss term {name}", _over_steps(runs, "terms", name)
+        yield f"term-{name}", _term(name), _over_steps(runs, "terms", name)
     for metric, title in ACCURACIES.items():
         yield metric, f"{title}, %", _over_evaluations(runs, metric)
     for key, (title, _) in LOGGED.items():

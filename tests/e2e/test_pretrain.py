@@ -52,7 +52,7 @@ def test_shipped_ds_config_trains_the_demo(launcher, tmp_path, name):
     assert "Traceback" not in result.output
     assert figure.is_file()
     page = (tmp_path / report).read_text()
-    assert f"<td>term loss</td><td>{losses[STEPS]:.4f}</td>" in page
+    assert f"<td>Loss</td><td>{losses[STEPS]:.4f}</td>" in page
     assert page.count("image/webp") == 2  # kept patches before and at the end
     assert list((tmp_path / "tensorboard").iterdir())
 
