@@ -3,6 +3,8 @@ says why)."""
 
 from setuptools import find_packages, setup
 
+WANDB = "wandb==0.31.0"
+
 setup(
     name="aclip",
     version="0.1.0",
@@ -34,7 +36,9 @@ setup(
         "tensorboard>=2.19",
     ],
     extras_require={
+        "wandb": [WANDB],
         "dev": [
+            WANDB,
             "pytest==9.2.0",
             "pytest-benchmark==5.3.1",
             "pytest-xdist>=3.6",

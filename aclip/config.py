@@ -188,6 +188,8 @@ class TrainConfig(Part):
     """The newest N checkpoints stay."""
     evaluate_every: int = Field(5_000_000, ge=0)
     """Samples between two evaluations; 0 for the end only."""
+    wandb: str = ""
+    """Project of Weights & Biases that gets the metrics too; empty for none."""
 
 
 class Recipe(Part):

@@ -1,4 +1,4 @@
-"""What a run reports: progress lines, metrics.jsonl and TensorBoard, written by rank 0 alone."""
+"""What a run reports: progress lines, metrics.jsonl, TensorBoard and a tracker, by rank 0 alone."""
 
 import json
 import math
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from aclip import gather
+from aclip.tracker import WandbTracker
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -33,6 +34,7 @@ class MetricsLogger:
         total_samples: of the whole run.
         resumed_samples: where this process goes on; what was written beyond is dropped. With 0 the
             file starts anew.
+        tracker: gets every number and picture that TensorBoard gets; see WandbTracker.
         clock: seconds.
     """
 
@@ -41,9 +43,11 @@ class MetricsLogger:
         run_folder: Path,
         total_samples: int,
         resumed_samples: int = 0,
+        tracker: WandbTracker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._total_samples = total_samples
+        self._tracker = tracker
         self._clock = clock
         self._marks = deque(maxlen=RATE_WINDOW + 1)
         self._is_writer = gather.rank() == 0
@@ -77,11 +81,8 @@ class MetricsLogger:
         values = {"memory_gib": peak_memory_gib()} | values
         line = _plain({"samples": samples, "step": step, "terms": terms, **values})
         self._append(line)
-        for name, value in _flatten({f"terms/{k}": v for k, v in line["terms"].items()}):
-            self._tensorboard.add_scalar(name, value, samples)
         rest = {k: v for k, v in line.items() if k not in ("samples", "terms")}
-        for name, value in _flatten(rest):
-            self._tensorboard.add_scalar(f"train/{name}", value, samples)
+        self._plot({"terms": line["terms"], "train": rest}, samples)
         self._marks.append((self._clock(), samples))
         print(self._progress(line), flush=True)
 
@@ -99,10 +100,9 @@ class MetricsLogger:
         self._keep(lambda line: not place.items() <= line.items())
         line = _plain({**place, "metrics": metrics})
         self._append(line)
-        for metric, value in _flatten(line["metrics"]):
-            self._tensorboard.add_scalar(f"{name}/{metric}", value, samples)
+        self._plot({name: line["metrics"]}, samples)
         self._tensorboard.flush()
-        shown = "  ".join(_show_metric(*pair) for pair in _flatten(line["metrics"]))
+        shown = "  ".join(_show_metric(*pair) for pair in flatten(line["metrics"]))
         print(f"evaluation of {name} at {samples:,} samples  {shown}", flush=True)
 
     def log_image(self, tag: str, array: np.ndarray, samples: int) -> None:
@@ -110,10 +110,21 @@ class MetricsLogger:
         if self._is_writer:
             self._tensorboard.add_image(tag, array, samples, dataformats="HWC")
             self._tensorboard.flush()
+            if self._tracker is not None:
+                self._tracker.log_image(tag, array, samples)
 
     def close(self) -> None:
         if self._is_writer:
             self._tensorboard.close()
+            if self._tracker is not None:
+                self._tracker.close()
+
+    def _plot(self, values: dict[str, Any], samples: int) -> None:
+        numbers = dict(flatten(values))
+        for name, value in numbers.items():
+            self._tensorboard.add_scalar(name, value, samples)
+        if self._tracker is not None:
+            self._tracker.log(numbers, samples)
 
     def _append(self, line: dict) -> None:
         with open(self._file, "a", encoding="utf-8") as file:
@@ -209,6 +220,18 @@ class StepTimer:
         }
 
 
+def read_metrics(run_folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, without one that a killed process left unfinished."""
+    text = (run_folder / METRICS_FILE).read_text(encoding="utf-8")
+    lines = (_parse(line) for line in text.splitlines(keepends=True))
+    return [line for line in lines if line is not None]
+
+
+def picture_path(run_folder: Path, samples: int) -> Path:
+    """Where the picture of kept patches at so many samples lies."""
+    return run_folder / "pictures" / f"kept-patches-{samples:012d}.png"
+
+
 def peak_memory_gib() -> float:
     """The most memory that this rank has held on its device, or this process without a device."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -237,11 +260,11 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _flatten(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Numbers by name, `skipped/no_image` for one of a dict; what is None is left out."""
+def flatten(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Values by name, `skipped/no_image` for one of a dict; what is None is left out."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from ((f"{name}/{key}", number) for key, number in _flatten(value))
+            yield from ((f"{name}/{key}", number) for key, number in flatten(value))
         elif value is not None:
             yield name, value
 

@@ -19,7 +19,9 @@ from aclip.data.shards import Shard, index_shards, list_shards
 from aclip.ds_config import read_ds_config
 from aclip.errors import ConfigError
 from aclip.gather import rank, world_size
+from aclip.metrics import picture_path
 from aclip.recipe_file import dump_recipe, load_recipe
+from aclip.tracker import check_wandb
 
 EXIT_NON_FINITE = 3
 EXIT_STOPPED_BY_SIGNAL = 143
@@ -32,6 +34,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     num_ranks = int(os.environ["WORLD_SIZE"])
     recipe = _read_recipe(arguments)
     ds_config = read_ds_config(arguments.ds_config, recipe.train.global_batch_size, num_ranks)
+    check_wandb(recipe.train.wandb, is_writer=os.environ["RANK"] == "0")
     run_folder = Path(arguments.output or f"runs/{Path(arguments.recipe).stem}")
     _check_writable(run_folder)
     resume_from = checkpoint_folder.find(run_folder / "checkpoints", arguments.resume)
@@ -43,6 +46,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     from aclip import checkpoint
     from aclip.engine import init_distributed
     from aclip.evaluation.during_training import Evaluator
+    from aclip.report import PAGE
     from aclip.trainer import Trainer
     from aclip.watch import NonFiniteLoss
 
@@ -72,6 +76,10 @@ def pretrain(arguments: argparse.Namespace) -> int:
     if trainer.evaluations:
         say(results_table(trainer.evaluations), flush=True)
     say(f"the run is complete: {run_folder}", flush=True)
+    figure = picture_path(run_folder, trainer.samples)
+    for name, path in (("report", run_folder / PAGE), ("figure of kept patches", figure)):
+        if path.is_file():
+            say(f"{name}: {path}", flush=True)
     return 0
 
 

@@ -69,7 +69,7 @@ class Stepper:
         exact = self._sharded_state.clamp_max(LOGIT_SCALE, ceiling)
         self.engine.module.logit_scale.exact = exact
 
-    def step(self, batch: Batch, learning_rate: float, momentum: float) -> dict[str, Tensor]:
+    def step(self, batch: Batch, learning_rate: float, momentum: float | None) -> dict[str, Tensor]:
         """One optimizer update on this rank's part of the global batch.
 
         The losses span the whole global batch whatever the micro-batch is: with several micro_steps
@@ -79,7 +79,8 @@ class Stepper:
 
         Args:
             batch: of this rank, on the CPU.
-            learning_rate: of this step. momentum: of the teacher's average.
+            learning_rate: of this step. momentum: of the teacher's average, if there
+                is one.
 
         Returns:
             Unweighted loss terms and `loss`, of this rank, detached.

@@ -16,8 +16,10 @@ from aclip.ds_config import DsConfig
 from aclip.errors import ConfigError
 from aclip.gather import all_gather_rows, rank, world_size
 from aclip.metrics import MetricsLogger, StepTimer
+from aclip.report import write_report
 from aclip.schedules import ema_momentum, learning_rate
 from aclip.stepper import Stepper
+from aclip.tracker import WandbTracker
 from aclip.watch import StepWatch
 
 LOGIT_SCALE = "logit_scale.log_logit_scale"
@@ -49,6 +51,7 @@ class Trainer:
         self.recipe = recipe
         self.device = device
         self.evaluator = evaluator
+        self.run_folder = run_folder
         self.checkpoints = run_folder / "checkpoints"
         dataset_size = sum(shard.num_samples for shard in shards)
         batch_size = recipe.train.global_batch_size
@@ -62,6 +65,7 @@ class Trainer:
         self.cursors: Tensor | None = None
         self.skipped = Counter()
         self.evaluations: dict[str, dict] = {}
+        self.wandb_id = ""
         self._fingerprint = {"shards": len(shards), "samples": dataset_size}
         if resume_from is not None:
             self._resume(resume_from)
@@ -71,7 +75,12 @@ class Trainer:
         self.watch = StepWatch()
         self._local_cursors: Tensor | None = None
         self.loader = build_train_loader(recipe, shards, rank(), world_size(), self.cursors)
-        self.logger = MetricsLogger(run_folder, self.total_samples, resumed_samples=self.samples)
+        tracker = None
+        if recipe.train.wandb and rank() == 0:
+            values = recipe.model_dump(mode="json")
+            tracker = WandbTracker(recipe.train.wandb, run_folder, self.wandb_id, values)
+            self.wandb_id = tracker.id
+        self.logger = MetricsLogger(run_folder, self.total_samples, self.samples, tracker)
 
     @property
     def samples(self) -> int:
@@ -114,10 +123,12 @@ class Trainer:
             peak=config.lr,
             final=config.final_lr,
         )
-        momentum = 1.0
+        self.momentum = None
         if teacher is not None:
-            momentum = ema_momentum(self.samples, total=self.total_samples, start=teacher.momentum)
-        terms = self.stepper.step(batch, self.learning_rate, momentum)
+            self.momentum = ema_momentum(
+                self.samples, total=self.total_samples, start=teacher.momentum
+            )
+        terms = self.stepper.step(batch, self.learning_rate, self.momentum)
         self.step += 1
         return terms
 
@@ -155,6 +166,7 @@ class Trainer:
             self.samples,
             self.watch.mean_terms(),
             learning_rate=self.learning_rate,
+            momentum=self.momentum,
             logit_scale=self.stepper.engine.module.logit_scale.exact.exp().item(),
             gradient_norm=_to_float(self.stepper.engine.get_global_grad_norm()),
             skipped=dict(self.skipped),
@@ -172,15 +184,23 @@ class Trainer:
         self._recent_skips.clear()
 
     def _evaluate(self, when: str) -> None:
-        if self.evaluator is None:
-            return
-        self.stepper.engine.eval()
-        results = self.evaluator(self)
-        self.stepper.engine.train()
-        self.evaluations[when] = results
-        for name, metrics in results.items():
-            if name != "chance":
-                self.logger.log_evaluation(self.samples, name, metrics)
+        if self.evaluator is not None:
+            self.stepper.engine.eval()
+            results = self.evaluator(self)
+            self.stepper.engine.train()
+            self.evaluations[when] = results
+            for name, metrics in results.items():
+                if name != "chance":
+                    self.logger.log_evaluation(self.samples, name, metrics)
+        if rank() == 0:
+            self._report()
+
+    def _report(self) -> None:
+        try:
+            write_report([self.run_folder], self.run_folder)
+        # Whatever is wrong with a report, it must not end a run of days.
+        except Exception as error:
+            print(f"the report was not written: {type(error).__name__}: {error}", flush=True)
 
     def _save(self) -> None:
         """Writes a checkpoint of this moment unless there is one; the run survives a full disk."""
@@ -198,6 +218,7 @@ class Trainer:
             "skipped": dict(self.skipped),
             "evaluations": self.evaluations,
             "data": self._fingerprint,
+            "wandb_id": self.wandb_id,
         }
         keep = self.recipe.train.keep_checkpoints
         checkpoint.save(self.checkpoints, self.stepper.engine, self.stepper.teacher, state, keep)
@@ -225,6 +246,7 @@ class Trainer:
         self.cursors = torch.tensor(state["cursors"])
         self.skipped.update(state["skipped"])
         self.evaluations = state["evaluations"]
+        self.wandb_id = state.get("wandb_id", "")
 
 
 def _to_float(value) -> float | None:

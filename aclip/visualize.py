@@ -1,8 +1,8 @@
 """Pictures of kept patches: what the teacher looks at and what the student gets to see."""
 
-import os
+import io
 import unicodedata
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib import colormaps, font_manager
@@ -37,35 +37,72 @@ MAX_CHARACTERS = 1000
 Array = np.ndarray
 
 
-def kept_patches_figure(
+@dataclass(frozen=True)
+class Column:
+    """Title, second line and (cell, cell, 3) uint8 pictures, one a sample."""
+
+    title: str
+    subtitle: str
+    pictures: list[Array]
+
+
+def picture_columns(
     images: Array,
     scores: Array | None,
     student_views: Array,
     keep_ids: Array,
     grid: int,
-    captions: list[str],
-) -> Array:
-    """Draws a row for each of the first eight samples, its caption below.
+    random_ids: Array | None = None,
+    attention_of: str = "teacher",
+) -> list[Column]:
+    """Draws the first eight samples.
 
-    From left to right: the image, the teacher's attention over it, and each student view with the
-    patches that it drops greyed out.
+    The columns are the image, the attention over it, each student view with the patches that it
+    drops greyed out, and the first view under a random mask.
 
     Args:
-        images: (n, 3, T, T) uint8, the teacher views, or plain images without a teacher.
-        scores: (n, g, g) float, the teacher's scores on those views; None without a teacher. What
-            is not finite shows as the lowest. Colours span each image's own range.
+        images: (n, 3, T, T) uint8, the teacher views.
+        scores: (n, g, g) float, the attention on those views; None for no such column. What is not
+            finite shows as the lowest. Colours span each image's own range.
         student_views: (n, V, 3, R, R) uint8.
         keep_ids: (n, V, K) int, kept patches of each view, ids in row-major order.
         grid: G, patches per side of a student view; divides R.
-        captions: n texts in any script; what does not fit into two lines is cut.
+        random_ids: (n, K) int, what a random mask keeps of the first view; None for no such column.
+        attention_of: whose scores they are.
+    """
+    images, views, keep_ids = (array[:MAX_SAMPLES] for array in (images, student_views, keep_ids))
+    resolution = views.shape[-1]
+    cell = resolution * -(-MIN_CELL // resolution)
+    shown = [_enlarge(image, cell) for image in images]
+    columns = [Column("Image", f"{images.shape[-1]} x {images.shape[-1]} pixels", shown)]
+    if scores is not None:
+        heat = [_heat_over(*pair) for pair in zip(shown, scores[:MAX_SAMPLES], strict=True)]
+        title = f"{attention_of.capitalize()} attention"
+        columns.append(Column(title, "bright where it is high", heat))
+    masked = [(f"Student view {v + 1}", views[:, v], keep_ids[:, v]) for v in range(views.shape[1])]
+    if random_ids is not None:
+        masked.append(("Random mask", views[:, 0], random_ids[:MAX_SAMPLES]))
+    for title, pictures, ids in masked:
+        pictures = [
+            _grey_out(_enlarge(picture, cell), kept, grid)
+            for picture, kept in zip(pictures, ids, strict=True)
+        ]
+        subtitle = f"{ids.shape[-1]} of {grid * grid} patches kept"
+        columns.append(Column(title, subtitle, pictures))
+    return columns
+
+
+def draw_figure(columns: list[Column], captions: list[str]) -> Array:
+    """Puts columns side by side, a row for each sample, its caption below.
+
+    Args:
+        captions: a text for each row, in any script; what does not fit into two lines is cut.
 
     Returns:
         (H, W, 3) uint8.
     """
-    resolution = student_views.shape[-1]
-    cell = resolution * -(-MIN_CELL // resolution)
-    columns = _columns(images, scores, student_views, keep_ids, grid, cell)
-    num_samples = min(MAX_SAMPLES, len(student_views))
+    num_samples = len(columns[0].pictures)
+    cell = len(columns[0].pictures[0])
     row_height = cell + GAP + CAPTION_LINES * LINE_HEIGHT + GAP
     width = 2 * MARGIN + len(columns) * (cell + GAP) - GAP
     height = MARGIN + TITLE_HEIGHT + num_samples * row_height
@@ -73,61 +110,30 @@ def kept_patches_figure(
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     writer = _Writer(figure, canvas, width, height)
-    for index, (title, subtitle, _) in enumerate(columns):
+    for index, column in enumerate(columns):
         left = MARGIN + index * (cell + GAP)
-        writer.write(left, MARGIN, title, weight="bold")
-        writer.write(left, MARGIN + LINE_HEIGHT, subtitle, color=MUTED_COLOR)
+        writer.write(left, MARGIN, column.title, weight="bold")
+        writer.write(left, MARGIN + LINE_HEIGHT, column.subtitle, color=MUTED_COLOR)
     tops = [MARGIN + TITLE_HEIGHT + row * row_height for row in range(num_samples)]
     for top, caption in zip(tops, captions, strict=False):
         for number, line in enumerate(writer.wrap(caption, width - 2 * MARGIN, CAPTION_LINES)):
             writer.write(MARGIN, top + cell + GAP + number * LINE_HEIGHT, line)
     canvas.draw()
     page = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-    for index, (_, _, pictures) in enumerate(columns):
+    for index, column in enumerate(columns):
         left = MARGIN + index * (cell + GAP)
-        for top, picture in zip(tops, pictures, strict=True):
+        for top, picture in zip(tops, column.pictures, strict=True):
             # The border shows where a white picture ends.
             page[top - 1 : top + cell + 1, left - 1 : left + cell + 1] = BORDER_GREY
             page[top : top + cell, left : left + cell] = picture
     return page
 
 
-def save_png(array: Array, path: Path) -> None:
-    """Writes a (H, W, 3) uint8 array as PNG; a reader sees the whole file or the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        Image.fromarray(array).save(temporary, "PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _columns(
-    images: Array, scores: Array | None, views: Array, keep_ids: Array, grid: int, cell: int
-) -> list[tuple[str, str, list[Array]]]:
-    """Title, second line and (cell, cell, 3) pictures of each column."""
-    shown = [_enlarge(image, cell) for image in images[:MAX_SAMPLES]]
-    size = f"{images.shape[-1]} x {images.shape[-1]} pixels"
-    if scores is None:
-        columns = [("Image", size, shown)]
-    else:
-        heat = [_heat_over(*pair) for pair in zip(shown, scores[:MAX_SAMPLES], strict=True)]
-        columns = [
-            ("Teacher view", size, shown),
-            ("Teacher attention", "bright where it is high", heat),
-        ]
-    num_kept, num_patches = keep_ids.shape[-1], grid * grid
-    for view in range(views.shape[1]):
-        pictures = [
-            _grey_out(_enlarge(picture, cell), kept, grid)
-            for picture, kept in zip(
-                views[:MAX_SAMPLES, view], keep_ids[:MAX_SAMPLES, view], strict=True
-            )
-        ]
-        kept = f"{num_kept} of {num_patches} patches kept"
-        columns.append((f"Student view {view + 1}", kept, pictures))
-    return columns
+def encode(array: Array, image_format: str = "PNG") -> bytes:
+    """A (H, W, 3) uint8 array as PNG, or as WEBP, which is a tenth of it for a page."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, image_format, quality=85)
+    return buffer.getvalue()
 
 
 def _enlarge(image: Array, cell: int) -> Array:

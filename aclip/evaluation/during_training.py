@@ -4,19 +4,18 @@ picture."""
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from aclip import gather, masking
+from aclip import gather
 from aclip.config import Recipe
 from aclip.data.augment import augment
-from aclip.data.samples import Sample, SampleMaker
-from aclip.data.shards import Shard, Skip, read_image_bytes, read_shard
+from aclip.data.shards import Shard, read_shard
 from aclip.data.tokenizer import build_tokenizer
-from aclip.data.views import center_crop, decode_image
+from aclip.document import write_whole
+from aclip.evaluation.kept_patches import PictureSet, read_picture_set
 from aclip.evaluation.suite import evaluate
-from aclip.visualize import kept_patches_figure, save_png
+from aclip.metrics import picture_path
+from aclip.visualize import draw_figure, encode
 
-NUM_PICTURED = 8
 BATCH_SIZE = 256
 
 
@@ -32,9 +31,9 @@ class Evaluator:
     def __init__(self, recipe: Recipe, shards: list[Shard], run_folder: Path):
         self._recipe = recipe
         self._shards = shards
-        self._pictures = run_folder / "pictures"
+        self._run_folder = run_folder
         self._tokenizer = build_tokenizer(recipe.model.text.context_length)
-        self._samples: list[tuple[Sample, np.ndarray]] | None = None
+        self._pictured: PictureSet | None = None
 
     def __call__(self, trainer) -> dict[str, dict[str, float]]:
         """{"student": metrics, "teacher": metrics, "chance": metrics}; equal on every rank."""
@@ -52,9 +51,7 @@ class Evaluator:
             results["teacher"] = self._score(trainer, teacher.encode_image, teacher.encode_text)
         results["chance"] = chance(results["student"])
         if gather.rank() == 0 and self._recipe.mask.policy != "none":
-            picture = self._draw(trainer)
-            save_png(picture, self._pictures / f"kept-patches-{trainer.samples:012d}.png")
-            trainer.logger.log_image("kept_patches", picture, trainer.samples)
+            self._picture(trainer)
         return results
 
     def _score(self, trainer, encode_image, encode_text) -> dict[str, float]:
@@ -73,61 +70,32 @@ class Evaluator:
             gather,
         )
 
-    def _draw(self, trainer) -> np.ndarray:
+    def _picture(self, trainer) -> None:
+        picture = self._draw(trainer)
+        if picture is None:
+            return
+        path = picture_path(self._run_folder, trainer.samples)
+        try:
+            write_whole(path, encode(picture))
+        except OSError as error:  # a picture less must not end the run
+            print(f"{path} was not written: {error.strerror or error}", flush=True)
+        trainer.logger.log_image("kept_patches", picture, trainer.samples)
+
+    def _draw(self, trainer) -> np.ndarray | None:
         """The kept patches of the same eight validation samples and views every time."""
         recipe = self._recipe
-        if self._samples is None:
-            self._samples = _first_samples(recipe, self._shards)
-        samples = [sample for sample, _ in self._samples]
-
-        def stack(arrays: list) -> torch.Tensor | None:
-            return None if arrays[0] is None else torch.from_numpy(np.stack(arrays))
-
-        student_views = stack([sample.views.student_views for sample in samples])
+        if self._pictured is None:
+            raw = (sample for shard in self._shards for _, sample in read_shard(shard))
+            self._pictured = read_picture_set(recipe, raw)
+        if self._pictured is None:
+            return None
         scores = None
         if recipe.needs_teacher_view:
-            teacher_views = stack([sample.views.teacher_view for sample in samples])
-            pixels = augment(
-                teacher_views.to(trainer.device), None, recipe.augment, trainer.stepper.dtype
-            )
+            images = self._pictured.images.to(trainer.device)
+            pixels = augment(images, None, recipe.augment, trainer.stepper.dtype)
             scores = trainer.stepper.teacher.forward(pixels).scores.cpu()
-        selection = masking.select(
-            recipe.mask.policy,
-            trainer.stepper.num_kept_blocks,
-            recipe.mask.block_size,
-            teacher_scores=scores,
-            teacher_box=stack([sample.views.teacher_box for sample in samples]),
-            view_boxes=stack([sample.views.student_boxes for sample in samples]),
-            noise=stack([sample.mask_noise for sample in samples]),
-        )
-        keep_ids = masking.kept_patches(selection, trainer.stepper.grid, *student_views.shape[:2])
-        return kept_patches_figure(
-            np.stack([image for _, image in self._samples]),
-            None if scores is None else scores.numpy(),
-            student_views.numpy(),
-            keep_ids.numpy(),
-            trainer.stepper.grid,
-            [sample.caption for sample in samples],
-        )
-
-
-def _first_samples(recipe: Recipe, shards: list[Shard]) -> list[tuple[Sample, np.ndarray]]:
-    """The first usable samples, each with the image beside its views (3, R, R) uint8."""
-    maker = SampleMaker(recipe, [shard.url for shard in shards])
-    samples = []
-    for index, shard in enumerate(shards):
-        for position, raw in read_shard(shard):
-            if len(samples) == NUM_PICTURED:
-                return samples
-            sample = raw if isinstance(raw, Skip) else maker.make(0, index, raw, 0, position)
-            if isinstance(sample, Skip):
-                continue
-            image = sample.views.teacher_view
-            if image is None:
-                decoded = decode_image(read_image_bytes(raw))
-                image = center_crop(decoded, recipe.model.image.resolution)
-            samples.append((sample, image))
-    return samples
+        columns = self._pictured.columns(recipe.mask.policy, scores)
+        return draw_figure(columns, self._pictured.captions)
 
 
 def chance(metrics: dict[str, float]) -> dict[str, float]:

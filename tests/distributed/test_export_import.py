@@ -14,10 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from aclip import checkpoint_folder
+from aclip.checkpoint_weights import load_checkpoint_weights
 from aclip.data.shards import index_shards
 from aclip.ds_config import read_ds_config
 from aclip.engine import init_distributed
 from aclip.export import export
+from aclip.figure import attention
 from aclip.recipe_file import dump_recipe, load_recipe
 from aclip.sharded_state import ShardedState
 from aclip.trainer import Trainer
@@ -43,6 +45,8 @@ RECIPE = [
     "data.workers=0",
 ]
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randint(256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(2)).byte()
+MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
 CAPTIONS = ["a thing", "one of many more things", "x"]
 
 
@@ -93,7 +97,9 @@ def open_clip_embeds(folder):
 
 
 @pytest.mark.parametrize("stage, ranks", [(0, 1), (2, 2), (3, 2)])
-def test_export_computes_what_the_run_computed(run_distributed, tmp_path, shards, stage, ranks):
+def test_export_and_figure_compute_what_the_run_computed(
+    run_distributed, tmp_path, shards, stage, ranks
+):
     run = tmp_path / "run"
 
     def train():
@@ -104,14 +110,18 @@ def test_export_computes_what_the_run_computed(run_distributed, tmp_path, shards
         tokens = open_clip.SimpleTokenizer(context_length=16)(CAPTIONS)
         with torch.no_grad():
             student = engine("encode_image", PIXELS), engine("encode_text", tokens)
-        return student, (teacher.encode_image(PIXELS), teacher.encode_text(tokens))
+        pixels = (IMAGES / 255 - MEAN) / STD
+        scores = teacher.forward(pixels).scores
+        return student, (teacher.encode_image(PIXELS), teacher.encode_text(tokens)), scores
 
-    student, teacher = run_distributed(train, ranks)[0]
+    student, teacher, scores = run_distributed(train, ranks)[0]
     for model, expected in (("student", student), ("teacher", teacher)):
         run_export(run, tmp_path / model, model)
         for theirs, ours in zip(open_clip_embeds(tmp_path / model), expected, strict=True):
             assert (theirs - ours).abs().max() < 1e-5
     assert (student[0] - teacher[0]).abs().max() > 1e-4
+    shown = attention(load_checkpoint_weights(str(run), None), IMAGES)
+    assert (shown - scores).abs().max() < 1e-6 < scores.std()
 
 
 @pytest.mark.parametrize("stage, dtype", [(0, "fp32"), (2, "bf16"), (3, "bf16")])

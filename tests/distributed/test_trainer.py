@@ -238,6 +238,23 @@ def test_loss_that_is_not_finite_stops_every_rank_and_keeps_the_checkpoint(
     assert checkpoint.read_state(folder)["step"] == 4
 
 
+def test_resumed_run_keeps_its_wandb_id_and_a_report_that_fails_ends_no_run(
+    run_distributed, shards, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "run"
+    overrides = ["train.wandb=project"]
+    for steps in (2, 3):  # without recipe.yaml, which only launch/pretrain.py writes
+        run_distributed(_train_in(run, shards, overrides=overrides, stop_at=steps), 2)
+        out = capfd.readouterr().out
+        assert out.count("the report was not written: ConfigError: RUN is") == 1
+    wandb_id = checkpoint.read_state(checkpoint_folder.find(run / "checkpoints", "auto"))[
+        "wandb_id"
+    ]
+    folders = [path.name for path in (run / "wandb").glob("offline-run-*")]
+    assert len(folders) == 2 and all(name.endswith(f"-{wandb_id}") for name in folders)
+
+
 def test_checkpoint_of_other_data_or_batch_size_is_refused(run_distributed, shards, tmp_path):
     run = tmp_path / "run"
     run_distributed(_train_in(run, shards, stop_at=2), 1)

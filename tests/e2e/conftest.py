@@ -39,18 +39,30 @@ class Launcher:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
 
-    def start(self, *arguments: str, ranks: int = 2, launcher: bool = True) -> subprocess.Popen:
+    def start(
+        self,
+        *arguments: str,
+        ranks: int = 2,
+        launcher: bool = True,
+        script: str = "pretrain.py",
+    ) -> subprocess.Popen:
         if launcher:
             command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port"]
-            return self._start([*command, str(_free_port()), "launch/pretrain.py", *arguments])
-        return self._start([sys.executable, "launch/pretrain.py", *arguments])
+            return self._start([*command, str(_free_port()), f"launch/{script}", *arguments])
+        return self._start([sys.executable, f"launch/{script}", *arguments])
 
     def run(
-        self, *arguments: str, ranks: int = 2, launcher: bool = True, timeout: float = 240
+        self,
+        *arguments: str,
+        ranks: int = 2,
+        launcher: bool = True,
+        script: str = "pretrain.py",
+        timeout: float = 240,
     ) -> Finished:
         start = time.monotonic()
         if launcher or ranks == 1:
-            processes = [self.start(*arguments, ranks=ranks, launcher=launcher)]
+            options = {"ranks": ranks, "launcher": launcher, "script": script}
+            processes = [self.start(*arguments, **options)]
         else:
             processes = self._start_ranks(arguments, ranks)
         outputs = []

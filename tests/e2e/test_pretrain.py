@@ -48,10 +48,15 @@ def _assert_trained_the_demo(result, folder: Path) -> None:
     losses = _losses(folder)
     assert sorted(losses) == list(range(1, STEPS + 1))
     assert losses[STEPS] < losses[1]
+    figure, report = folder / f"pictures/kept-patches-{STEPS * 48:012d}.png", "report.html"
     for words in ("This is the demo", "chance", "teacher", "the run is complete"):
         assert words in result.output
+    assert f"report: {folder / report}\nfigure of kept patches: {figure}" in result.output
     assert "Traceback" not in result.output
-    assert list((folder / "pictures").glob("*.png"))
+    assert figure.is_file()
+    page = (folder / report).read_text()
+    assert f"<td>Loss</td><td>{losses[STEPS]:.4f}</td>" in page
+    assert page.count("image/webp") == 2  # kept patches before and at the end
     assert list((folder / "tensorboard").iterdir())
 
 
@@ -70,6 +75,11 @@ def test_complete_run_prints_its_table_again_and_refuses_another_shape(launcher,
     first = launcher.run(*arguments)
     _assert_trained_the_demo(first, tmp_path)
     again = launcher.run(*arguments, ranks=1, launcher=False)
+    shown = launcher.run(str(tmp_path), script="visualize.py", ranks=1, launcher=False)
+    assert shown.status == 0 and f"wrote {tmp_path / 'figure/figure.html'}" in shown.output
+    assert "| attentive |" in shown.output
+    nothing = launcher.run(str(tmp_path / "no"), script="report.py", ranks=1, launcher=False)
+    assert nothing.status == 2 and nothing.output.startswith("error: RUN is ")
 
     def table(output: str) -> list[str]:
         lines = output.splitlines()

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from aclip import visualize
-from aclip.visualize import kept_patches_figure, save_png
+from aclip.document import write_whole
+from aclip.visualize import draw_figure, encode, picture_columns
 
 R, G = 96, 4
 CELL = 192
@@ -36,6 +37,10 @@ def inputs(num_samples=1, num_views=2, captions=None):
     }
 
 
+def kept_patches_figure(captions, **arrays):
+    return draw_figure(picture_columns(**arrays), captions)
+
+
 def cell_at(figure, column, row=0):
     height = CELL + 2 * visualize.GAP + visualize.CAPTION_LINES * visualize.LINE_HEIGHT
     top = visualize.MARGIN + visualize.TITLE_HEIGHT + row * height
@@ -47,7 +52,7 @@ def is_white(pixels):
     return (pixels == 255).all()
 
 
-def test_columns_are_teacher_view_attention_and_each_student_view():
+def test_columns_are_image_attention_and_each_student_view():
     figure = kept_patches_figure(**inputs(num_samples=2))
     assert figure.dtype == np.uint8
     assert figure.shape[1] == 2 * visualize.MARGIN + 4 * CELL + 3 * visualize.GAP
@@ -135,7 +140,7 @@ def test_an_empty_caption_leaves_its_space_empty():
 def test_a_png_is_written_whole_into_a_new_folder_and_replaces_the_old(tmp_path):
     path = tmp_path / "pictures" / "kept.png"
     for value in (10, 200):
-        save_png(np.full((5, 7, 3), value, dtype=np.uint8), path)
+        write_whole(path, encode(np.full((5, 7, 3), value, dtype=np.uint8)))
     assert [entry.name for entry in path.parent.iterdir()] == ["kept.png"]
     with Image.open(path) as image:
         assert np.array_equal(np.asarray(image), np.full((5, 7, 3), 200))
@@ -143,7 +148,7 @@ def test_a_png_is_written_whole_into_a_new_folder_and_replaces_the_old(tmp_path)
 
 def test_a_failed_write_keeps_the_old_picture_and_leaves_nothing_behind(tmp_path, monkeypatch):
     path = tmp_path / "kept.png"
-    save_png(np.zeros((5, 7, 3), dtype=np.uint8), path)
+    write_whole(path, encode(np.zeros((5, 7, 3), dtype=np.uint8)))
     before = path.read_bytes()
 
     def fail(*args):
@@ -151,6 +156,6 @@ def test_a_failed_write_keeps_the_old_picture_and_leaves_nothing_behind(tmp_path
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_png(np.ones((5, 7, 3), dtype=np.uint8), path)
+        write_whole(path, encode(np.ones((5, 7, 3), dtype=np.uint8)))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
