@@ -28,13 +28,17 @@ setup(
         "fsspec>=2025.3",
         "filelock>=3.16",
         "braceexpand>=0.1.7",
+        "tqdm>=4.66",
+        "ijson>=3.3",
         "numpy>=2.0",
         "pillow>=11.0",
         "matplotlib>=3.10",
         "tensorboard>=2.19",
     ],
     extras_require={
+        "convert": ["pyarrow>=18.0"],
         "dev": [
+            "pyarrow>=18.0",
             "pytest==9.2.0",
             "pytest-benchmark==5.3.1",
             "pytest-xdist>=3.6",
