@@ -129,7 +129,7 @@ def test_ctrl_c_ends_with_a_line_and_the_same_command_continues(pairs, whole, tm
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command continues" in errors and "Traceback" not in errors
+    assert "run the same command again" in errors and "Traceback" not in errors
     assert run("folder", str(pairs), "--out", str(out), *OPTIONS)[0] == 0
     assert contents(out) == whole
 

@@ -1,14 +1,18 @@
 """launch/convert.py's arguments: bad ones are named before any work."""
 
 import importlib.util
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
+from aclip.config import DataConfig
 from aclip.errors import ConfigError
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "convert.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "launch" / "convert.py"
 
 BAD = {
     "no folder": (["folder", "{tmp}/none", "--out", "{tmp}/o"], ["FOLDER is", "none"]),
@@ -42,11 +46,16 @@ BAD = {
 
 
 @pytest.fixture
-def convert(monkeypatch):
-    """convert(*arguments) runs the script in this process."""
+def script():
     spec = importlib.util.spec_from_file_location("launch_convert", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def convert(script, monkeypatch):
+    """convert(*arguments) runs the script in this process."""
 
     def run(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["convert.py", *arguments])
@@ -81,7 +90,25 @@ def test_the_list_and_the_index_are_made_by_the_same_script(tmp_path, convert, w
     convert("yfcc-list", *arguments, "--out", str(tmp_path / "l.jsonl"))
     expected = '{"id": 7, "title": "a title", "description": ""}\n'
     assert (tmp_path / "l.jsonl").read_text() == expected
+    with pytest.raises(ConfigError, match=r"--out is .*l\.jsonl, which exists"):
+        convert("yfcc-list", *arguments, "--out", str(tmp_path / "l.jsonl"))
     write_tar("0.tar", [("a.jpg", b"x"), ("a.txt", b"c")])
     convert("img2dataset", str(tmp_path), "--processes", "1")
     assert "1 samples in 1 shards" in capsys.readouterr().out
     assert (tmp_path / "sizes.json").exists()
+
+
+def test_the_commands_of_the_readme_are_understood(script, monkeypatch):
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^ +python (launch/convert\.py .*)$", text, re.MULTILINE)
+    sources = set()
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
+        sources.add(script.parse_arguments().source)
+    assert sources >= {"yfcc15m", "cc3m", "cc12m", "coco", "redcaps", "folder", "table"}
+    assert sources >= {"img2dataset", "yfcc-list"}
+
+
+def test_what_is_too_small_is_what_the_loader_finds_too_small(script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["convert.py", "folder", "x", "--out", "y"])
+    assert script.parse_arguments().min_side == DataConfig().min_image_side

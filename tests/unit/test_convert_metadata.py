@@ -173,7 +173,7 @@ def make_metadata(count: int) -> list[str]:
 def test_the_yfcc_list_equals_slips(tmp_path, capsys, suffix):
     lines = make_metadata(300)
     images, subset = set(range(0, 300, 2)), set(range(0, 300, 3))
-    content = ("\n".join(lines) + "\n").encode()
+    content = ("\n".join([*lines, "x\ty", ""]) + "\n").encode()
     compress = {"txt": lambda data: data, "bz2": bz2.compress, "gz": gzip.compress}[suffix]
     metadata = tmp_path / f"yfcc100m_dataset.{suffix}"
     metadata.write_bytes(compress(content))
@@ -184,7 +184,10 @@ def test_the_yfcc_list_equals_slips(tmp_path, capsys, suffix):
     write_yfcc_list(str(metadata), str(subset_file), str(tmp_path / "ids.npy"), str(out))
     written = [tuple(json.loads(line).values()) for line in out.read_text().splitlines()]
     assert written == slip_list(lines, images, subset)
-    assert "wrote 50 images" in capsys.readouterr().out
+    # Half and a third of 300 is 50; the last two lines are no rows.
+    output = capsys.readouterr().out
+    assert "wrote 50 images" in output
+    assert "250 lines are not in the subset, 2 malformed" in output
     assert [path.name for path in out.parent.iterdir()] == ["yfcc15m.jsonl"]
 
     # The converter reads it as it reads SLIP's pickle.
@@ -226,7 +229,7 @@ def test_metadata_without_line_numbers_is_refused(tmp_path):
     (tmp_path / "d.txt").write_text("6985418911\t39@N00\n")
     (tmp_path / "s.tsv").write_text("1\n")
     arguments = [str(tmp_path / name) for name in ("d.txt", "s.tsv")]
-    with pytest.raises(ConfigError, match=r"d\.txt line 1 starts with '6985418911'"):
+    with pytest.raises(ConfigError, match=r"d\.txt starts with '6985418911'"):
         write_yfcc_list(*arguments, None, str(tmp_path / "o.jsonl"))
     np.save(tmp_path / "i.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ConfigError, match=r"--image-ids is .*i\.npy"):

@@ -20,10 +20,8 @@ from aclip.data.convert.yfcc_list import write_yfcc_list
 from aclip.errors import ConfigError
 
 EXIT_INTERRUPTED = 130
-SOURCE_OF_THE_USER = (
-    *("metadata", "tsv", "annotations", "folder", "table", "images", "name"),
-    *("image_column", "caption_column", "no_quotes"),
-)
+READING = ("source", "name", "image_column", "caption_column", "no_quotes")
+"""Arguments that decide how a source is read, besides its paths."""
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -32,6 +30,14 @@ def convert(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError: bad arguments, or a source or folder that can't be used.
     """
+    try:
+        _run(arguments)
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to continue", file=sys.stderr, flush=True)
+        os._exit(EXIT_INTERRUPTED)  # the workers end by themselves
+
+
+def _run(arguments: argparse.Namespace) -> None:
     if arguments.source == "yfcc-list":
         write_yfcc_list(arguments.metadata, arguments.subset, arguments.image_ids, arguments.out)
         return
@@ -42,7 +48,7 @@ def convert(arguments: argparse.Namespace) -> None:
     rule = _image_rule(arguments)
     if arguments.shard_size < 1:
         raise ConfigError(f"--shard-size is {arguments.shard_size}; give 1 or more")
-    given = {name: getattr(arguments, name, None) for name in ("source", *SOURCE_OF_THE_USER)}
+    given = {name: getattr(arguments, name, None) for name in READING}
     job = conversion.Job(
         _open_source(arguments),
         {name: value for name, value in given.items() if value is not None},
@@ -50,11 +56,7 @@ def convert(arguments: argparse.Namespace) -> None:
         arguments.shard_size,
         Path(arguments.out),
     )
-    try:
-        report = conversion.run(job, processes)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr, flush=True)
-        os._exit(EXIT_INTERRUPTED)  # the workers end by themselves
+    report = conversion.run(job, processes)
     print(format_report(report))
     print(f"wrote {job.out}, {report['bytes'] / 1e9:.3g} GB; details in {job.out / REPORT_FILE}")
     print(f"train on it: --train '{job.out}/*.tar'", flush=True)

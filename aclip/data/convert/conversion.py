@@ -37,7 +37,7 @@ class Job:
 
     Attributes:
         source: the data set.
-        arguments: as the user gave them, for the report.
+        arguments: how the source is read, for the report.
         rule: what is kept of an image.
         shard_size: entries of a shard at most.
         out: folder of the shards.

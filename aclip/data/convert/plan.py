@@ -20,6 +20,7 @@ ENTRIES_A_REPORT = 1000
 SCHEMA = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
+PRAGMA cache_size = -65536;
 CREATE TABLE entries (number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, content TEXT NOT NULL);
 CREATE TABLE counts (content TEXT NOT NULL);
 """

@@ -11,6 +11,8 @@ from aclip.data.convert.plan import Plan, Rejections
 from aclip.data.convert.shard_writer import ShardRecord, sync_folder
 
 REPORT_FILE = "report.json"
+EXAMPLE_LENGTH = 100
+"""Characters of an example in the table."""
 REASONS = {
     "unreadable_image": "damaged, of no known format, or far too large",
     "image_too_small": "a side shorter than --min-side",
@@ -66,7 +68,8 @@ def format_report(report: dict[str, Any]) -> str:
     rows += [(f"  {what}", count, WHAT[what]) for what, count in report["images"].items()]
     rows += [("skipped", sum(report["skipped"].values()), "")]
     for kind, count in report["skipped"].items():
-        rows.append((f"  {kind}", count, f"{REASONS[kind]}, e.g. {report['examples'][kind][0]}"))
+        example = report["examples"][kind][0]
+        rows.append((f"  {kind}", count, f"{REASONS[kind]}, e.g. {example[:EXAMPLE_LENGTH]}"))
     return "\n".join(f"{name:20}{count:>14,}  {text}".rstrip() for name, count, text in rows)
 
 

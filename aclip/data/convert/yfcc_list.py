@@ -28,18 +28,20 @@ def write_yfcc_list(metadata: str, subset: str, image_ids: str | None, out: str)
         metadata: yfcc100m_dataset, plain, .bz2 or .gz.
         subset: OpenAI's yfcc100m_subset_data.tsv, plain, .bz2 or .gz; its first column is an id.
         image_ids: .npy of the ids that were downloaded, SLIP's flickr_unique_ids.npy; None for all.
-        out: file to write; appears complete.
+        out: file to write, a new one; appears complete.
 
     Raises:
         ConfigError: an input is missing, damaged or of another format, or `out` can't be written.
 
     Source: facebookresearch/SLIP, make_dataset.py, whose list this equals.
     """
+    path = Path(out)
+    if path.exists():
+        raise ConfigError(f"--out is {out}, which exists; remove it, or give another file")
     source = existing_file(metadata, "METADATA")
     wanted = _read_subset(existing_file(subset, "--subset"))
     if image_ids is not None:
         wanted &= _read_image_ids(existing_file(image_ids, "--image-ids"))
-    path = Path(out)
     partial = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,11 +78,13 @@ def _write_rows(source: Path, wanted: np.ndarray, file) -> Counter:
         lines = iterate_lines(source, lambda position: bar.update(position - bar.n))
         for number, line in enumerate(lines, 1):
             columns = line.rstrip("\n").split("\t", DESCRIPTION + 1)
-            index = _parse_id(columns[0], source, number)
-            if not wanted[index]:
-                counts["not_in_subset"] += 1
-            elif len(columns) <= DESCRIPTION:
+            if number == 1:
+                _check_id(columns[0], source)
+            index = int(columns[0]) if _is_id(columns[0]) else None
+            if index is None or len(columns) <= DESCRIPTION:
                 counts["malformed"] += 1
+            elif not wanted[index]:
+                counts["not_in_subset"] += 1
             else:
                 row = {
                     "id": index,
@@ -94,20 +98,26 @@ def _write_rows(source: Path, wanted: np.ndarray, file) -> Counter:
     return counts
 
 
-def _parse_id(text: str, path: Path, number: int) -> int:
-    if text.isascii() and text.isdigit() and int(text) < NUM_IDS:
-        return int(text)
-    raise ConfigError(
-        f"{path} line {number} starts with {text[:40]!r}, which is no line number below {NUM_IDS}; "
-        "give the release of YFCC100M whose first column is the line number"
-    )
+def _is_id(text: str) -> bool:
+    return text.isascii() and text.isdigit() and int(text) < NUM_IDS
+
+
+def _check_id(text: str, path: Path) -> None:
+    if not _is_id(text):
+        raise ConfigError(
+            f"{path} starts with {text[:40]!r}, which is no line number below {NUM_IDS}; give the "
+            "release of YFCC100M whose first column is the line number"
+        )
 
 
 def _read_subset(path: Path) -> np.ndarray:
     """(NUM_IDS,) bool"""
     mask = np.zeros(NUM_IDS, dtype=bool)
-    for number, line in enumerate(iterate_lines(path), 1):
-        mask[_parse_id(line.split("\t", 1)[0].rstrip("\n"), path, number)] = True
+    for line in iterate_lines(path):
+        index = line.split("\t", 1)[0].strip()
+        if index:
+            _check_id(index, path)
+            mask[int(index)] = True
     return mask
 
 
