@@ -16,7 +16,7 @@ from PIL import Image
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-NUM_PAIRS, SHARD_SIZE = 500, 20
+NUM_PAIRS, SHARD_SIZE = 400, 16
 OPTIONS = ("--shard-size", str(SHARD_SIZE), "--short-side", "48", "--processes", "2")
 
 
@@ -36,7 +36,7 @@ def start(*arguments: str) -> subprocess.Popen:
 def run(*arguments: str) -> tuple[int, str, str]:
     """Status, output, errors."""
     process = start(*arguments)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=240)
     return process.returncode, output, errors
 
 
@@ -84,13 +84,12 @@ def wait_for_shards(out: Path, count: int, process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_at_random_and_started_again_the_files_are_the_same(pairs, whole, tmp_path, seed):
-    rng = random.Random(seed)
+def test_killed_at_random_and_started_again_the_files_are_the_same(pairs, whole, tmp_path):
+    rng = random.Random(0)
     out, seen = tmp_path / "out", []
     while True:
         process = start("folder", str(pairs), "--out", str(out), *OPTIONS)
-        if len(seen) == 4:
+        if len(seen) == 5:
             break
         # The first kill meets the planning, the others the writing.
         wait_for_shards(out, seen[-1] + rng.randint(1, 4) if seen else 0, process)
@@ -100,7 +99,7 @@ def test_killed_at_random_and_started_again_the_files_are_the_same(pairs, whole,
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         seen.append(len(list(out.glob("*.tar"))))
-    process.communicate(timeout=120)
+    process.communicate(timeout=240)
     assert process.returncode == 0
     assert len(seen) > 1 and seen == sorted(seen), "kills, and finished shards stay"
     assert contents(out) == whole
@@ -127,7 +126,7 @@ def test_ctrl_c_ends_with_a_line_and_the_same_command_continues(pairs, whole, tm
     process = start("folder", str(pairs), "--out", str(out), *OPTIONS)
     wait_for_shards(out, 1, process)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130
     assert "run the same command again" in errors and "Traceback" not in errors
     assert run("folder", str(pairs), "--out", str(out), *OPTIONS)[0] == 0
