@@ -3,6 +3,7 @@ says why)."""
 
 from setuptools import find_packages, setup
 
+PYARROW = "pyarrow>=18.0"
 WANDB = "wandb==0.31.0"
 
 setup(
@@ -30,14 +31,18 @@ setup(
         "fsspec>=2025.3",
         "filelock>=3.16",
         "braceexpand>=0.1.7",
+        "tqdm>=4.66",
+        "ijson>=3.3",
         "numpy>=2.0",
         "pillow>=11.0",
         "matplotlib>=3.10",
         "tensorboard>=2.19",
     ],
     extras_require={
+        "convert": [PYARROW],
         "wandb": [WANDB],
         "dev": [
+            PYARROW,
             WANDB,
             "pytest==9.2.0",
             "pytest-benchmark==5.3.1",

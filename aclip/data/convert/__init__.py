@@ -1,0 +1,1 @@
+"""Data sets as they are downloaded -> WebDataset shards; one source a file, one common writer."""

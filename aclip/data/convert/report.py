@@ -1,0 +1,84 @@
+"""What a conversion wrote and what it left out, as JSON and as a table."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from aclip.data.convert.entries import SKIP_KINDS
+from aclip.data.convert.plan import Plan, Rejections
+from aclip.data.convert.shard_writer import ShardRecord, sync_folder
+
+REPORT_FILE = "report.json"
+EXAMPLE_LENGTH = 100
+"""Characters of an example in the table."""
+REASONS = {
+    "unreadable_image": "damaged, of no known format, or far too large",
+    "image_too_small": "a side shorter than --min-side",
+    "no_image": "the image is not there",
+    "empty_caption": "no caption, or only blank ones",
+    "no_caption": "the caption is not there",
+    "duplicate_key": "an earlier entry has the key",
+    "malformed_row": "the row can't be understood",
+}
+WHAT = {
+    "original": "bytes as they were",
+    "reencoded": "encoded anew",
+    "rotated": "bytes as they were; the loader does not apply their EXIF orientation",
+}
+
+
+def make_report(
+    conversion: dict[str, Any], plan: Plan, records: list[ShardRecord]
+) -> dict[str, Any]:
+    """Sums up; the same whether the conversion was interrupted or not.
+
+    Entries equal samples and all that was skipped.
+
+    Args:
+        conversion: its arguments.
+        plan: complete.
+        records: of all shards, in their order.
+    """
+    rejections = Rejections()
+    rejections.merge(plan.rejections.counts, plan.rejections.examples)
+    images: Counter[str] = Counter()
+    for record in records:
+        rejections.merge(record.counts, record.examples)
+        images.update(record.images)
+    return {
+        "conversion": conversion,
+        "entries": plan.num_seen,
+        "samples": sum(record.samples for record in records),
+        "shards": len(records),
+        "bytes": sum(record.bytes for record in records),
+        "images": dict(sorted(images.items())),
+        "skipped": {
+            kind: rejections.counts[kind] for kind in SKIP_KINDS if rejections.counts[kind]
+        },
+        "examples": rejections.examples,
+    }
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as lines of a table."""
+    rows = [("entries", report["entries"], "of the source")]
+    rows += [("samples", report["samples"], f"in {report['shards']:,} shards")]
+    rows += [(f"  {what}", count, WHAT[what]) for what, count in report["images"].items()]
+    rows += [("skipped", sum(report["skipped"].values()), "")]
+    for kind, count in report["skipped"].items():
+        example = report["examples"][kind][0]
+        rows.append((f"  {kind}", count, f"{REASONS[kind]}, e.g. {example[:EXAMPLE_LENGTH]}"))
+    return "\n".join(f"{name:20}{count:>14,}  {text}".rstrip() for name, count, text in rows)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file that appears complete."""
+    partial = path.with_name(f"{path.name}.tmp")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)

@@ -1,0 +1,127 @@
+"""One shard: entries -> a tar that appears complete and is the same bytes each time."""
+
+import io
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from aclip.data.convert.entries import Entry, Rejected
+from aclip.data.convert.images import FileReader, ImageRule, prepare_image
+from aclip.data.convert.plan import Rejections
+from aclip.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What became of a shard's entries."""
+
+    number: int
+    samples: int
+    bytes: int
+    """Size of the tar."""
+    images: dict[str, int] = field(default_factory=dict)
+    """Samples by StoredImage.what."""
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """Of rejected entries, see Rejections."""
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def write_shard(
+    path: Path,
+    number: int,
+    entries: Iterable[Entry],
+    reader: FileReader,
+    rule: ImageRule,
+    on_entry: Callable[[], None],
+) -> ShardRecord:
+    """Writes the samples of entries that are good: KEY.jpg (or png, webp), KEY.txt with the first
+    caption, and KEY.json with `captions` if there are several.
+
+    tarfile, not webdataset's writer: that one imports torch and takes no long names.
+
+    Args:
+        path: of the tar.
+        number: of the shard.
+        entries: with captions that are not blank, or a caption file.
+        reader: reads their files.
+        rule: what is kept of an image.
+        on_entry: called after each entry.
+
+    Raises:
+        ConfigError: the tar can't be written, or a file of the source can't be read.
+    """
+    rejections = Rejections()
+    images: Counter[str] = Counter()
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+                for entry in entries:
+                    members = _make_members(entry, reader, rule, images)
+                    if isinstance(members, Rejected):
+                        rejections.add(members)
+                    else:
+                        _add(archive, entry.key, members)
+                    on_entry()
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:  # the source's are ConfigErrors by now
+        raise ConfigError(
+            f"--out holds {path}, which can't be written ({error.strerror or error}); make room, "
+            "and run the same command again to continue"
+        ) from None
+    samples = sum(images.values())
+    return ShardRecord(
+        number, samples, size, dict(images), dict(rejections.counts), rejections.examples
+    )
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the renames in a folder last through a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_members(
+    entry: Entry, reader: FileReader, rule: ImageRule, images: Counter[str]
+) -> dict[str, bytes] | Rejected:
+    """{suffix: content} of the sample; counts its image."""
+    captions = entry.captions
+    if entry.caption_file is not None:
+        caption = reader.read_caption(entry)
+        if isinstance(caption, Rejected):
+            return caption
+        captions = (caption,)
+    content = reader.read_image(entry)
+    if isinstance(content, Rejected):
+        return content
+    image = prepare_image(entry.key, content, rule)
+    if isinstance(image, Rejected):
+        return image
+    images[image.what] += 1
+    members = {image.suffix: image.content, "txt": captions[0].encode()}
+    if len(captions) > 1:
+        members["json"] = json.dumps({"captions": captions}, ensure_ascii=False).encode()
+    return members
+
+
+def _add(archive: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
+    for suffix, content in members.items():
+        # TarInfo's owner and time are 0, so that the same samples are the same bytes.
+        member = tarfile.TarInfo(f"{key}.{suffix}")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    archive.members.clear()  # tarfile would keep every header
