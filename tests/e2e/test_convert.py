@@ -133,6 +133,18 @@ def test_ctrl_c_ends_with_a_line_and_the_same_command_continues(pairs, whole, tm
     assert contents(out) == whole
 
 
+def test_a_killed_worker_ends_the_conversion_with_a_sentence(pairs, tmp_path):
+    out = tmp_path / "out"
+    process = start("folder", str(pairs), "--out", str(out), *OPTIONS)
+    wait_for_shards(out, 1, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 2
+    assert "error: a process that writes shards was killed" in errors
+    assert "Traceback" not in errors
+
+
 def test_two_conversions_into_one_folder_are_refused(pairs, tmp_path):
     out = tmp_path / "out"
     first = start("folder", str(pairs), "--out", str(out), *OPTIONS)
