@@ -65,8 +65,10 @@ def load_checkpoint_weights(path: str, model: str | None) -> CheckpointWeights:
     state = load_file(folder / file)
     state[LOGIT_SCALE] = load_file(folder / STUDENT)[LOGIT_SCALE]
     state = {name: tensor for name, tensor in state.items() if name.startswith(EXPORTED)}
+    # Not compiled, which takes longer than what is done with these towers.
+    plain = recipe.model.model_copy(update={"compile": False})
     with torch.device("meta"):
-        student = build_student(recipe)
+        student = build_student(recipe.model_copy(update={"model": plain}))
     _check_shapes(folder, student, state)
     return CheckpointWeights(folder, model, recipe, student, state)
 

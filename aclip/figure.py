@@ -91,11 +91,9 @@ def attention(weights: CheckpointWeights, images: Tensor) -> Tensor:
     state = {n.removeprefix(prefix): t for n, t in weights.state.items() if n.startswith(prefix)}
     tower.load_state_dict(state, assign=True)
     scores = []
-    # model.compile would take longer than a few images do.
-    with torch.compiler.set_stance("force_eager"):
-        for chunk in images.split(BATCH_SIZE):
-            pixels = augment(chunk, None, weights.recipe.augment, torch.float32)
-            scores.append(tower.forward_with_scores(pixels)[1])
+    for chunk in images.split(BATCH_SIZE):
+        pixels = augment(chunk, None, weights.recipe.augment, torch.float32)
+        scores.append(tower.forward_with_scores(pixels)[1])
     return torch.cat(scores)
 
 
