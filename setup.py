@@ -40,6 +40,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff==0.17.6",
             "pre-commit>=4.0",
+            "aiohttp>=3.12",
             "ninja",
         ],
     },

@@ -8,7 +8,14 @@ import numpy as np
 from aclip.config import Recipe
 from aclip.data.augment import draw_augment_params
 from aclip.data.lanes import sample_rng
-from aclip.data.shards import RawSample, Skip, read_captions, read_image_bytes, shard_names
+from aclip.data.shards import (
+    RawSample,
+    Shard,
+    Skip,
+    read_captions,
+    read_image_bytes,
+    shard_names,
+)
 from aclip.data.views import Views, decode_image, make_ssl_views, make_views
 from aclip.errors import ConfigError
 
@@ -34,12 +41,13 @@ class SampleMaker:
 
     Args:
         recipe: decides views, augmentation and mask noise, and which images are too small.
-        urls: the shards' files; samples are named by them.
+        shards: of the whole data set; samples are named by their files.
     """
 
-    def __init__(self, recipe: Recipe, urls: list[str]):
+    def __init__(self, recipe: Recipe, shards: list[Shard]):
         self.recipe = recipe
-        self.names = shard_names(urls)
+        self.names = shard_names([shard.url for shard in shards])
+        self.sources = [shard.source for shard in shards]
         self.grid = patch_grid(recipe)
         self.blocks = self.grid // recipe.mask.block_size
 
@@ -58,7 +66,8 @@ class SampleMaker:
         if isinstance(image, Skip):
             return image
         # The order of draws is part of what a seed means: add new ones at the end.
-        rng = sample_rng(recipe.train.seed, lane, epoch, position)
+        source = self.sources[shard_index]
+        rng = sample_rng(recipe.train.seed, lane, epoch, position, source)
         caption = captions[rng.integers(len(captions))]
         views = make_views(
             image,

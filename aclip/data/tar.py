@@ -7,22 +7,35 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from aclip.data.remote import RemoteShards, is_remote
 from aclip.errors import ConfigError
+
+
+class ShardError(ConfigError):
+    """A shard can't be opened or read."""
+
+    def __init__(self, url: str, message: str):
+        super().__init__(message)
+        self.url = url
 
 
 class TarShard:
     """An open shard: a walk over its headers, and bytes at any offset.
 
+    Args:
+        url: a file, or what `remote` fetches.
+        remote: how to fetch it; None for a local file.
+
     Raises:
-        ConfigError: the file can't be opened or read.
+        ShardError: it can't be opened or read.
     """
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, remote: RemoteShards | None = None):
         self.url = url
         self.is_broken = False
         """The last walk ended where the archive does not: the file is truncated or corrupt."""
         try:
-            self._file = open_shard(url)
+            self._file = open_shard(url, remote)
             self.size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise unreadable(url, error) from None
@@ -90,10 +103,12 @@ class RawSample:
         return self.source.read(*self.members[suffix])
 
 
-def open_shard(url: str) -> io.BufferedReader:
+def open_shard(url: str, remote: RemoteShards | None) -> io.BufferedReader:
     """The only place that opens a shard."""
-    return open(url, "rb")
+    return open(url, "rb") if remote is None else remote.open(url)
 
 
-def unreadable(url: str, error: OSError) -> ConfigError:
-    return ConfigError(f"shard {url} can't be read: {error.strerror or error}; check the file")
+def unreadable(url: str, error: OSError) -> ShardError:
+    advice = "address" if is_remote(url) else "file"
+    reason = error.strerror or error
+    return ShardError(url, f"shard {url} can't be read: {reason}; check the {advice}")

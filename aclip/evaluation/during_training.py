@@ -113,7 +113,7 @@ class Evaluator:
 
 def _first_samples(recipe: Recipe, shards: list[Shard]) -> list[tuple[Sample, np.ndarray]]:
     """The first usable samples, each with the image beside its views (3, R, R) uint8."""
-    maker = SampleMaker(recipe, [shard.url for shard in shards])
+    maker = SampleMaker(recipe, shards)
     samples = []
     for index, shard in enumerate(shards):
         for position, raw in read_shard(shard):

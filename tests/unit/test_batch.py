@@ -7,6 +7,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from aclip.config import Recipe
-from aclip.data.batch import Batch, LaneDataset, build_train_loader, join
+from aclip.data.batch import Batch, join
+from aclip.data.loader import LaneDataset, build_train_loader, striding_warnings
 from aclip.data.samples import patch_grid
 from aclip.data.shards import Shard
 from aclip.data.tokenizer import build_tokenizer
@@ -221,6 +223,64 @@ def test_a_shard_with_nothing_usable_is_named_in_the_main_process(tmp_path, shar
     assert [r.getMessage() for r in caplog.records] == [f"shard {bad} holds no usable sample"]
 
 
+@pytest.fixture
+def sources(shards):
+    """The nine shards as two sources, the second of one shard for eight lanes."""
+    return [replace(shard, source=int(index == 8)) for index, shard in enumerate(shards)]
+
+
+def with_sources(workers: int, weights=(1, 3)) -> Recipe:
+    sources = [{"shards": "unread", "weight": weight} for weight in weights]
+    return make_recipe(workers, data={"sources": sources})
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 2), (4, 0)])
+def test_weighted_sources_are_the_same_for_any_ranks_and_workers(sources, ranks, workers):
+    expected = take(with_sources(0), sources, 1, 6)
+    found = take(with_sources(workers), sources, ranks, 6)
+    for first, second in zip(expected, found, strict=True):
+        assert_equal_batches(first, second)
+        # Weights 1 : 3 of 16 samples, exact in every batch but for a sample at each border.
+        assert abs(sum(key.startswith("8/") for key in first.keys) - 12) < 2
+
+
+def test_weighted_sources_continue_at_the_next_sample_on_other_ranks(sources):
+    expected = take(with_sources(0), sources, 2, 6)
+    assert expected[0].cursors.shape == (8, 5)
+    found = take(with_sources(1), sources, 4, 3, expected[2].cursors)
+    for first, second in zip(expected[3:], found, strict=True):
+        assert_equal_batches(first, second)
+
+
+def test_one_source_is_the_same_as_no_sources(shards):
+    for first, second in zip(
+        take(with_sources(0, [7]), shards, 1, 3), take(make_recipe(), shards, 1, 3), strict=True
+    ):
+        assert_equal_batches(first, second)
+
+
+def test_cursors_of_other_sources_are_refused(sources):
+    cursors = torch.zeros(8, 2, dtype=torch.int64)
+    with pytest.raises(ConfigError, match="cursors of 1 sources, but data.sources gives 2"):
+        build_train_loader(with_sources(0), sources, 0, 1, cursors)
+
+
+def test_sources_with_fewer_shards_than_lanes_are_named_with_the_cost(sources, shards):
+    (warning,) = striding_warnings(with_sources(0), sources)
+    assert warning.startswith("data.sources.1 has 1 shards for 8 data lanes")
+    assert striding_warnings(make_recipe(), shards) == []
+    (warning,) = striding_warnings(make_recipe(), shards[:5])
+    assert warning.startswith("data.train has 5 shards for 8 data lanes")
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 2), (8, 0)])
+def test_lanes_that_share_shards_are_the_same_for_any_ranks_and_workers(shards, ranks, workers):
+    expected = take(make_recipe(0), shards[3:6], 1, 4)
+    found = take(make_recipe(workers), shards[3:6], ranks, 4)
+    for first, second in zip(expected, found, strict=True):
+        assert_equal_batches(first, second)
+
+
 def test_cursors_of_another_number_of_lanes_are_refused(shards):
     with pytest.raises(ConfigError, match="4 data lanes, but the recipe gives 8"):
         build_train_loader(make_recipe(), shards, 0, 1, torch.zeros(4, 2, dtype=torch.int64))
@@ -257,7 +317,7 @@ def test_a_signal_from_a_launcher_ends_no_worker(shards):
 SCRIPT = """
 import os, pathlib, pickle, subprocess, sys
 import torch
-from aclip.data.batch import build_train_loader
+from aclip.data.loader import build_train_loader
 
 def children(pid):
     return pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
