@@ -30,6 +30,7 @@ setup(
         "braceexpand>=0.1.7",
         "numpy>=2.0",
         "pillow>=11.0",
+        "simplejpeg>=1.9",
         "matplotlib>=3.10",
         "tensorboard>=2.19",
     ],

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aclip.data.samples import Sample
+from aclip.data.slots import Slots, join_slots, stack_slots
 from aclip.data.tokenizer import Tokenizer
 
 
@@ -16,8 +17,8 @@ from aclip.data.tokenizer import Tokenizer
 class Batch:
     """B samples of one rank, V views each."""
 
-    student_views: Tensor
-    """(B, V, 3, R, R) uint8"""
+    student_views: Tensor | None
+    """(B, V, 3, R, R) uint8; this and the other views are None where `slots` has the images"""
     teacher_view: Tensor | None
     """(B, 3, T, T) uint8"""
     student_boxes: Tensor
@@ -45,6 +46,8 @@ class Batch:
     (local lanes, 1 + 2 S), see MixedLane.cursor. Stays on the CPU"""
     skipped: dict[str, int] = field(default_factory=dict)
     """Unusable samples met since the previous batch, by kind"""
+    slots: Slots | None = None
+    """Whole images, from which the views are still to be cut"""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -54,6 +57,7 @@ class Batch:
         tensors = {name: getattr(self, name) for name in PER_SAMPLE if name not in LISTS}
         return replace(
             self,
+            slots=None if self.slots is None else self.slots.to(device),
             **{
                 name: None if tensor is None else tensor.to(device, non_blocking=True)
                 for name, tensor in tensors.items()
@@ -67,6 +71,7 @@ class Batch:
             replace(
                 self,
                 skipped=self.skipped if start == 0 else {},
+                slots=None if self.slots is None else self.slots[start : start + size],
                 **{
                     name: None if value is None else value[start : start + size]
                     for name, value in values.items()
@@ -77,7 +82,8 @@ class Batch:
 
 
 LISTS = ("keys", "captions")
-PER_SAMPLE = tuple(part.name for part in fields(Batch) if part.name not in ("cursors", "skipped"))
+OF_ALL = ("cursors", "skipped", "slots")
+PER_SAMPLE = tuple(part.name for part in fields(Batch) if part.name not in OF_ALL)
 
 
 def collate(
@@ -105,6 +111,7 @@ def collate(
         captions=captions,
         cursors=torch.from_numpy(cursors),
         skipped=skipped,
+        slots=stack_slots([sample.slot for sample in samples]),
     )
 
 
@@ -130,4 +137,5 @@ def join(parts: list[Batch], pin: bool = False) -> Batch:
             joined[name] = None
     cursors = torch.cat([part.cursors for part in parts])
     skipped = sum((Counter(part.skipped) for part in parts), Counter())
-    return Batch(**joined, cursors=cursors, skipped=dict(skipped))
+    slots = join_slots([part.slots for part in parts], pin)
+    return Batch(**joined, cursors=cursors, skipped=dict(skipped), slots=slots)

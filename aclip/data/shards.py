@@ -31,8 +31,11 @@ SKIP_KINDS = (
     "unreadable_shard",
     "not_in_index",
 )
-"""Why a sample can't be used. An image too large to be decoded safely is an unreadable one."""
+"""Why a sample can't be used. An image too large to be decoded safely is an unreadable one, and
+text over MAX_TEXT_BYTES is no caption."""
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+MAX_IMAGE_BYTES = 2**28
+MAX_TEXT_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,8 @@ def read_image_bytes(sample: RawSample) -> bytes | Skip:
     """The encoded image of a sample: its first member with a suffix of IMAGE_SUFFIXES."""
     for suffix in IMAGE_SUFFIXES:
         if suffix in sample.members:
+            if sample.size(suffix) > MAX_IMAGE_BYTES:
+                return Skip("unreadable_image")
             return sample.read(suffix)
     return Skip("no_image")
 
@@ -153,13 +158,17 @@ def read_image_bytes(sample: RawSample) -> bytes | Skip:
 def read_captions(sample: RawSample) -> list[str] | Skip:
     """The captions that are not blank: of json `captions`, else json `caption`, else txt."""
     captions = None
-    if "json" in sample.members:
+    if _has_text(sample, "json"):
         captions = _captions_of_json(sample.read("json"))
-    if captions is None and "txt" in sample.members:
+    if captions is None and _has_text(sample, "txt"):
         captions = [sample.read("txt").decode("utf-8", errors="replace")]
     if captions is None:
         return Skip("no_caption")
     return [caption for caption in captions if caption.strip()] or Skip("empty_caption")
+
+
+def _has_text(sample: RawSample, suffix: str) -> bool:
+    return suffix in sample.members and sample.size(suffix) <= MAX_TEXT_BYTES
 
 
 def shard_names(urls: list[str]) -> list[str]:
@@ -201,11 +210,16 @@ def _existing_files(path: str, entry: str, field: str) -> list[str]:
 def _captions_of_json(content: bytes) -> list[str] | None:
     try:
         values = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(values, dict):
         return None
     captions = values.get("captions")
     if isinstance(captions, list) and captions and all(isinstance(text, str) for text in captions):
-        return captions
-    return [values["caption"]] if isinstance(values.get("caption"), str) else None
+        return [_valid(text) for text in captions]
+    return [_valid(values["caption"])] if isinstance(values.get("caption"), str) else None
+
+
+def _valid(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")

@@ -113,7 +113,8 @@ class Evaluator:
 
 def _first_samples(recipe: Recipe, shards: list[Shard]) -> list[tuple[Sample, np.ndarray]]:
     """The first usable samples, each with the image beside its views (3, R, R) uint8."""
-    maker = SampleMaker(recipe, shards)
+    data = recipe.data.model_copy(update={"crops": "worker"})
+    maker = SampleMaker(recipe.model_copy(update={"data": data}), shards)
     samples = []
     for index, shard in enumerate(shards):
         for position, raw in read_shard(shard):

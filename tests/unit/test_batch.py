@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from aclip.config import Recipe
+from aclip.data.augment import augment
 from aclip.data.batch import Batch, join
 from aclip.data.loader import LaneDataset, build_train_loader, striding_warnings
 from aclip.data.samples import patch_grid
@@ -84,6 +86,13 @@ def assert_equal_batches(first: Batch, second: Batch) -> None:
         assert torch.equal(getattr(first, name), getattr(second, name)), name
 
 
+def augmented(batch: Batch, recipe: Recipe, ranks: int = 1) -> torch.Tensor:
+    """The pixels that the student sees, coloured rank by rank."""
+    views, params = batch.student_views.flatten(0, 1), batch.augment_params.flatten(0, 1)
+    parts = zip(views.chunk(ranks), params.chunk(ranks), strict=True)
+    return torch.cat([augment(*part, recipe.augment, torch.float32) for part in parts])
+
+
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 1), (2, 2), (4, 1), (8, 0)])
 def test_the_global_batches_are_the_same_for_any_ranks_and_workers(shards, ranks, workers):
     expected = take(make_recipe(0), shards, 1, 6)
@@ -92,6 +101,8 @@ def test_the_global_batches_are_the_same_for_any_ranks_and_workers(shards, ranks
         assert len(first) == BATCH
         assert_equal_batches(first, second)
         assert first.skipped == second.skipped
+        pixels = augmented(first, make_recipe()), augmented(second, make_recipe(), ranks)
+        assert torch.equal(*pixels)
 
 
 @pytest.mark.parametrize(("stop", "ranks", "workers"), [(1, 4, 1), (3, 1, 2), (5, 8, 0)])
@@ -102,6 +113,24 @@ def test_a_run_continues_at_the_next_sample_on_other_ranks_and_workers(
     found = take(make_recipe(workers), shards, ranks, 8 - stop, expected[stop - 1].cursors)
     for first, second in zip(expected[stop:], found, strict=True):
         assert_equal_batches(first, second)
+
+
+@pytest.mark.parametrize("kind", ["one source", "two sources", "more lanes than shards"])
+def test_a_run_continues_exactly_at_twenty_random_points(shards, sources, kind):
+    make, data = {
+        "one source": (make_recipe, shards),
+        "two sources": (with_sources, sources),
+        "more lanes than shards": (make_recipe, shards[3:6]),
+    }[kind]
+    rng = random.Random(kind)
+    expected = take(make(0), data, 2, 42)
+    for _ in range(20):
+        stop = rng.randrange(1, 40)
+        # Workers are processes, each of which takes a while to start.
+        ranks, workers = rng.choice([(1, 0), (2, 0), (4, 0), (8, 0)] * 3 + [(1, 2), (2, 1)])
+        found = take(make(workers), data, ranks, 2, expected[stop - 1].cursors)
+        for first, second in zip(expected[stop : stop + 2], found, strict=True):
+            assert_equal_batches(first, second)
 
 
 def test_every_good_sample_comes_once_an_epoch_and_every_bad_one_is_counted(shards):
