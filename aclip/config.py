@@ -174,7 +174,7 @@ class DataConfig(Part):
     many samples as all of them hold together; each gives its weight's share of it. One with more
     weight than its size comes several times, one with less in part, and goes on in the next."""
     val: str | list[str] = []
-    """Shards for evaluation; empty for none."""
+    """Shards for evaluation; empty for none. Class names for zero-shot lie beside local ones."""
     on_shard_error: Literal["stop", "skip"] = "stop"
     """When a shard stays unreadable: end the run, or skip its samples, counted and named."""
     retries: int = Field(5, ge=0)

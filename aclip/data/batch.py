@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aclip.data.samples import Sample
-from aclip.data.slots import Slots, join_slots, stack_slots
+from aclip.data.slots import SlotBuffer, Slots, join_slots, stack_slots
 from aclip.data.tokenizer import Tokenizer
 
 
@@ -87,9 +87,13 @@ PER_SAMPLE = tuple(part.name for part in fields(Batch) if part.name not in OF_AL
 
 
 def collate(
-    samples: list[Sample], tokenizer: Tokenizer, cursors: np.ndarray, skipped: dict[str, int]
+    samples: list[Sample],
+    tokenizer: Tokenizer,
+    cursors: np.ndarray,
+    skipped: dict[str, int],
+    buffer: SlotBuffer | None = None,
 ) -> Batch:
-    """Stacks samples; `cursors` is (lanes, 2) int64."""
+    """Stacks samples; `cursors` as Batch.cursors, `buffer` what their images were decoded into."""
 
     def stack(arrays: list[np.ndarray | None]) -> Tensor | None:
         return None if arrays[0] is None else torch.from_numpy(np.stack(arrays))
@@ -111,7 +115,7 @@ def collate(
         captions=captions,
         cursors=torch.from_numpy(cursors),
         skipped=skipped,
-        slots=stack_slots([sample.slot for sample in samples]),
+        slots=stack_slots([sample.slot for sample in samples], buffer),
     )
 
 

@@ -21,8 +21,9 @@ from aclip.config import Recipe
 from aclip.data.batch import Batch, collate, join
 from aclip.data.lanes import LaneStream, cost_of_striding, resolve_lanes, resolve_workers
 from aclip.data.mixing import MixedLane
-from aclip.data.samples import SampleMaker
+from aclip.data.samples import SampleMaker, patch_grid
 from aclip.data.shards import Shard
+from aclip.data.slots import SlotBuffer
 from aclip.data.tokenizer import build_tokenizer
 from aclip.data.workers import end_when_told_by, run_ahead, signals_held, start_method
 from aclip.errors import ConfigError
@@ -50,14 +51,18 @@ class LaneDataset(IterableDataset):
         self.num_lanes = num_lanes
         self.first = first
         self.cursors = cursors
-        self.maker = SampleMaker(recipe, shards)
+        patch_grid(recipe)  # refuses a tower here rather than in a worker
         self.tokenizer = build_tokenizer(recipe.model.text.context_length)
 
     def __iter__(self) -> Iterator[Part]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         share = len(self.cursors) // workers
-        streams = [self._lane(index) for index in range(worker * share, (worker + 1) * share)]
+        buffer = SlotBuffer()
+        maker = SampleMaker(self.recipe, self.shards, buffer)
+        streams = [
+            self._lane(maker, index) for index in range(worker * share, (worker + 1) * share)
+        ]
         for stream in streams:
             stream.prefetch()
         per_lane = self.recipe.train.global_batch_size // self.num_lanes
@@ -69,24 +74,25 @@ class LaneDataset(IterableDataset):
                 warnings = [warning for stream in streams for warning in stream.warnings]
                 for stream in streams:
                     stream.clear_reports()
-                yield Part(collate(samples, self.tokenizer, cursors, dict(skipped)), warnings)
+                batch = collate(samples, self.tokenizer, cursors, dict(skipped), buffer)
+                yield Part(batch, warnings)
         except ConfigError as error:
             # DataLoader would wrap the message in a traceback of the worker.
             yield Part(None, error=str(error))
 
-    def _lane(self, index: int) -> LaneStream | MixedLane:
+    def _lane(self, maker: SampleMaker, index: int) -> LaneStream | MixedLane:
         lane, cursor = self.first + index, self.cursors[index].tolist()
         weights = [source.weight for source in self.recipe.data.sources]
         if len(weights) < 2:
-            return self._stream(lane, cursor, 0)
+            return self._stream(maker, lane, cursor, 0)
         taken, *places = cursor
         streams = [
-            self._stream(lane, places[2 * source : 2 * source + 2], source)
+            self._stream(maker, lane, places[2 * source : 2 * source + 2], source)
             for source in range(len(weights))
         ]
         return MixedLane(streams, weights, lane, self.num_lanes, self.recipe.train.seed, taken)
 
-    def _stream(self, lane: int, cursor: list[int], source: int) -> LaneStream:
+    def _stream(self, maker: SampleMaker, lane: int, cursor: list[int], source: int) -> LaneStream:
         return LaneStream(
             self.shards,
             lane,
@@ -94,7 +100,7 @@ class LaneDataset(IterableDataset):
             self.recipe.train.seed,
             self.recipe.data.shuffle_block,
             tuple(cursor),
-            partial(self.maker.make, lane),
+            partial(maker.make, lane),
             source,
             self.recipe.data.on_shard_error == "skip",
         )

@@ -16,7 +16,7 @@ from aclip.data.shards import (
     read_image_bytes,
     shard_names,
 )
-from aclip.data.slots import Slot, make_slot
+from aclip.data.slots import Slot, SlotBuffer, make_slot
 from aclip.data.views import (
     Views,
     cut_ssl_views,
@@ -51,12 +51,14 @@ class SampleMaker:
     Args:
         recipe: decides views, augmentation and mask noise, and which images are too small.
         shards: of the whole data set; samples are named by their files.
+        buffer: that whole images are decoded into, in the order of the calls; or None.
     """
 
-    def __init__(self, recipe: Recipe, shards: list[Shard]):
+    def __init__(self, recipe: Recipe, shards: list[Shard], buffer: SlotBuffer | None = None):
         self.recipe = recipe
         self.names = shard_names([shard.url for shard in shards])
         self.sources = [shard.source for shard in shards]
+        self.buffer = buffer
         self.grid = patch_grid(recipe)
         self.blocks = self.grid // recipe.mask.block_size
 
@@ -75,7 +77,9 @@ class SampleMaker:
         if recipe.data.crops == "worker":
             image = decode_image(content, recipe.data.min_image_side)
         else:
-            slot = make_slot(content, recipe.data.min_image_side, recipe.data.max_slot_side)
+            slot = make_slot(
+                content, recipe.data.min_image_side, recipe.data.max_slot_side, self.buffer
+            )
         if isinstance(image, Skip) or isinstance(slot, Skip):
             return image or slot
         width, height = image.size if image else (slot.width, slot.height)

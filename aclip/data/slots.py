@@ -38,16 +38,80 @@ class Slot:
     ssl_flips: list[bool] | None = None
 
 
-def make_slot(content: bytes, min_side: int, max_side: int) -> Slot | Skip:
-    """Decodes an image; one with a side over `max_side` is reduced by a whole factor, each pixel
-    the mean of a square (at the right and lower edge of what is left of one)."""
-    pixels = decode_pixels(content, min_side)
+class SlotBuffer:
+    """Memory that the images of one part of a batch are decoded into, one behind the other.
+
+    As large as the part before needed, and some; so all but the first are handed over as they lie.
+    """
+
+    SPARE = 1.1
+
+    def __init__(self):
+        self._capacity = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._bytes = _new_bytes(self._capacity)
+        self._array = self._bytes.numpy()
+        self._used = 0
+
+    def room(self, num_bytes: int) -> np.ndarray | None:
+        """The next bytes, if there are as many; they count as free until `keep`."""
+        end = self._used + num_bytes
+        return self._array[self._used : end] if end <= self._capacity else None
+
+    def keep(self, pixels: np.ndarray) -> np.ndarray:
+        """The pixels, from now on in the buffer if it has room: where they lie, or moved there."""
+        place = self.room(pixels.nbytes)
+        if place is None:
+            return pixels
+        self._used += pixels.nbytes
+        if not np.may_share_memory(pixels, place):
+            place[:] = pixels.reshape(-1)
+        return place.reshape(pixels.shape)
+
+    def take(self, arrays: list[np.ndarray]) -> Tensor:
+        """All bytes of the arrays in their order, (bytes,) uint8; a copy only where some of them
+        found no room. Then begins anew."""
+        num_bytes = sum(array.nbytes for array in arrays)
+        if self._used == num_bytes:
+            taken = self._bytes[:num_bytes]
+        else:
+            taken = _new_bytes(num_bytes)
+            np.concatenate([array.reshape(-1) for array in arrays], out=taken.numpy())
+            self._capacity = round(self.SPARE * num_bytes)
+        self._start()
+        return taken
+
+
+def _new_bytes(count: int) -> Tensor:
+    """(count,) uint8; in a worker process in shared memory, or DataLoader would copy it there."""
+    if get_worker_info() is None or not count:
+        return torch.empty(count, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(count, device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def make_slot(
+    content: bytes, min_side: int, max_side: int, buffer: SlotBuffer | None = None
+) -> Slot | Skip:
+    """Decodes an image, into the buffer if it has room; one with a side over `max_side` is reduced
+    by a whole factor, each pixel the mean of a square (at the right and lower edge of what is left
+    of one)."""
+
+    def room(height: int, width: int) -> np.ndarray | None:
+        is_kept = buffer is not None and max(height, width) <= max_side
+        return buffer.room(3 * height * width) if is_kept else None
+
+    pixels = decode_pixels(content, min_side, room)
     if isinstance(pixels, Skip):
         return pixels
     height, width = pixels.shape[:2]
     factor = -(-max(height, width) // max_side)
     if factor > 1:
         pixels = np.asarray(Image.fromarray(pixels).reduce(factor))
+    if buffer is not None:
+        pixels = buffer.keep(pixels)
     return Slot(pixels, height, width, factor)
 
 
@@ -96,19 +160,11 @@ class Slots:
         )
 
 
-def stack_slots(slots: list[Slot | None]) -> Slots | None:
-    """Joins the images of a part of a batch; in a worker process straight into shared memory."""
+def stack_slots(slots: list[Slot | None], buffer: SlotBuffer | None = None) -> Slots | None:
+    """Joins the images of a part of a batch, without a copy if they lie in the buffer."""
     if slots[0] is None:
         return None
-    flat = [slot.pixels.reshape(-1) for slot in slots]
-    num_bytes = sum(len(part) for part in flat)
-    if get_worker_info() is None:
-        pixels = torch.empty(num_bytes, dtype=torch.uint8)
-    else:
-        # What DataLoader does when it stacks tensors; else it would copy them once more.
-        storage = torch.UntypedStorage._new_shared(num_bytes, device="cpu")
-        pixels = torch.empty(0, dtype=torch.uint8).set_(storage)
-    np.concatenate(flat, out=pixels.numpy())
+    pixels = (buffer or SlotBuffer()).take([slot.pixels for slot in slots])
     has_ssl = slots[0].ssl_boxes is not None
     return Slots(
         pixels.view(-1, 3),

@@ -5,6 +5,7 @@ import math
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,16 +63,25 @@ def decode_image(content: bytes, min_side: int = 1) -> Image.Image | Skip:
     return _decode_with_pillow(content, min_side) if pixels is None else pixels
 
 
-def decode_pixels(content: bytes, min_side: int = 1) -> np.ndarray | Skip:
-    """As decode_image, the same pixels as (H, W, 3) uint8."""
-    pixels = _decode_jpeg(content, min_side)
+def decode_pixels(
+    content: bytes, min_side: int = 1, room: Callable[[int, int], np.ndarray | None] | None = None
+) -> np.ndarray | Skip:
+    """As decode_image, the same pixels as (H, W, 3) uint8.
+
+    Args:
+        room: room(height, width) gives the bytes to decode into, or None for new ones. Pillow's
+            decoders don't ask.
+    """
+    pixels = _decode_jpeg(content, min_side, room)
     if pixels is not None:
         return pixels
     image = _decode_with_pillow(content, min_side)
     return image if isinstance(image, Skip) else np.asarray(image)
 
 
-def _decode_jpeg(content: bytes, min_side: int) -> np.ndarray | Skip | None:
+def _decode_jpeg(
+    content: bytes, min_side: int, room: Callable[[int, int], np.ndarray | None] | None = None
+) -> np.ndarray | Skip | None:
     """(H, W, 3) uint8, equal to Pillow's bit by bit, in less time; None where Pillow must decide:
     no JPEG, other colours than YCbCr and gray, or anything in it that libjpeg warns of."""
     if not content.startswith(JPEG_START):
@@ -84,7 +94,7 @@ def _decode_jpeg(content: bytes, min_side: int) -> np.ndarray | Skip | None:
             return Skip("unreadable_image")
         if min(height, width) < min_side:
             return Skip("image_too_small")
-        return simplejpeg.decode_jpeg(content)
+        return simplejpeg.decode_jpeg(content, buffer=room(height, width) if room else None)
     except ValueError:
         return None
 

@@ -5,9 +5,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from aclip.config import Recipe
 from aclip.data.lanes import LaneStream
 from aclip.data.mixing import MixedLane
 from aclip.data.shards import Shard, Skip
+from aclip.run import _find_data
 
 SIZES = ((40, 30, 35), (12,), (9, 8))
 """Samples of each shard, by source."""
@@ -141,3 +143,26 @@ def test_the_turns_are_those_of_the_documented_circle(shards):
         angle = (place + (shift + step / plastic**2) % 1) / 2
         expected.append(0 if angle < 0.25 else 1)
     assert [sample[0] for sample in lane.take(50)] == expected
+
+
+def test_a_recipes_sources_are_found_in_their_order_and_few_shards_are_warned_of(
+    write_tar, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
+    for name, count in (("a0", 2), ("a1", 3), ("b", 4)):
+        write_tar(f"{name}.tar", [(f"{i}.txt", b"x") for i in range(count)])
+    sources = [
+        {"shards": f"{tmp_path}/b.tar", "weight": 1},
+        {"shards": f"{tmp_path}/a*.tar", "weight": 2},
+    ]
+    recipe = Recipe(
+        data={"sources": sources}, teacher={"resolution": 224}, train={"global_batch_size": 4}
+    )
+    said = []
+    shards, val = _find_data(recipe, lambda text, **_: said.append(text))
+    assert val == [] and shards == [
+        Shard(f"{tmp_path}/b.tar", 4, 0),
+        Shard(f"{tmp_path}/a0.tar", 2, 1),
+        Shard(f"{tmp_path}/a1.tar", 3, 1),
+    ]
+    assert len(said) == 1 and said[0].startswith("warning: data.sources.0 has 1 shards for 2 data")

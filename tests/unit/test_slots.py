@@ -95,6 +95,24 @@ def test_a_large_image_is_reduced_by_the_smallest_whole_factor_to_means_of_squar
     assert levels_apart(found[0, 0].permute(1, 2, 0), np.array(expected)) <= 1
 
 
+def test_images_in_a_buffer_are_handed_over_without_a_copy():
+    contents = [encode(*size, seed) for seed, size in enumerate(SIZES)]
+    contents[2] = encode(*SIZES[2], 2, "PNG")  # decoded elsewhere, by Pillow
+    damaged = contents[1][:300]
+    expected = stack_slots([make_slot(content, 1, 1024) for content in contents]).pixels
+    buffer = slots_module.SlotBuffer()
+    places = []
+    for some in (contents, contents[:2] + contents[3:], [damaged, *contents[3:]], contents):
+        slots = [make_slot(content, 1, 1024, buffer) for content in some]
+        slots = [slot for slot in slots if not isinstance(slot, Skip)]
+        whole = torch.from_numpy(np.concatenate([slot.pixels.reshape(-1) for slot in slots]))
+        found = stack_slots(slots, buffer).pixels
+        assert torch.equal(found.flatten(), whole)
+        places.append(found.data_ptr() == slots[0].pixels.ctypes.data)
+    assert places == [False, True, True, True]
+    assert torch.equal(found, expected)
+
+
 def test_what_can_not_be_decoded_is_skipped_alike():
     assert make_slot(encode(40, 40)[:300], 1, 100) == Skip("unreadable_image")
     assert make_slot(encode(40, 10), 16, 100) == Skip("image_too_small")
