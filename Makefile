@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Ranks of the demo; empty for what the deepspeed launcher finds (every GPU of the machine).
 RANKS ?= $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || echo 2)
 
-.PHONY: demo test lint bench gpu-check
+.PHONY: demo test lint bench fuzz soak gpu-check
 
 demo: $(VENV)/.installed
 	PATH=$(abspath $(BIN)):$$PATH deepspeed $(if $(RANKS),--num_accelerators $(RANKS)) \
@@ -14,12 +14,19 @@ demo: $(VENV)/.installed
 # The tests of the launch scripts run last: they start processes of their own and measure limits.
 PYTEST := OMP_NUM_THREADS=1 PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest -n auto --maxprocesses 8 --durations 10
 test: $(VENV)/.installed-dev
-	$(PYTEST) -m "not e2e"
+	$(PYTEST) -m "not e2e and not soak"
 	$(PYTEST) -m e2e --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# 10,000 broken shards; 50,000 samples through a worker, whose memory must stay flat.
+fuzz: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -s tests/unit/test_fuzzed_shards.py
+
+soak: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -s tests/unit/test_loader_memory.py
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/kernel --benchmark-only -o python_files='bench_*.py'

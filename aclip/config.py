@@ -158,17 +158,44 @@ class OptimizerConfig(Part):
     eps: float = Field(1e-8, gt=0)
 
 
+class SourceConfig(Part):
+    shards: str | list[str]
+    """As data.train."""
+    weight: Positive
+    """Share of the samples that come from here, relative to the other sources' weights."""
+
+
 class DataConfig(Part):
     train: str | list[str] = []
-    """Shards: path, glob or braces, /data/{00000..01499}.tar; `demo` for the built-in scenes."""
+    """Shards: path, glob or braces, /data/{00000..01499}.tar; `pipe:` and a command; an address
+    such as s3://bucket/{00000..01499}.tar; `demo` for the built-in scenes."""
+    sources: list[SourceConfig] = []
+    """Several data sets in place of data.train: [{shards: ..., weight: 3}, ...]. An epoch is as
+    many samples as all of them hold together; each gives its weight's share of it. One with more
+    weight than its size comes several times, one with less in part, and goes on in the next."""
     val: str | list[str] = []
-    """Shards for evaluation; empty for none."""
+    """Shards for evaluation; empty for none. Class names for zero-shot lie beside local ones."""
+    on_shard_error: Literal["stop", "skip"] = "stop"
+    """When a shard stays unreadable: end the run, or skip its samples, counted and named."""
+    retries: int = Field(5, ge=0)
+    """Further tries to fetch a remote shard, after 1, 2, 4, ... seconds."""
+    cache: str = ""
+    """Folder for fetched shards; empty for `shards` in ACLIP_CACHE (~/.cache/aclip)."""
+    cache_gb: Positive = 100
+    """Size to which that folder is kept, 10^9 bytes; shards being fetched or read come on top."""
     lanes: int | None = Field(None, ge=1)
     """Virtual lanes that fix the global order; ranks x workers divides them, they the batch."""
     workers: int | None = Field(None, ge=0)
     """Worker processes of a rank; empty for as many, up to 8, as cores and lanes allow."""
     shuffle_block: int = Field(512, ge=1)
     """Samples that a lane shuffles together."""
+    crops: Literal["worker", "device"] = "worker"
+    """Where views are cut: exactly as Pillow does, by the worker; or on the device, from the whole
+    decoded image, which costs the worker about a quarter of the time. Boxes are the same, pixels
+    within 1 level of 255, but for images that max_slot_side reduces."""
+    max_slot_side: int = Field(1024, ge=64)
+    """With crops: device, an image with a longer side, pixels, is first reduced by the smallest
+    whole factor that brings it to this, each pixel the mean of a square."""
     min_image_side: int = Field(16, ge=1)
     """Images with a shorter side, pixels, are skipped and counted."""
 
@@ -236,6 +263,11 @@ class Recipe(Part):
         if self.teacher is not None:
             self._check_teacher(self.teacher)
         self._check_views()
+        if self.data.train and self.data.sources:
+            raise ValueError(
+                f"data.train is {self.data.train} and data.sources holds "
+                f"{len(self.data.sources)} sources; give one of the two, e.g. data.train=[]"
+            )
         return self
 
     def _check_teacher(self, teacher: TeacherConfig) -> None:

@@ -119,11 +119,17 @@ def _refuse_unknown_keys(values: dict, part: type[BaseModel], prefix: str) -> No
                 f"known here: {', '.join(prefix + name for name in known)}"
             )
         section = _section_type(field.annotation)
-        if section is not None and isinstance(value, dict):
+        if section is None:
+            continue
+        if isinstance(value, dict):
             _refuse_unknown_keys(value, section, f"{prefix}{key}.")
+        for index, item in enumerate(value if isinstance(value, list) else []):
+            if isinstance(item, dict):
+                _refuse_unknown_keys(item, section, f"{prefix}{key}.{index}.")
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:
+    """The model of a section, or of a list's items."""
     candidates = [annotation, *getattr(annotation, "__args__", ())]
     for candidate in candidates:
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):

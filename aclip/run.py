@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import subprocess
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import torch
 
 from aclip import checkpoint_folder
 from aclip.config import Recipe
-from aclip.data.batch import build_train_loader
 from aclip.data.demo import ensure_demo_data
-from aclip.data.shards import Shard, index_shards, list_shards
+from aclip.data.loader import build_train_loader, striding_warnings
+from aclip.data.shards import Shard, index_shards, list_shards, remote_shards
 from aclip.ds_config import read_ds_config
 from aclip.errors import ConfigError
 from aclip.gather import rank, world_size
@@ -113,7 +114,7 @@ def _read_recipe(arguments: argparse.Namespace) -> Recipe:
     if arguments.init:
         overrides.append(f"model.init={json.dumps(arguments.init)}")
     recipe = load_recipe(arguments.recipe, overrides)
-    if not recipe.data.train:
+    if not recipe.data.train and not recipe.data.sources:
         raise ConfigError(
             f"data.train is empty in {arguments.recipe}; give shards with --train, e.g. --train "
             "'/data/yfcc15m/{00000..01499}.tar'"
@@ -132,8 +133,22 @@ def _find_data(recipe: Recipe, say) -> tuple[list[Shard], list[Shard]]:
         )
         demo = ensure_demo_data(say)
         train, val = demo.train, val or demo.val
-    shards = index_shards(list_shards(train, "data.train"), say)
-    return shards, index_shards(list_shards(val, "data.val"), say) if val else []
+    remote = remote_shards(recipe.data)
+
+    def find(pattern, field: str) -> list[Shard]:
+        return index_shards(list_shards(pattern, field), say, remote)
+
+    if not recipe.data.sources:
+        shards = find(train, "data.train")
+    else:
+        shards = [
+            replace(shard, source=index)
+            for index, source in enumerate(recipe.data.sources)
+            for shard in find(source.shards, f"data.sources.{index}.shards")
+        ]
+    for warning in striding_warnings(recipe, shards):
+        say(f"warning: {warning}", flush=True)
+    return shards, find(val, "data.val") if val else []
 
 
 def _check_writable(run_folder: Path) -> None:

@@ -4,7 +4,7 @@ Everything random was drawn by the data workers, so that the same batch gives th
 second pass and on any number of ranks too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from aclip import masking
 from aclip.config import Recipe
 from aclip.data.augment import augment
 from aclip.data.batch import Batch
+from aclip.data.slots import cut_views
 from aclip.gather import world_size
 from aclip.models.student import DistillInput, MlmInput, StudentInput
 from aclip.models.text import real_token_ids
@@ -63,6 +64,20 @@ class StepInputs:
         self._patch_size = patch_size
         self._device = device
         self._dtype = dtype
+
+    def with_views(self, micro: Batch) -> Batch:
+        """The micro-batch with its views; cuts them on the device where it holds whole images."""
+        if micro.slots is None:
+            return micro
+        recipe = self._recipe
+        views = cut_views(
+            micro.slots.to(self._device),
+            self._to_device(micro.student_boxes),
+            self._to_device(micro.teacher_box),
+            recipe.model.image.resolution,
+            recipe.teacher.resolution if recipe.needs_teacher_view else None,
+        )
+        return replace(micro, slots=None, **views)
 
     def teach(self, micro: Batch) -> Taught:
         """Runs the teacher on the views that the recipe's parts ask for."""

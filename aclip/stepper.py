@@ -87,7 +87,7 @@ class Stepper:
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        micro_batches = batch.split(self.micro_batch_size)
+        micro_batches = [self.inputs.with_views(m) for m in batch.split(self.micro_batch_size)]
         taught = [self.inputs.teach(micro) for micro in micro_batches]
         centre = self.inputs.centre(taught)
         # Made anew for each pass over a micro-batch, so that only one input exists at a time.

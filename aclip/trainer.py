@@ -10,7 +10,8 @@ from torch import Tensor
 
 from aclip import checkpoint
 from aclip.config import Recipe
-from aclip.data.batch import Batch, build_train_loader
+from aclip.data.batch import Batch
+from aclip.data.loader import build_train_loader
 from aclip.data.shards import SKIP_KINDS, Shard
 from aclip.ds_config import DsConfig
 from aclip.errors import ConfigError
@@ -67,6 +68,11 @@ class Trainer:
         self.evaluations: dict[str, dict] = {}
         self.wandb_id = ""
         self._fingerprint = {"shards": len(shards), "samples": dataset_size}
+        if recipe.data.sources:
+            sizes = Counter(shard.source for shard in shards)
+            self._fingerprint["sources"] = [
+                [sizes[index], source.weight] for index, source in enumerate(recipe.data.sources)
+            ]
         if resume_from is not None:
             self._resume(resume_from)
         self._saved_at = self.samples if resume_from is not None else None
@@ -234,7 +240,7 @@ class Trainer:
             )
         if state["data"] != self._fingerprint:
             raise ConfigError(
-                f"data.train has {self._fingerprint}, but {folder} was trained on {state['data']}; "
+                f"the data are {self._fingerprint}, but {folder} was trained on {state['data']}; "
                 "give the same shards, or use --resume none with another --output"
             )
 

@@ -1,4 +1,5 @@
-"""The cost of a step, recipe by recipe, on this machine: `python launch/benchmark.py`."""
+"""The cost of a step, recipe by recipe, on this machine: `python launch/benchmark.py`; of loading
+the data: `python launch/benchmark.py --loader`."""
 
 import argparse
 
@@ -9,7 +10,8 @@ PAPER = ["clip_vitb16", "slip_vitb16", "maskclip_vitb16", "aclip_vitb16", "aclip
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Time and memory of one training step of each recipe, interleaved in one run.",
+        description="Time and memory of one training step of each recipe, interleaved in one run; "
+        "or, with --loader, of loading.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("recipes", nargs="*", default=PAPER, help="names of recipes or YAML files")
@@ -33,13 +35,28 @@ def parse_arguments() -> argparse.Namespace:
         metavar="key.sub=value",
         help="recipe values to change in every recipe",
     )
+    loader = parser.add_argument_group("with --loader")
+    loader.add_argument(
+        "--loader",
+        action="store_true",
+        help="time this loader, open_clip's and a plain one instead of steps",
+    )
+    loader.add_argument("--shards", help="to read (default: pictures made for it)")
+    loader.add_argument("--images", type=int, default=256, help="of each loader in a round")
+    loader.add_argument(
+        "--gpu_rate", type=float, default=2900, help="images a second that one GPU trains on"
+    )
+    loader.add_argument("--run", help="folder of a run whose data-wait share to print")
     return parser.parse_args()
 
 
 def main() -> int:
     arguments = parse_arguments()
     # Imported here so that --help answers at once.
-    from aclip.cost_table import run
+    if arguments.loader:
+        from aclip.loader_benchmark import run
+    else:
+        from aclip.cost_table import run
 
     return run(arguments)
 

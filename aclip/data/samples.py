@@ -1,22 +1,37 @@
 """One training sample: a raw sample's caption and views, everything random keyed by its place."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from aclip.config import Recipe
 from aclip.data.augment import draw_augment_params
 from aclip.data.lanes import sample_rng
-from aclip.data.shards import RawSample, Skip, read_captions, read_image_bytes, shard_names
-from aclip.data.views import Views, decode_image, make_ssl_views, make_views
+from aclip.data.shards import (
+    RawSample,
+    Shard,
+    Skip,
+    read_captions,
+    read_image_bytes,
+    shard_names,
+)
+from aclip.data.slots import Slot, SlotBuffer, make_slot
+from aclip.data.views import (
+    Views,
+    cut_ssl_views,
+    cut_views,
+    decode_image,
+    draw_boxes,
+    draw_ssl_boxes,
+)
 from aclip.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """What a batch stacks; see Batch for the arrays' meaning, here without their first dimension.
-    What no part of the recipe reads is None."""
+    What no part of the recipe reads is None, and so are views that are cut on the device."""
 
     key: str
     caption: str
@@ -27,6 +42,7 @@ class Sample:
     ssl_params: np.ndarray | None
     distill_noise: np.ndarray | None
     mlm_noise: np.ndarray | None
+    slot: Slot | None = None
 
 
 class SampleMaker:
@@ -34,12 +50,15 @@ class SampleMaker:
 
     Args:
         recipe: decides views, augmentation and mask noise, and which images are too small.
-        urls: the shards' files; samples are named by them.
+        shards: of the whole data set; samples are named by their files.
+        buffer: that whole images are decoded into, in the order of the calls; or None.
     """
 
-    def __init__(self, recipe: Recipe, urls: list[str]):
+    def __init__(self, recipe: Recipe, shards: list[Shard], buffer: SlotBuffer | None = None):
         self.recipe = recipe
-        self.names = shard_names(urls)
+        self.names = shard_names([shard.url for shard in shards])
+        self.sources = [shard.source for shard in shards]
+        self.buffer = buffer
         self.grid = patch_grid(recipe)
         self.blocks = self.grid // recipe.mask.block_size
 
@@ -54,17 +73,25 @@ class SampleMaker:
         if isinstance(content, Skip):
             return content
         recipe = self.recipe
-        image = decode_image(content, recipe.data.min_image_side)
-        if isinstance(image, Skip):
-            return image
+        image = slot = None
+        if recipe.data.crops == "worker":
+            image = decode_image(content, recipe.data.min_image_side)
+        else:
+            slot = make_slot(
+                content, recipe.data.min_image_side, recipe.data.max_slot_side, self.buffer
+            )
+        if isinstance(image, Skip) or isinstance(slot, Skip):
+            return image or slot
+        width, height = image.size if image else (slot.width, slot.height)
         # The order of draws is part of what a seed means: add new ones at the end.
-        rng = sample_rng(recipe.train.seed, lane, epoch, position)
+        source = self.sources[shard_index]
+        rng = sample_rng(recipe.train.seed, lane, epoch, position, source)
         caption = captions[rng.integers(len(captions))]
-        views = make_views(
+        boxes, around = draw_boxes(rng, height, width, recipe.views.student, recipe.views.scale)
+        views = cut_views(
             image,
-            rng,
-            recipe.views.student,
-            recipe.views.scale,
+            boxes,
+            around,
             recipe.model.image.resolution,
             recipe.teacher.resolution if recipe.needs_teacher_view else None,
         )
@@ -72,7 +99,17 @@ class SampleMaker:
         noise = None
         if recipe.mask.policy == "random":
             noise = rng.random((recipe.views.student, self.blocks, self.blocks), dtype=np.float32)
-        ssl_views, ssl_params = self._make_ssl_views(image, rng)
+        ssl_views = ssl_params = None
+        if recipe.views.ssl:
+            config = recipe.views
+            ssl_boxes, flips = draw_ssl_boxes(
+                rng, height, width, config.ssl, config.ssl_scale, config.ssl_flip_prob
+            )
+            ssl_params = draw_augment_params(rng, recipe.ssl_augment, config.ssl)
+            if image:
+                ssl_views = cut_ssl_views(image, ssl_boxes, flips, recipe.model.image.resolution)
+            else:
+                slot = replace(slot, ssl_boxes=ssl_boxes, ssl_flips=flips)
         distill_noise = mlm_noise = None
         if recipe.loss.distill > 0:
             distill_noise = rng.random((1, self.grid, self.grid), dtype=np.float32)
@@ -88,21 +125,8 @@ class SampleMaker:
             ssl_params,
             distill_noise,
             mlm_noise,
+            slot,
         )
-
-    def _make_ssl_views(self, image, rng) -> tuple[np.ndarray | None, np.ndarray | None]:
-        config = self.recipe.views
-        if not config.ssl:
-            return None, None
-        views = make_ssl_views(
-            image,
-            rng,
-            config.ssl,
-            config.ssl_scale,
-            self.recipe.model.image.resolution,
-            config.ssl_flip_prob,
-        )
-        return views, draw_augment_params(rng, self.recipe.ssl_augment, config.ssl)
 
 
 def patch_grid(recipe: Recipe) -> int:

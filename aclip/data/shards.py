@@ -8,14 +8,15 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from braceexpand import braceexpand
-from filelock import FileLock
 
-from aclip.data.tar import RawSample, TarShard, unreadable
+from aclip.config import DataConfig
+from aclip.data.remote import RemoteShards, check_protocol, is_remote
+from aclip.data.shard_counts import cache_folder, count_samples
+from aclip.data.tar import RawSample, TarShard
 from aclip.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -27,20 +28,29 @@ SKIP_KINDS = (
     "no_caption",
     "image_too_small",
     "truncated_shard",
+    "unreadable_shard",
     "not_in_index",
 )
-"""Why a sample can't be used. An image too large to be decoded safely is an unreadable one."""
+"""Why a sample can't be used. An image too large to be decoded safely is an unreadable one, and
+text over MAX_TEXT_BYTES is no caption."""
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-SIZES_FILE = "sizes.json"
-SCAN_THREADS = 8
-PROGRESS_SHARDS = 64
-"""A scan reports each time it has counted this many shards."""
+MAX_IMAGE_BYTES = 2**28
+MAX_TEXT_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
     url: str
     num_samples: int
+    source: int = 0
+    """Which of data.sources it belongs to."""
+    remote: RemoteShards | None = None
+    """How it is fetched; None for a local file."""
+
+    def prefetch(self) -> None:
+        """Begins to fetch it in the background."""
+        if self.remote is not None:
+            self.remote.prefetch(self.url)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,50 +61,61 @@ class Skip:
 
 
 def list_shards(pattern: str | list[str], field: str) -> list[str]:
-    """The shard files that a recipe's entry names, in the order given, globs sorted.
+    """The shards that a recipe's entry names, in the order given, globs sorted.
 
     Args:
-        pattern: a path, a glob, braces like {00000..01499}, or a list of those.
+        pattern: a path, a glob, braces like {00000..01499}, `pipe:` and a command, an address that
+            fsspec understands (both with braces), or a list of those.
         field: the recipe's key, for the error message.
 
     Raises:
-        ConfigError: nothing is named, a glob matches nothing, or a file is missing.
+        ConfigError: nothing is named, a glob matches nothing, a file is missing, or a protocol's
+            package is.
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     if not any(patterns):
         raise ConfigError(f"{field} is empty; give shards, e.g. {field}=/data/{{00000..00099}}.tar")
     urls = []
     for entry in patterns:
-        if entry.startswith("pipe:") or "://" in entry:
-            raise ConfigError(f"{field} holds {entry}, but shards are read from local files only")
+        if is_remote(entry):
+            urls += _addresses(entry, field)
+            continue
         for path in _expand_braces(os.path.expanduser(entry), field):
             urls += _existing_files(path, entry, field)
     return urls
 
 
-def index_shards(urls: list[str], progress: Callable[[str], None] | None = None) -> list[Shard]:
+def remote_shards(config: DataConfig) -> RemoteShards:
+    """How a recipe fetches its remote shards."""
+    folder = Path(config.cache).expanduser() if config.cache else cache_folder() / "shards"
+    return RemoteShards(folder.absolute(), round(config.cache_gb * 1e9), config.retries)
+
+
+def index_shards(
+    urls: list[str],
+    progress: Callable[[str], None] | None = None,
+    remote: RemoteShards | None = None,
+) -> list[Shard]:
     """Counts the samples of each shard and leaves out, with a warning, shards that hold none.
 
-    Counts come from a `sizes.json` beside the shards where it lists them (webdataset's shard list,
-    or open_clip's {name: count}). Other shards are scanned once, header by header; their counts are
-    cached by path, size and time in the cache folder, under a lock, so that one rank scans.
-
     Args:
-        urls: files, as list_shards gives them.
+        urls: as list_shards gives them.
         progress: gets a line now and then while many shards are scanned.
+        remote: how remote shards are fetched; by default as a recipe without such keys does.
 
     Raises:
         ConfigError: a sizes.json is malformed, a shard can't be read, or no shard holds a sample.
     """
-    listed = {}
-    for folder in {os.path.dirname(url) for url in urls}:
-        listed.update(_read_sizes(folder))
-    counts = {url: listed[os.path.abspath(url)] for url in urls if os.path.abspath(url) in listed}
-    counts.update(_count_by_scan([url for url in urls if url not in counts], progress))
+    remote = remote or remote_shards(DataConfig())
+    counts = count_samples(urls, progress, remote)
     for url in urls:
         if counts[url] == 0:
             logger.warning("shard %s holds no sample and is left out", url)
-    shards = [Shard(url, counts[url]) for url in urls if counts[url] > 0]
+    shards = [
+        Shard(url, counts[url], remote=remote if is_remote(url) else None)
+        for url in urls
+        if counts[url] > 0
+    ]
     if not shards:
         raise ConfigError(f"no shard holds a sample, {urls[0]} for one; check the shards")
     return shards
@@ -111,10 +132,10 @@ def read_shard(shard: Shard, start: int = 0) -> Iterator[tuple[int, RawSample | 
     gives no offsets, while here skipped samples cost a seek a member and bytes are read when used.
 
     Raises:
-        ConfigError: the file can't be opened.
+        ShardError: the shard can't be fetched, opened or read.
     """
     position = 0
-    for sample in TarShard(shard.url).walk():
+    for sample in TarShard(shard.url, shard.remote).walk():
         if position >= shard.num_samples:
             yield position, Skip("not_in_index")
         elif position >= start:
@@ -128,6 +149,8 @@ def read_image_bytes(sample: RawSample) -> bytes | Skip:
     """The encoded image of a sample: its first member with a suffix of IMAGE_SUFFIXES."""
     for suffix in IMAGE_SUFFIXES:
         if suffix in sample.members:
+            if sample.size(suffix) > MAX_IMAGE_BYTES:
+                return Skip("unreadable_image")
             return sample.read(suffix)
     return Skip("no_image")
 
@@ -135,13 +158,17 @@ def read_image_bytes(sample: RawSample) -> bytes | Skip:
 def read_captions(sample: RawSample) -> list[str] | Skip:
     """The captions that are not blank: of json `captions`, else json `caption`, else txt."""
     captions = None
-    if "json" in sample.members:
+    if _has_text(sample, "json"):
         captions = _captions_of_json(sample.read("json"))
-    if captions is None and "txt" in sample.members:
+    if captions is None and _has_text(sample, "txt"):
         captions = [sample.read("txt").decode("utf-8", errors="replace")]
     if captions is None:
         return Skip("no_caption")
     return [caption for caption in captions if caption.strip()] or Skip("empty_caption")
+
+
+def _has_text(sample: RawSample, suffix: str) -> bool:
+    return suffix in sample.members and sample.size(suffix) <= MAX_TEXT_BYTES
 
 
 def shard_names(urls: list[str]) -> list[str]:
@@ -152,16 +179,21 @@ def shard_names(urls: list[str]) -> list[str]:
     return [str(Path(url).with_suffix("")) for url in urls]
 
 
-def cache_folder() -> Path:
-    """Where aclip keeps what it can make again: ACLIP_CACHE, or ~/.cache/aclip."""
-    return Path(os.environ.get("ACLIP_CACHE") or Path.home() / ".cache" / "aclip")
-
-
 def _expand_braces(entry: str, field: str) -> list[str]:
     try:
         return list(braceexpand(entry))
     except ValueError as error:
         raise ConfigError(f"{field} holds {entry}, whose braces do not match: {error}") from None
+
+
+def _addresses(entry: str, field: str) -> list[str]:
+    check_protocol(entry, field)
+    if "*" in entry and not entry.startswith("pipe:"):
+        raise ConfigError(
+            f"{field} holds {entry}, but what lies at an address can't be listed; write the shards "
+            "with braces, e.g. {00000..00099}.tar"
+        )
+    return _expand_braces(entry, field)
 
 
 def _existing_files(path: str, entry: str, field: str) -> list[str]:
@@ -175,91 +207,19 @@ def _existing_files(path: str, entry: str, field: str) -> list[str]:
     raise ConfigError(f"{field} is {entry}, but there is no file {path}; check the path")
 
 
-def _read_sizes(folder: str) -> dict[str, int]:
-    """{absolute path: count} of the shards that the folder's sizes.json lists."""
-    path = os.path.join(folder, SIZES_FILE)
-    if not os.path.isfile(path):
-        return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        entries = content.get("shardlist", content) if isinstance(content, dict) else content
-        if isinstance(entries, dict):
-            entries = [{"url": url, "nsamples": count} for url, count in entries.items()]
-        sizes = {entry["url"]: int(entry["nsamples"]) for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} is not a list of shards ({type(error).__name__}: {error}); write it as "
-            '{"shardlist": [{"url": "00000.tar", "nsamples": 1000}]} or remove it'
-        ) from None
-    return {os.path.abspath(os.path.join(folder, url)): count for url, count in sizes.items()}
-
-
-def _count_by_scan(urls: list[str], progress: Callable[[str], None] | None) -> dict[str, int]:
-    if not urls:
-        return {}
-    folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "shard_counts.lock"):
-            return _count_with_cache(urls, folder / "shard_counts.json", progress)
-    except OSError as error:
-        logger.warning("counts of shards are not cached: %s; set ACLIP_CACHE", error)
-        return _scan(urls, progress)
-
-
-def _count_with_cache(
-    urls: list[str], cache_file: Path, progress: Callable[[str], None] | None
-) -> dict[str, int]:
-    try:
-        cached = json.loads(cache_file.read_text())
-    except (OSError, ValueError):  # absent, or of a version that wrote something else
-        cached = {}
-    stamps = {url: _stamp(url) for url in urls}
-    scanned = _scan([url for url in urls if stamps[url] not in cached], progress)
-    if scanned:
-        cached.update({stamps[url]: count for url, count in scanned.items()})
-        temporary = cache_file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(cached))
-        os.replace(temporary, cache_file)
-    return {url: cached[stamps[url]] for url in urls}
-
-
-def _stamp(url: str) -> str:
-    try:
-        status = os.stat(url)
-    except OSError as error:
-        raise unreadable(url, error) from None
-    return f"{os.path.abspath(url)}:{status.st_size}:{status.st_mtime_ns}"
-
-
-def _scan(urls: list[str], progress: Callable[[str], None] | None) -> dict[str, int]:
-    counts = {}
-    # Threads, because a scan waits for the file system more than it computes.
-    with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        for url, count in zip(urls, pool.map(_count_samples, urls), strict=True):
-            counts[url] = count
-            if progress and len(counts) % PROGRESS_SHARDS == 0:
-                progress(f"counting samples: {len(counts)} of {len(urls)} shards")
-    return counts
-
-
-def _count_samples(url: str) -> int:
-    source = TarShard(url)
-    count = sum(1 for _ in source.walk())
-    if source.is_broken:
-        logger.warning("shard %s is truncated or corrupt after sample %d", url, count)
-    return count
-
-
 def _captions_of_json(content: bytes) -> list[str] | None:
     try:
         values = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(values, dict):
         return None
     captions = values.get("captions")
     if isinstance(captions, list) and captions and all(isinstance(text, str) for text in captions):
-        return captions
-    return [values["caption"]] if isinstance(values.get("caption"), str) else None
+        return [_valid(text) for text in captions]
+    return [_valid(values["caption"])] if isinstance(values.get("caption"), str) else None
+
+
+def _valid(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")

@@ -7,22 +7,40 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from aclip.data.remote import RemoteShards, is_remote
 from aclip.errors import ConfigError
+
+MAX_HEADER_BYTES = 2**20
+"""What a header may ask to be read of itself; a longer name or attribute is a corrupt one."""
+# What tarfile raises on damaged headers, besides its own errors.
+HEADER_ERRORS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
+
+
+class ShardError(ConfigError):
+    """A shard can't be opened or read."""
+
+    def __init__(self, url: str, message: str):
+        super().__init__(message)
+        self.url = url
 
 
 class TarShard:
     """An open shard: a walk over its headers, and bytes at any offset.
 
+    Args:
+        url: a file, or what `remote` fetches.
+        remote: how to fetch it; None for a local file.
+
     Raises:
-        ConfigError: the file can't be opened or read.
+        ShardError: it can't be opened or read.
     """
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, remote: RemoteShards | None = None):
         self.url = url
         self.is_broken = False
         """The last walk ended where the archive does not: the file is truncated or corrupt."""
         try:
-            self._file = open_shard(url)
+            self._file = open_shard(url, remote)
             self.size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise unreadable(url, error) from None
@@ -60,17 +78,42 @@ class TarShard:
     def _headers(self) -> Iterator[tarfile.TarInfo]:
         self._file.seek(0)
         self.is_broken = True
+        end = 0
         try:
-            with tarfile.open(fileobj=self._file, mode="r:") as archive:
+            with tarfile.open(
+                fileobj=_HeaderFile(self._file), mode="r:", encoding="utf-8", errors="replace"
+            ) as archive:
                 while (info := archive.next()) is not None:
                     archive.members = []  # tarfile would keep every header
+                    # A size below zero would lead tarfile back to where it was.
+                    if info.size < 0 or archive.offset <= end:
+                        return
+                    end = archive.offset
                     yield info
                 # tarfile takes a corrupt header for the end; the true end is nothing or zeros.
                 self.is_broken = any(self.read(archive.offset, tarfile.BLOCKSIZE))
-        except (tarfile.TarError, EOFError):
+        except HEADER_ERRORS:
             return
         except OSError as error:
             raise unreadable(self.url, error) from None
+
+
+class _HeaderFile:
+    """A file as tarfile sees it, for which headers may name any number of bytes and any place."""
+
+    def __init__(self, file: io.BufferedReader):
+        self._file = file
+        self.tell = file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError("a header is too long")
+        return self._file.read(size)
+
+    def seek(self, offset: int) -> None:
+        if offset < 0:
+            raise tarfile.ReadError("a header points before the start")
+        self._file.seek(offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +129,19 @@ class RawSample:
     def is_complete(self) -> bool:
         return all(offset + size <= self.source.size for offset, size in self.members.values())
 
+    def size(self, suffix: str) -> int:
+        return self.members[suffix][1]
+
     def read(self, suffix: str) -> bytes:
         return self.source.read(*self.members[suffix])
 
 
-def open_shard(url: str) -> io.BufferedReader:
+def open_shard(url: str, remote: RemoteShards | None) -> io.BufferedReader:
     """The only place that opens a shard."""
-    return open(url, "rb")
+    return open(url, "rb") if remote is None else remote.open(url)
 
 
-def unreadable(url: str, error: OSError) -> ConfigError:
-    return ConfigError(f"shard {url} can't be read: {error.strerror or error}; check the file")
+def unreadable(url: str, error: OSError) -> ShardError:
+    advice = "address" if is_remote(url) else "file"
+    reason = error.strerror or error
+    return ShardError(url, f"shard {url} can't be read: {reason}; check the {advice}")

@@ -5,6 +5,9 @@ from functools import cached_property
 from torch import Tensor
 
 VOCAB_SIZE = 49408
+MAX_CHARACTERS = 8192
+"""Of a caption that are read, more than any context holds: byte-pair encoding of one endless word
+takes time by the square of its length."""
 START_ID = 49406
 END_ID = 49407
 
@@ -36,11 +39,12 @@ class Tokenizer:
 
         Returns:
             (B, L) int64, L the longest caption's length; 0 after the end token. A caption longer
-            than context_length is cut, and its last token is the end token.
+            than context_length is cut, and its last token is the end token. What lies behind
+        MAX_CHARACTERS is not read.
         """
         if not captions:
             return self._simple([""])[:0, :0]
-        tokens = self._simple(captions)
+        tokens = self._simple([caption.strip()[:MAX_CHARACTERS] for caption in captions])
         return cut_padding(tokens)
 
 

@@ -26,7 +26,7 @@ def start_method() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     # Started now, because its start unblocks SIGTERM, which signals_held must keep blocked.
     resource_tracker.ensure_running()
-    context.set_forkserver_preload(["__main__", "aclip.data.batch", "open_clip"])
+    context.set_forkserver_preload(["__main__", "aclip.data.loader", "open_clip"])
     return context
 
 

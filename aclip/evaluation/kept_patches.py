@@ -13,7 +13,7 @@ from torch import Tensor
 from aclip import masking
 from aclip.config import MaskConfig, Recipe, TeacherConfig
 from aclip.data.samples import Sample, SampleMaker
-from aclip.data.shards import Skip, read_captions, read_image_bytes
+from aclip.data.shards import Shard, Skip, read_captions, read_image_bytes
 from aclip.data.tar import RawSample
 from aclip.data.views import decode_image
 from aclip.visualize import MAX_SAMPLES, Column, picture_columns
@@ -93,7 +93,7 @@ def read_picture_set(
         None when no sample can be used.
     """
     recipe = _for_pictures(recipe)
-    maker = SampleMaker(recipe, ["samples"])
+    maker = SampleMaker(recipe, [Shard("samples", 0)])
     samples: list[Sample] = []
     coverage, skipped = [], Counter()
     for position, raw in enumerate(raw_samples):
@@ -178,7 +178,7 @@ def kept_object_share(kept: Tensor, total: Tensor) -> float:
 
 
 def _for_pictures(recipe: Recipe) -> Recipe:
-    """The recipe with a teacher view and a mask, without what only losses read.
+    """The recipe with a teacher view and a mask, without what only losses read, cut here.
 
     Views and boxes come out as in the run: a teacher's box is drawn there in any case.
     """
@@ -193,9 +193,10 @@ def _for_pictures(recipe: Recipe) -> Recipe:
         "teacher": recipe.teacher or TeacherConfig(resolution=resolution),
         "views": recipe.views.model_copy(update={"ssl": 0}),
         "loss": recipe.loss.model_copy(update={"distill": 0, "mlm": 0}),
+        "data": recipe.data.model_copy(update={"crops": "worker"}),
     }
     recipe = recipe.model_copy(update=parts)
-    grid = SampleMaker(recipe, ["samples"]).grid
+    grid = SampleMaker(recipe, [Shard("samples", 0)]).grid
     if grid % mask.block_size:  # allowed where nothing is dropped
         parts["mask"] = mask.model_copy(update={"block_size": 1})
     return recipe.model_copy(update=parts)

@@ -39,9 +39,17 @@ def _cases(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
             ["--ds_config", f"{folder}/indivisible.json"],
             ["global_batch_size", "train_micro_batch_size_per_gpu 7"],
         ),
-        "fewer shards than lanes": (
-            [*ZERO0, "--train", f"{folder}/[01].tar", "data.lanes=8"],
-            ["data.lanes", "fewer shards"],
+        "ranks that do not divide the lanes": (
+            [*ZERO0, "--train", f"{folder}/[01].tar", "data.lanes=4", "data.workers=3"],
+            ["data.workers is 3", "4"],
+        ),
+        "shards and sources": (
+            [*ZERO0, "data.sources=[{shards: /x.tar, weight: 1}]"],
+            ["data.train", "data.sources", "one of the two"],
+        ),
+        "an address without its package": (
+            [*ZERO0, "--train", "s3://bucket/{00..09}.tar"],
+            ["data.train", "s3://bucket", "pip install 'fsspec[s3]'"],
         ),
         "output that can't be written": (
             [*ZERO0, "--output", f"{folder}/file/run"],
@@ -74,7 +82,8 @@ def _assert_one_sentence(result, words: list[str], ranks: int) -> None:
 CASES = (
     *("shards that match nothing", "unknown recipe", "unknown key", "wrong type"),
     *("missing ds_config", "ds_config that is not JSON", "ds_config contradicts the batch"),
-    *("ranks x micro-batch does not divide", "fewer shards than lanes"),
+    *("ranks x micro-batch does not divide", "ranks that do not divide the lanes"),
+    *("shards and sources", "an address without its package"),
     *("output that can't be written", "resume of nothing", "init that is no checkpoint"),
     *("keep_ratio of 0", "keep_ratio above 1"),
 )

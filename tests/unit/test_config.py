@@ -321,3 +321,16 @@ def test_scientific_notation_is_a_number(tmp_path):
     assert recipe.optimizer.lr == 0.001
     assert recipe.train.checkpoint_every == 1_000_000
     assert recipe.data.min_image_side == 20
+
+
+def test_sources_are_checked_like_every_other_section():
+    sources = "data.sources=[{shards: /a.tar, weight: 3}, {shards: [/b.tar, /c.tar], weight: 0.5}]"
+    first, second = load_recipe("clip_vitb16", [sources]).data.sources
+    assert (first.shards, first.weight) == ("/a.tar", 3)
+    assert (second.shards, second.weight) == (["/b.tar", "/c.tar"], 0.5)
+    message = refusal("data.sources=[{shards: /a.tar, wieght: 3}]", recipe="clip_vitb16")
+    assert "data.sources.0.wieght" in message and "data.sources.0.weight?" in message
+    message = refusal("data.sources=[{shards: /a.tar, weight: 0}]", recipe="clip_vitb16")
+    assert "data.sources.0.weight is 0" in message
+    message = refusal(sources)  # the demo has data.train
+    assert "data.train is demo" in message and "one of the two" in message

@@ -3,9 +3,10 @@
 import os
 from collections import Counter
 
+import numpy as np
 import pytest
 
-from aclip.data.lanes import LaneStream, resolve_lanes, resolve_workers
+from aclip.data.lanes import LaneStream, cost_of_striding, resolve_lanes, resolve_workers
 from aclip.data.shards import Shard, Skip
 from aclip.errors import ConfigError
 
@@ -20,11 +21,23 @@ def shards(write_tar):
     ]
 
 
-def open_lane(shards, lane=0, num_lanes=2, block=4, cursor=(0, 0), seed=0, bad=()):
+def open_lane(shards, lane=0, num_lanes=2, block=4, cursor=(0, 0), seed=0, bad=(), skips=False):
     def prepare(shard_index, raw, epoch, position):
         return Skip("no_image") if raw.key in bad else (raw.key, epoch, position)
 
-    return LaneStream(shards, lane, num_lanes, seed, block, cursor, prepare)
+    return LaneStream(shards, lane, num_lanes, seed, block, cursor, prepare, skips_unreadable=skips)
+
+
+def by_formula(lane, num_lanes, block, seed, epoch):
+    """An epoch of a lane as lanes.py documents it: shards dealt, blocks shuffled."""
+    dealt = np.random.default_rng([1, seed, epoch]).permutation(len(COUNTS))[lane::num_lanes]
+    keys = [f"{shard}-{index}" for shard in dealt for index in range(COUNTS[shard])]
+    samples = []
+    for number, first in enumerate(range(0, len(keys), block)):
+        part = keys[first : first + block]
+        order = np.random.default_rng([2, seed, epoch, lane, number]).permutation(len(part))
+        samples += [(part[place], epoch, first + i) for i, place in enumerate(order)]
+    return samples
 
 
 def keys_of_epoch(samples, epoch=0):
@@ -39,6 +52,92 @@ def test_every_sample_comes_once_in_a_lane_epoch(shards):
             for key in keys_of_epoch(open_lane(shards, lane).take(60), epoch)
         ]
         assert Counter(keys) == Counter(f"{s}-{i}" for s, n in enumerate(COUNTS) for i in range(n))
+
+
+@pytest.mark.parametrize(("lane", "num_lanes", "block", "seed"), [(0, 2, 4, 0), (1, 3, 5, 7)])
+def test_the_order_is_the_documented_one(shards, lane, num_lanes, block, seed):
+    expected = [
+        sample for epoch in range(3) for sample in by_formula(lane, num_lanes, block, seed, epoch)
+    ]
+    found = open_lane(shards, lane, num_lanes, block, seed=seed).take(len(expected))
+    assert found == expected
+
+
+@pytest.mark.parametrize("num_lanes", [6, 8, 40])
+def test_lanes_that_share_shards_give_every_sample_once_an_epoch(shards, num_lanes):
+    streams = [open_lane(shards, lane, num_lanes) for lane in range(num_lanes)]
+    by_epoch = {0: Counter(), 1: Counter(), 2: Counter()}
+    for stream in streams:
+        while stream.epoch < 3:
+            ((key, epoch, _),) = stream.take(1)
+            by_epoch.get(epoch, Counter())[key] += 1
+    everything = Counter(f"{s}-{i}" for s, count in enumerate(COUNTS) for i in range(count))
+    assert by_epoch == {epoch: everything for epoch in range(3)}
+
+
+def test_lanes_that_share_shards_are_equally_long_and_take_turns(shards):
+    sizes = [len(keys_of_epoch(open_lane(shards, lane, 8).take(9))) for lane in range(8)]
+    assert sorted(sizes) == [3, 3, 3, 3, 3, 4, 4, 4]  # 27 samples over 8 lanes
+    firsts = {tuple(keys_of_epoch(open_lane(shards, 3, 8).take(60), epoch)) for epoch in range(6)}
+    assert len(firsts) == 6
+
+
+@pytest.mark.parametrize("num_lanes", [7, 40])
+def test_a_stream_that_shares_shards_resumes_at_every_cursor(shards, num_lanes):
+    bad = {"1-0", "1-1", "2-5", "4-6"}
+    stream = open_lane(shards, 2, num_lanes, block=2, bad=bad)
+    samples, cursors = [], []
+    for _ in range(20):
+        cursors.append(stream.cursor)
+        samples += stream.take(1)
+    for count in range(20):
+        resumed = open_lane(shards, 2, num_lanes, block=2, cursor=cursors[count], bad=bad)
+        assert resumed.take(20 - count) == samples[count:]
+
+
+def test_a_lane_whose_few_samples_of_an_epoch_are_bad_goes_on_unless_all_are(shards):
+    everything = {f"{s}-{i}" for s, count in enumerate(COUNTS) for i in range(count)}
+    for lane in range(20):
+        (sample,) = open_lane(shards, lane, 20, bad=everything - {"2-4"}).take(1)
+        assert sample[0] == "2-4"
+    with pytest.raises(ConfigError, match="nothing usable"):
+        open_lane(shards, 0, 20, bad=everything).take(1)
+
+
+def test_samples_beyond_the_index_are_counted_once_by_lanes_that_share_shards(shards):
+    short = [Shard(shard.url, shard.num_samples - 1) for shard in shards]
+    streams = [open_lane(short, lane, 11, block=2) for lane in range(11)]
+    for stream in streams:
+        stream.take(2)  # 22 samples over 11 lanes
+    assert sum((stream.skipped for stream in streams), Counter()) == {"not_in_index": 5}
+
+
+def test_the_warning_about_sharing_names_data_and_cost():
+    warning = cost_of_striding(3, 8, "data.train")
+    assert "data.train has 3 shards for 8 data lanes" in warning
+    assert "walked 8 times an epoch instead of once" in warning
+
+
+def test_an_unreadable_shard_ends_the_stream_or_is_skipped_and_named(shards):
+    os.remove(shards[2].url)
+    with pytest.raises(ConfigError, match=r"2\.tar can't be read"):
+        open_lane(shards, num_lanes=1).take(27)
+    whole = [s for s in by_formula(0, 1, 4, 0, 0) if not s[0].startswith("2-")]
+    stream = open_lane(shards, num_lanes=1, skips=True)
+    assert stream.take(19) == whole[:19]
+    assert stream.skipped == {"unreadable_shard": 8}
+    assert [warning for warning in stream.warnings if "can't be read" in warning] == [
+        f"shard {shards[2].url} can't be read: No such file or directory; check the file; "
+        "its samples are skipped"
+    ]
+
+
+@pytest.mark.parametrize("num_lanes", [1, 20])
+def test_skipping_ends_where_nothing_can_be_read(shards, num_lanes):
+    for shard in shards:
+        os.remove(shard.url)
+    with pytest.raises(ConfigError, match=r"9 shards in a row that can't be read, the last: shard"):
+        open_lane(shards, num_lanes=num_lanes, skips=True).take(1)
 
 
 def test_epochs_and_seeds_and_lanes_differ_in_order(shards):
@@ -102,7 +201,7 @@ def test_samples_beyond_the_index_are_counted_and_shift_nothing(shards):
 def test_a_shard_with_nothing_usable_is_reported_once_an_epoch(shards):
     stream = open_lane(shards, num_lanes=1, bad={f"1-{i}" for i in range(3)})
     stream.take(24)
-    assert stream.unusable_shards == [shards[1].url]
+    assert stream.warnings == [f"shard {shards[1].url} holds no usable sample"]
 
 
 @pytest.mark.parametrize("cursor", [(0, 0), (0, 3)])
@@ -130,19 +229,16 @@ def test_a_resumed_rest_of_an_epoch_may_hold_nothing_usable(shards):
         pytest.param(None, 100, 12, 12, id="never more than the batch"),
         pytest.param(None, 1, 6, 1, id="one shard"),
         pytest.param(6, 8, 12, 6, id="as given"),
+        pytest.param(16, 8, 64, 16, id="as given, more than shards"),
     ],
 )
 def test_lanes_divide_the_batch_and_have_a_shard_each(lanes, num_shards, batch, expected):
     assert resolve_lanes(lanes, num_shards, batch) == expected
 
 
-@pytest.mark.parametrize(
-    ("lanes", "message"),
-    [(5, "data.lanes is 5, which does not divide"), (16, "fewer shards than lanes")],
-)
-def test_lanes_that_can_not_work_are_refused(lanes, message):
-    with pytest.raises(ConfigError, match=message):
-        resolve_lanes(lanes, 8, 64)
+def test_lanes_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(ConfigError, match="data.lanes is 5, which does not divide"):
+        resolve_lanes(5, 8, 64)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import nn
 from aclip import losses, masking
 from aclip.data import samples, views
 from aclip.data.samples import SampleMaker
+from aclip.data.shards import Shard
 from aclip.data.tar import TarShard
 from aclip.errors import ConfigError
 from aclip.models.decoder import Codewords, PatchDecoder, TextDecoder
@@ -207,6 +208,6 @@ def test_sample_is_decoded_once_and_cut_for_the_parts_that_read_it(
     monkeypatch.setattr(samples, "decode_image", counted("decode_image", samples.decode_image))
     shard = write_tar("0.tar", [("0.jpg", encode_image(90, 70)), ("0.txt", b"a thing")])
     (raw,) = TarShard(shard).walk()
-    sample = SampleMaker(load_recipe("demo", overrides), ["0.tar"]).make(0, 0, raw, 0, 0)
+    sample = SampleMaker(load_recipe("demo", overrides), [Shard("0.tar", 1)]).make(0, 0, raw, 0, 0)
     assert calls == {"crop": num_crops, "decode_image": 1}
     assert sample.caption == "a thing"

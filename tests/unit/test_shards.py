@@ -51,6 +51,21 @@ def test_braces_globs_and_lists_name_files_in_the_order_given(tmp_path):
     assert list_shards(f"{tmp_path}/c[1].tar", "data.train") == [f"{tmp_path}/c[1].tar"]
 
 
+def test_commands_and_addresses_are_expanded_by_braces_alone():
+    entries = ["pipe:aws s3 cp s3://b/{08..10}.tar -", "memory://b/{a,b}.tar"]
+    assert list_shards(entries, "data.train") == [
+        *(f"pipe:aws s3 cp s3://b/{number}.tar -" for number in ("08", "09", "10")),
+        *("memory://b/a.tar", "memory://b/b.tar"),
+    ]
+
+
+def test_a_protocol_whose_package_is_missing_says_which_to_install():
+    with pytest.raises(
+        ConfigError, match=r"data.val holds s3://b/0.tar.*pip install 'fsspec\[s3\]'"
+    ):
+        list_shards("s3://b/0.tar", "data.val")
+
+
 @pytest.mark.parametrize(
     ("pattern", "named"),
     [
@@ -60,7 +75,8 @@ def test_braces_globs_and_lists_name_files_in_the_order_given(tmp_path):
         pytest.param("", "empty", id="empty text"),
         pytest.param("/x/{00..03.tar", "/x/{00..03.tar", id="open brace"),
         pytest.param("s3://bucket/00.tar", "s3://bucket/00.tar", id="address"),
-        pytest.param("pipe:cat 00.tar", "pipe:cat 00.tar", id="pipe"),
+        pytest.param("nonsense://x/00.tar", "nonsense", id="unknown protocol"),
+        pytest.param("memory://x/*.tar", "memory://x/*.tar", id="glob at an address"),
     ],
 )
 def test_a_pattern_that_names_no_file_is_refused_with_field_and_value(pattern, named):
@@ -104,8 +120,8 @@ def test_counts_are_cached_until_the_file_changes(write_tar, monkeypatch):
     url = write_tar("x.tar", numbered(5))
     assert index_shards([url]) == [Shard(url, 5)]
     scans = []
-    count = "aclip.data.shards._count_samples"
-    monkeypatch.setattr(count, lambda url: scans.append(url) or 8)
+    scan = "aclip.data.shard_counts._scan_shard"
+    monkeypatch.setattr(scan, lambda url, remote: scans.append(url) or 8)
     assert index_shards([url]) == [Shard(url, 5)] and scans == []
     os.utime(url, ns=(0, 0))
     assert index_shards([url]) == [Shard(url, 8)] and scans == [url]

@@ -13,11 +13,18 @@ from aclip.data.shards import Skip
 from aclip.data.views import (
     center_crop,
     crop,
+    cut_views,
     decode_image,
-    make_views,
+    decode_pixels,
+    draw_boxes,
     random_box,
     teacher_box,
 )
+
+
+def make_views(image, rng, num_student, scale, resolution, teacher_resolution):
+    boxes, around = draw_boxes(rng, image.height, image.width, num_student, scale)
+    return cut_views(image, boxes, around, resolution, teacher_resolution)
 
 
 def edges(box):
@@ -163,3 +170,45 @@ def test_views_turn_into_tensors_without_a_warning(recwarn):
     views = make_views(Image.new("RGB", (50, 40)), np.random.default_rng(0), 1, (0.5, 1.0), 8, 8)
     torch.from_numpy(views.teacher_view), torch.from_numpy(views.student_views)
     assert not [warning for warning in recwarn if "writable" in str(warning.message)]
+
+
+def with_pillow(content: bytes) -> np.ndarray | None:
+    """The pixels, or None for what Pillow can't decode."""
+    try:
+        return np.asarray(Image.open(io.BytesIO(content), formats=("JPEG",)).convert("RGB"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_decodes_to_pillows_pixels_bit_by_bit(subsampling, progressive):
+    rng = np.random.default_rng(0)
+    for height, width, quality in ((37, 50, 90), (16, 16, 30), (123, 81, 75), (1, 9, 98)):
+        pixels = rng.integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+        for mode in ("RGB", "L", "CMYK"):
+            buffer = io.BytesIO()
+            options = {"subsampling": subsampling} if mode == "RGB" else {}
+            image.convert(mode).save(
+                buffer, "JPEG", quality=quality, progressive=progressive, **options
+            )
+            expected = with_pillow(buffer.getvalue())
+            np.testing.assert_array_equal(decode_pixels(buffer.getvalue()), expected)
+            np.testing.assert_array_equal(np.asarray(decode_image(buffer.getvalue())), expected)
+
+
+def test_a_damaged_jpeg_is_judged_as_pillow_judges_it(encode_image):
+    rng = np.random.default_rng(1)
+    content = np.frombuffer(encode_image(40, 30), dtype=np.uint8)
+    verdicts = set()
+    for _ in range(300):
+        damaged = content.copy()
+        damaged[rng.integers(len(content), size=3)] = rng.integers(256, size=3)
+        damaged = damaged[: rng.integers(len(content) // 2, 2 * len(content))].tobytes()
+        expected, found = with_pillow(damaged), decode_pixels(damaged)
+        assert (
+            (found == Skip("unreadable_image")) if expected is None else (found == expected).all()
+        )
+        verdicts.add(expected is None)
+    assert verdicts == {True, False}

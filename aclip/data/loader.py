@@ -1,0 +1,220 @@
+"""The stream of batches: parts from worker processes, joined in the main process in lane order.
+
+Global batch t is, for each lane in order, its next samples. Rank r owns consecutive lanes and each
+of its workers a consecutive part of those, so the ranks' batches joined are the same for any number
+of ranks and workers.
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from aclip.config import Recipe
+from aclip.data.batch import Batch, collate, join
+from aclip.data.lanes import LaneStream, cost_of_striding, resolve_lanes, resolve_workers
+from aclip.data.mixing import MixedLane
+from aclip.data.samples import SampleMaker, patch_grid
+from aclip.data.shards import Shard
+from aclip.data.slots import SlotBuffer
+from aclip.data.tokenizer import build_tokenizer
+from aclip.data.workers import end_when_told_by, run_ahead, signals_held, start_method
+from aclip.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a worker hands over: its part of a local batch, or the message of a ConfigError."""
+
+    batch: Batch | None
+    warnings: list[str] = field(default_factory=list)
+    error: str | None = None
+
+
+class LaneDataset(IterableDataset):
+    """The parts of one rank's batches; in a worker process, that worker's parts. Never ends."""
+
+    def __init__(
+        self, recipe: Recipe, shards: list[Shard], num_lanes: int, first: int, cursors: np.ndarray
+    ):
+        self.recipe = recipe
+        self.shards = shards
+        self.num_lanes = num_lanes
+        self.first = first
+        self.cursors = cursors
+        patch_grid(recipe)  # refuses a tower here rather than in a worker
+        self.tokenizer = build_tokenizer(recipe.model.text.context_length)
+
+    def __iter__(self) -> Iterator[Part]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        share = len(self.cursors) // workers
+        buffer = SlotBuffer()
+        maker = SampleMaker(self.recipe, self.shards, buffer)
+        streams = [
+            self._lane(maker, index) for index in range(worker * share, (worker + 1) * share)
+        ]
+        for stream in streams:
+            stream.prefetch()
+        per_lane = self.recipe.train.global_batch_size // self.num_lanes
+        try:
+            while True:
+                samples = [sample for stream in streams for sample in stream.take(per_lane)]
+                cursors = np.array([stream.cursor for stream in streams], dtype=np.int64)
+                skipped = sum((stream.skipped for stream in streams), Counter())
+                warnings = [warning for stream in streams for warning in stream.warnings]
+                for stream in streams:
+                    stream.clear_reports()
+                batch = collate(samples, self.tokenizer, cursors, dict(skipped), buffer)
+                yield Part(batch, warnings)
+        except ConfigError as error:
+            # DataLoader would wrap the message in a traceback of the worker.
+            yield Part(None, error=str(error))
+
+    def _lane(self, maker: SampleMaker, index: int) -> LaneStream | MixedLane:
+        lane, cursor = self.first + index, self.cursors[index].tolist()
+        weights = [source.weight for source in self.recipe.data.sources]
+        if len(weights) < 2:
+            return self._stream(maker, lane, cursor, 0)
+        taken, *places = cursor
+        streams = [
+            self._stream(maker, lane, places[2 * source : 2 * source + 2], source)
+            for source in range(len(weights))
+        ]
+        return MixedLane(streams, weights, lane, self.num_lanes, self.recipe.train.seed, taken)
+
+    def _stream(self, maker: SampleMaker, lane: int, cursor: list[int], source: int) -> LaneStream:
+        return LaneStream(
+            self.shards,
+            lane,
+            self.num_lanes,
+            self.recipe.train.seed,
+            self.recipe.data.shuffle_block,
+            tuple(cursor),
+            partial(maker.make, lane),
+            source,
+            self.recipe.data.on_shard_error == "skip",
+        )
+
+
+class TrainLoader:
+    """Iterates over one rank's batches without end, each time from the cursors it was built with.
+
+    Attributes:
+        num_lanes: of all ranks.
+        num_workers: of this rank; they live as long as the iteration.
+    """
+
+    def __init__(self, dataset: LaneDataset, num_workers: int, pin_memory: bool):
+        self.num_lanes = dataset.num_lanes
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = DataLoader(
+            self._dataset,
+            batch_size=None,
+            num_workers=self.num_workers,
+            multiprocessing_context=start_method() if self.num_workers else None,
+            worker_init_fn=partial(end_when_told_by, os.getpid()),
+            # Its own generator, because DataLoader draws a seed and would shift the global one.
+            generator=torch.Generator(),
+        )
+        with signals_held():
+            parts = iter(loader)
+        batches = self._joined(parts)
+        if self.pin_memory:
+            batches = run_ahead(batches, torch.cuda.current_device())
+        yield from batches
+
+    def _joined(self, parts: Iterator[Part]) -> Iterator[Batch]:
+        warned = set()
+        while True:
+            batches = []
+            for _ in range(max(1, self.num_workers)):
+                part = next(parts)
+                if part.error is not None:
+                    raise ConfigError(part.error)
+                for warning in sorted(set(part.warnings) - warned):
+                    logger.warning("%s", warning)
+                    warned.add(warning)
+                batches.append(part.batch)
+            yield join(batches, self.pin_memory)
+
+
+def build_train_loader(
+    recipe: Recipe,
+    shards: list[Shard],
+    rank: int,
+    world_size: int,
+    cursors: Tensor | None = None,
+) -> TrainLoader:
+    """Builds the stream of this rank's batches of global_batch_size / world_size samples.
+
+    Args:
+        recipe: with data.lanes and data.workers resolved here if they are empty.
+        shards: of the whole data set, the same on every rank.
+        rank, world_size: this process among all.
+        cursors: of all ranks' lanes, as Batch.cursors, to continue from; None for the beginning.
+
+    Raises:
+        ConfigError: lanes, batch, ranks and workers do not fit, or the cursors belong to other
+            lanes or sources. While iterating: a shard can't be read or a lane holds nothing usable.
+    """
+    num_lanes = _num_lanes(recipe, shards)
+    workers = resolve_workers(recipe.data.workers, num_lanes, world_size, _cores_per_rank())
+    num_sources = max(1, len(recipe.data.sources))
+    size = 2 if num_sources == 1 else 1 + 2 * num_sources
+    if cursors is None:
+        cursors = torch.zeros(num_lanes, size, dtype=torch.int64)
+    if len(cursors) != num_lanes:
+        raise ConfigError(
+            f"the checkpoint holds cursors of {len(cursors)} data lanes, but the recipe gives "
+            f"{num_lanes}; set data.lanes to {len(cursors)}, or keep shards and batch as they were"
+        )
+    if cursors.shape[1] != size:
+        raise ConfigError(
+            f"the checkpoint holds cursors of {max(1, cursors.shape[1] // 2)} sources, but "
+            f"data.sources gives {num_sources}; give the same sources"
+        )
+    share = num_lanes // world_size
+    local = cursors[rank * share : (rank + 1) * share].numpy()
+    dataset = LaneDataset(recipe, shards, num_lanes, rank * share, local)
+    return TrainLoader(dataset, workers, pin_memory=torch.cuda.is_available())
+
+
+def striding_warnings(recipe: Recipe, shards: list[Shard]) -> list[str]:
+    """A sentence for each source with fewer shards than lanes."""
+    num_lanes = _num_lanes(recipe, shards)
+    names = [f"data.sources.{index}" for index in range(len(recipe.data.sources))] or ["data.train"]
+    counts = _shards_by_source(shards)
+    return [
+        cost_of_striding(counts[source], num_lanes, name)
+        for source, name in enumerate(names)
+        if counts[source] < num_lanes
+    ]
+
+
+def _num_lanes(recipe: Recipe, shards: list[Shard]) -> int:
+    most_shards = max(_shards_by_source(shards).values())
+    return resolve_lanes(recipe.data.lanes, most_shards, recipe.train.global_batch_size)
+
+
+def _shards_by_source(shards: list[Shard]) -> Counter[int]:
+    return Counter(shard.source for shard in shards)
+
+
+def _cores_per_rank() -> int:
+    # torchrun and deepspeed tell how many ranks share the machine, each by its own name.
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    return len(os.sched_getaffinity(0)) // max(1, int(ranks))
