@@ -12,7 +12,8 @@ from aclip.checkpoint_weights import CheckpointWeights, load_checkpoint_weights
 from aclip.config import Recipe
 from aclip.data.augment import augment
 from aclip.data.demo import ensure_demo_data
-from aclip.data.shards import IMAGE_SUFFIXES, Skip, list_shards
+from aclip.data.remote import is_remote
+from aclip.data.shards import IMAGE_SUFFIXES, Skip, list_shards, remote_shards
 from aclip.data.tar import RawSample, TarShard
 from aclip.document import (
     Block,
@@ -101,15 +102,15 @@ def _raw_samples(paths: list[str], recipe: Recipe) -> Iterator[RawSample | Skip]
     """The samples of shards and image files in the order given; without any, of the run."""
     if not paths:
         if recipe.data.val:
-            yield from _of_shards(list_shards(recipe.data.val, "data.val"))
+            yield from _of_shards(list_shards(recipe.data.val, "data.val"), recipe)
             return
         if recipe.data.train != "demo":
             print("the run has no validation set: its figure is of the built-in scenes")
         paths = ensure_demo_data().val
     for entry in paths:
         path = Path(entry)
-        if entry.endswith(".tar"):
-            yield from _of_shards(list_shards(entry, "IMAGES"))
+        if entry.endswith(".tar") or is_remote(entry):
+            yield from _of_shards(list_shards(entry, "IMAGES"), recipe)
         elif path.is_dir():
             files = sorted(p for p in path.iterdir() if p.suffix.lower()[1:] in IMAGE_SUFFIXES)
             yield from (_of_file(file) for file in files)
@@ -117,10 +118,11 @@ def _raw_samples(paths: list[str], recipe: Recipe) -> Iterator[RawSample | Skip]
             yield _of_file(path)
 
 
-def _of_shards(urls: list[str]) -> Iterator[RawSample | Skip]:
+def _of_shards(urls: list[str], recipe: Recipe) -> Iterator[RawSample | Skip]:
     # Not through an index, which would count the samples of every shard for the first eight.
     for url in urls:
-        for sample in TarShard(url).walk():
+        remote = remote_shards(recipe.data) if is_remote(url) else None
+        for sample in TarShard(url, remote).walk():
             yield sample if sample.is_complete else Skip("truncated_shard")
 
 

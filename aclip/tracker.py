@@ -24,7 +24,7 @@ def check_wandb(project: str, is_writer: bool) -> None:
     if importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"train.wandb is {project}, but the package wandb is not installed; install it with "
-            "pip install 'aclip[wandb]', or set train.wandb to an empty text"
+            "pip install -e '.[wandb]', or set train.wandb to an empty text"
         )
     if not is_writer:
         return

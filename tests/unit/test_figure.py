@@ -110,6 +110,10 @@ def test_built_in_scenes_come_with_the_overlap(write_run, tmp_path, monkeypatch,
     assert "views of 24 images that show the object" in page
     assert len(re.findall(r"patches kept, \d+ of the object&#x27;s \d+", page)) > 8
     assert "random" in capsys.readouterr().out
+    # The same scenes as the output of a command: the same page.
+    (scenes,) = (tmp_path / "cache").glob("demo-*/val.tar")
+    run_visualize(run, f"pipe:cat {scenes}", out=tmp_path / "piped")
+    assert (tmp_path / "piped" / "figure.html").read_text() == page
 
 
 @pytest.mark.parametrize(
