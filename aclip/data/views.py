@@ -107,9 +107,16 @@ def _decode_with_pillow(content: bytes, min_side: int) -> Image.Image | Skip:
             image = Image.open(io.BytesIO(content), formats=FORMATS)
             if min(image.size) < min_side:
                 return Skip("image_too_small")
-            return image.convert("RGB")
+            return to_rgb(image)
         except DECODE_ERRORS:
             return Skip("unreadable_image")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in 8 bit RGB; of 16 bit grayscale the high byte, where Pillow would clip."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 def draw_boxes(

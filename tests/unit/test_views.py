@@ -132,6 +132,14 @@ def test_every_mode_decodes_to_rgb(mode):
     assert image.mode == "RGB" and image.size == (20, 30)
 
 
+def test_16_bit_grayscale_keeps_its_high_byte():
+    levels = np.array([[0, 0x01FF], [0x8000, 0xFFFF]], dtype=np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(levels).save(buffer, "PNG")
+    pixels = np.asarray(decode_image(buffer.getvalue()))
+    np.testing.assert_array_equal(pixels, np.repeat([[[0], [1]], [[128], [255]]], 3, axis=2))
+
+
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
 def test_damaged_images_are_unreadable(encode_image, image_format):
     whole = encode_image(40, 30, image_format=image_format)

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from aclip.data.convert.entries import Entry, Rejected
 from aclip.data.convert.text_files import unreadable
-from aclip.data.views import DECODE_ERRORS, FORMATS
+from aclip.data.views import DECODE_ERRORS, FORMATS, to_rgb
 
 MAX_BYTES = 256 * 2**20
 """An image file that is larger is not read, so that memory stays flat."""
@@ -161,7 +160,7 @@ def _stored(image: Image.Image, content: bytes, rule: ImageRule) -> StoredImage:
         # libjpeg scales while it decodes; twice the side leaves the rest to a good filter.
         image.draft(None, (2 * rule.short_side, 2 * rule.short_side))
     is_deep = image.mode.startswith("I;16")
-    pixels = _eight_bits(image)
+    pixels = to_rgb(image)
     orientation = _orientation(image)
     keeps_kind = kind in SUFFIXES and not is_deep
     if rule.short_side is None:
@@ -181,13 +180,6 @@ def _stored(image: Image.Image, content: bytes, rule: ImageRule) -> StoredImage:
         pixels = pixels.transpose(TRANSPOSES[orientation])
     encoded = _encode(pixels, encoder, quality=rule.quality)
     return StoredImage(SUFFIXES[encoder], encoded, "reencoded")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """The decoded image as RGB; 16 bit grayscale by its high byte."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:
