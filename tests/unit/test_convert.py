@@ -17,7 +17,6 @@ from PIL import Image
 from pyarrow import parquet
 
 from aclip.config import Recipe
-from aclip.data.batch import build_train_loader
 from aclip.data.convert.coco import coco_source
 from aclip.data.convert.conceptual import conceptual_source
 from aclip.data.convert.conversion import Job, run
@@ -27,6 +26,7 @@ from aclip.data.convert.images import ImageRule
 from aclip.data.convert.redcaps import redcaps_source
 from aclip.data.convert.table import table_source
 from aclip.data.convert.yfcc import yfcc_source
+from aclip.data.loader import build_train_loader
 from aclip.data.shards import Shard, index_shards, read_captions, read_shard
 from aclip.errors import ConfigError
 

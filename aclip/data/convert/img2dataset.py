@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from aclip.data.convert.report import write_json
 from aclip.data.convert.text_files import existing_folder
-from aclip.data.shards import IMAGE_SUFFIXES, SIZES_FILE
+from aclip.data.shard_counts import SIZES_FILE
+from aclip.data.shards import IMAGE_SUFFIXES
 from aclip.data.tar import TarShard
 from aclip.errors import ConfigError
 
