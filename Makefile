@@ -48,5 +48,5 @@ $(VENV)/.installed: $(BIN)/python setup.py
 	touch $@
 
 $(VENV)/.installed-dev: $(BIN)/python setup.py
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet -e '.[dev,eval]'
 	touch $@ $(VENV)/.installed

@@ -16,7 +16,7 @@ setup(
     + ["aclip.kernels"]
     + [f"aclip.kernels.{name}" for name in find_packages("kernels")],
     package_dir={"aclip.kernels": "kernels"},
-    package_data={"aclip": ["recipes/*.yaml"]},
+    package_data={"aclip": ["recipes/*.yaml", "evaluation/*.yaml"]},
     install_requires=[
         "torch==2.14.1",
         "torchvision==0.29.1",
@@ -42,9 +42,12 @@ setup(
     extras_require={
         "convert": [PYARROW],
         "wandb": [WANDB],
+        # Class prompts of the papers' sets; scipy reads the files of some.
+        "eval": ["clip-benchmark==1.6.2", "scipy>=1.14"],
         "dev": [
             PYARROW,
             WANDB,
+            "scikit-learn>=1.6",
             "pytest==9.2.0",
             "pytest-benchmark==5.3.1",
             "pytest-xdist>=3.6",

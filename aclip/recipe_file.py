@@ -35,12 +35,24 @@ def load_recipe(name_or_path: str, overrides: list[str] = ()) -> Recipe:
     values = _read_yaml(name_or_path)
     for override in overrides:
         _apply_override(values, override)
+    return recipe_of_values(values, name_or_path)
+
+
+def recipe_of_values(values: dict[str, Any], source: str) -> Recipe:
+    """Checks the values of a recipe.
+
+    Args:
+        source: where they come from, for messages.
+
+    Raises:
+        ConfigError: as `load_recipe`.
+    """
     _refuse_unknown_keys(values, Recipe, "")
     try:
         # As JSON, where strict means that true is no number and '512' neither, but a list a tuple.
         return Recipe.model_validate_json(json.dumps(_numbers(values), default=str), strict=True)
     except ValidationError as error:
-        raise ConfigError(_describe(error, name_or_path)) from None
+        raise ConfigError(_describe(error, source)) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -186,9 +186,8 @@ def _write_shard(folder: Path, shard: int) -> int:
                 "txt": captions[0].encode(),
                 "json": json.dumps(facts | {"background": background}).encode(),
                 "mask.png": _encode(scene.mask, "PNG"),
+                "cls": str(CLASSES.index(name)).encode(),
             }
-            if is_val:
-                members["cls"] = str(CLASSES.index(name)).encode()
             for suffix, content in members.items():
                 member = tarfile.TarInfo(f"{shard:02d}{index:04d}.{suffix}")
                 member.size = len(content)

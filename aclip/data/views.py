@@ -227,17 +227,21 @@ def crop(image: Image.Image, box: Box, resolution: int) -> np.ndarray:
     return _channels_first(resized)
 
 
-def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
+def center_crop(
+    image: Image.Image,
+    resolution: int,
+    resample: Image.Resampling = Image.Resampling.BILINEAR,
+) -> np.ndarray:
     """Brings the shorter side to `resolution` and cuts the centre, for evaluation.
 
     Returns:
-        (3, resolution, resolution) uint8; bilinear, antialiased, sizes as in torchvision's Resize
-        and CenterCrop.
+        (3, resolution, resolution) uint8; antialiased, sizes as in torchvision's Resize and
+        CenterCrop.
     """
     width, height = image.size
     short = min(width, height)
     size = (resolution * width // short, resolution * height // short)
-    resized = image.resize(size, Image.Resampling.BILINEAR)
+    resized = image.resize(size, resample)
     left, top = (round((side - resolution) / 2) for side in size)
     region = (left, top, left + resolution, top + resolution)
     return _channels_first(resized.crop(region))

@@ -12,7 +12,10 @@ from aclip.data.shards import Shard, read_shard
 from aclip.data.tokenizer import build_tokenizer
 from aclip.document import write_whole
 from aclip.evaluation.kept_patches import PictureSet, read_picture_set
+from aclip.evaluation.prompts import find_class_prompts
 from aclip.evaluation.suite import evaluate
+from aclip.evaluation.texts import Towers
+from aclip.evaluation.validation import ShardSet
 from aclip.metrics import picture_path
 from aclip.visualize import draw_figure, encode
 
@@ -33,6 +36,7 @@ class Evaluator:
         self._shards = shards
         self._run_folder = run_folder
         self._tokenizer = build_tokenizer(recipe.model.text.context_length)
+        self._prompts = find_class_prompts(Path(shards[0].url).parent)
         self._pictured: PictureSet | None = None
 
     def __call__(self, trainer) -> dict[str, dict[str, float]]:
@@ -56,19 +60,17 @@ class Evaluator:
 
     def _score(self, trainer, encode_image, encode_text) -> dict[str, float]:
         augmentation = self._recipe.augment
-        return evaluate(
+        towers = Towers(
             encode_image,
             encode_text,
-            self._shards,
             self._tokenizer,
             self._recipe.model.image.resolution,
-            BATCH_SIZE,
             trainer.device,
             trainer.stepper.dtype,
             augmentation.mean,
             augmentation.std,
-            gather,
         )
+        return evaluate(towers, ShardSet(self._shards), self._prompts, BATCH_SIZE, gather)
 
     def _picture(self, trainer) -> None:
         picture = self._draw(trainer)
@@ -103,6 +105,12 @@ def chance(metrics: dict[str, float]) -> dict[str, float]:
     captions_per_image = metrics.get("num_captions", 0) / metrics["num_images"]
     expected = {}
     for name in metrics:
+        if name == "zero_shot_roc_auc":
+            expected[name] = 0.5
+            continue
+        if name == "zero_shot_mean_per_class":
+            expected[name] = 1 / metrics["num_classes"]
+            continue
         if name.startswith("zero_shot_top"):
             num_answers, num_right = metrics["num_classes"], 1
         elif name.startswith("image_to_text_r"):

@@ -1,27 +1,26 @@
-"""Evaluates one pair of encoders on a validation set, all ranks together: retrieval and zero-shot.
+"""Evaluates a pair of towers on one set, all ranks together: retrieval and zero-shot.
 
 Used during training and by launch/evaluate.py. The metrics are in retrieval.py and zero_shot.py.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aclip.data.shards import Shard
-from aclip.data.tokenizer import Tokenizer
 from aclip.errors import ConfigError
-from aclip.evaluation.prompts import ClassPrompts, find_class_prompts
+from aclip.evaluation import zero_shot
+from aclip.evaluation.prompts import ClassPrompts
 from aclip.evaluation.retrieval import retrieval_recall
-from aclip.evaluation.validation import NO_LABEL, ValidationBatch, read_validation
-from aclip.evaluation.zero_shot import average_prompts, zero_shot_accuracy
-
-Encoder = Callable[[Tensor], Tensor]
-"""A batch to raw_embeds (n, E)."""
+from aclip.evaluation.texts import Progress, Towers, embed_captions, embed_classes
+from aclip.evaluation.validation import (
+    NO_LABEL,
+    EvaluationSet,
+    ValidationBatch,
+    read_validation,
+)
 
 CAPTIONS_PER_IMAGE = 2**20
 """More than any image has."""
@@ -29,165 +28,161 @@ CAPTIONS_PER_IMAGE = 2**20
 
 @torch.no_grad()
 def evaluate(
-    encode_image: Encoder,
-    encode_text: Encoder,
-    shards: list[Shard],
-    tokenizer: Tokenizer,
-    resolution: int,
+    towers: Towers,
+    dataset: EvaluationSet,
+    prompts: ClassPrompts | None,
     batch_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
     gather: ModuleType,
+    embed: Callable[..., Tensor] = embed_classes,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Computes what the set allows: retrieval with captions, zero-shot with classes.
+    """Computes what the set allows: retrieval with captions, zero-shot with labels and prompts.
 
-    Zero-shot needs `.cls` in the samples and a classnames.txt beside the shards (prompts.py). Every
-    sample counts once, whatever the number of ranks, and every rank calls each encoder equally
-    often. All ranks return the same.
+    Every sample counts once, whatever the number of ranks, and every rank calls each encoder
+    equally often. All ranks return the same. Of an image with a label alone nothing but its rank
+    and label stays; embeddings stay of images with captions.
 
     Args:
-        encode_image: (n, 3, R, R) normalised pixels of `dtype` on `device` -> (n, E); in eval mode.
-        encode_text: (n, L) int64 tokens on `device` -> (n, E); in eval mode.
-        shards: the validation set.
-        tokenizer: of the text tower.
-        resolution: R, pixels.
+        towers: encoders and what they read.
+        dataset: the set.
+        prompts: of its classes; None for no zero-shot.
         batch_size: images or texts of one call on one rank.
-        device: where the encoders are and the ranking runs.
-        dtype: of the pixels.
-        mean: of the channels, pixels in [0, 1].
-        std: of the channels, likewise.
         gather: the module aclip.gather: rank(), world_size(), all_gather_rows().
+        embed: embeds the classes, with the arguments of `embed_classes`.
+        progress: is told now and then.
 
     Returns:
-        image_to_text_r{1,5,10} and text_to_image_r{1,5,10}, zero_shot_top{1,5}: shares in [0, 1];
-        and counts: num_images, num_skipped, with captions num_captions, with classes num_classes.
+        image_to_text_r{1,5,10} and text_to_image_r{1,5,10}, zero_shot_top{1,5},
+        zero_shot_mean_per_class, with two classes zero_shot_roc_auc unless only one of them has
+        images: shares in [0, 1]; and counts: num_images, num_skipped, with captions num_captions,
+        with classes num_classes.
 
     Raises:
-        ConfigError: no sample can be used, a class file is malformed, or a label has no class.
+        ConfigError: no sample can be used, or a label has no class.
     """
-    prompts = find_class_prompts(shards[0].url)
+    class_embeds = None
+    if prompts is not None:
+        class_embeds = embed(towers, batch_size, gather, prompts, progress)
+    images = _Images(class_embeds)
     rank, world_size = gather.rank(), gather.world_size()
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+    mine = len(range(rank, dataset.num_samples, world_size))
+    to_embeds = image_embedder(towers)
+    batches = read_validation(
+        dataset, towers.resolution, batch_size, rank, world_size, towers.resample
+    )
+    for batch in batches:
+        images.add(to_embeds(batch.images)[: len(batch.indices)], batch)
+        if progress is not None:
+            progress("images", images.num_images + images.num_skipped, mine)
 
-    def to_embeds(images: Tensor) -> Tensor:
-        pixels = ((images.to(device).float() / 255 - mean) / std).to(dtype)
-        return F.normalize(encode_image(pixels).float(), dim=-1)
-
-    batches = read_validation(shards, resolution, batch_size, rank, world_size)
-    images = _embed_images(batches, to_embeds, device, gather)
-    if not images.num_images:
+    counts = [images.num_images, len(images.captions), images.num_skipped, images.num_labelled]
+    counts = gather.all_gather_rows(torch.tensor([counts], device=towers.device)).sum(0)
+    num_images, num_captions, num_skipped, num_labelled = counts.tolist()
+    if not num_images:
         raise ConfigError(
-            f"the validation set ({shards[0].url} ...) holds no usable sample, "
-            f"{images.num_skipped} are skipped; give images with captions or .cls labels"
+            f"the validation set ({dataset.name}) holds no usable sample, {num_skipped} are "
+            "skipped; give images with captions or .cls labels"
         )
-    embed_texts = partial(_embed_texts, encode_text, tokenizer, batch_size, device, gather)
-    metrics = {"num_images": images.num_images, "num_skipped": images.num_skipped}
-    if images.num_captions:
-        metrics |= _retrieval(images, embed_texts)
-    if prompts is not None and (images.labels != NO_LABEL).any():
-        metrics |= _zero_shot(images, prompts, embed_texts, rank, world_size)
+    metrics = {"num_images": num_images, "num_skipped": num_skipped}
+    if num_captions:
+        metrics |= _retrieval(images, towers, batch_size, gather)
+    if prompts is not None and num_labelled:
+        metrics |= _classification(images, prompts, gather)
     return {name: float(value) for name, value in metrics.items()}
 
 
-@dataclass(frozen=True)
+def image_embedder(towers: Towers) -> Callable[[Tensor], Tensor]:
+    """The function from (n, 3, R, R) uint8 to (n, E) fp32, L2-normalised."""
+    raw = image_encoder(towers, towers.encode_image)
+    return lambda images: F.normalize(raw(images), dim=-1)
+
+
+def image_encoder(towers: Towers, encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function from (n, 3, R, R) uint8 to the fp32 of what `encode` makes of its pixels."""
+    mean, std = (
+        torch.tensor(values, device=towers.device).view(3, 1, 1)
+        for values in (towers.mean, towers.std)
+    )
+
+    def run(images: Tensor) -> Tensor:
+        pixels = images.to(towers.device).float().div_(255).sub_(mean).div_(std)
+        return encode(pixels.to(towers.dtype)).float()
+
+    return run
+
+
 class _Images:
-    """The usable images of all ranks in the set's order, and the captions of this rank's."""
-
-    embeds: Tensor
-    """(n, E) fp32, L2-normalised."""
-    indices: Tensor
-    """(n,) int64 places in the set, ascending."""
-    labels: Tensor
-    """(n,) int64 class or NO_LABEL."""
-    captions: list[str]
-    """Of this rank's images."""
-    caption_keys: list[int]
-    """Sorts the captions of all ranks: image's place in the set * CAPTIONS_PER_IMAGE + number."""
-    num_images: int
-    num_captions: int
-    num_skipped: int
-    """These three on all ranks together."""
-
-
-def _embed_images(
-    batches: Iterator[ValidationBatch], to_embeds: Encoder, device: torch.device, gather: ModuleType
-) -> _Images:
-    embeds, facts, captions, caption_keys, num_skipped = [], [], [], [], 0
-    for batch in batches:
-        embeds.append(to_embeds(batch.images)[: len(batch.indices)])
-        facts.append(torch.stack([batch.indices, batch.labels], 1))
-        for index, own in zip(batch.indices.tolist(), batch.captions, strict=True):
-            captions += own
-            caption_keys += [index * CAPTIONS_PER_IMAGE + number for number in range(len(own))]
-        num_skipped += batch.skipped.total()
-    embeds, facts = torch.cat(embeds), torch.cat(facts).to(device)
-    counts = torch.tensor([[len(embeds), len(captions), num_skipped]], device=device)
-    counts = gather.all_gather_rows(counts).sum(0).tolist()
-    if counts[0]:  # the same on every rank, so all take part or none
-        embeds, facts = gather.all_gather_rows(embeds), gather.all_gather_rows(facts)
-    order = facts[:, 0].argsort()
-    indices, labels = facts[order].T.contiguous()
-    return _Images(embeds[order], indices, labels, captions, caption_keys, *counts)
-
-
-def _embed_texts(
-    encode_text: Encoder,
-    tokenizer: Tokenizer,
-    batch_size: int,
-    device: torch.device,
-    gather: ModuleType,
-    texts: list[str],
-    keys: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Embeds the texts of all ranks with equally many calls on each.
+    """What stays of this rank's images.
 
     Args:
-        texts: this rank's; may be none as long as another rank has some.
-        keys: (len(texts),) int64, unique over the ranks: the order of all texts.
-
-    Returns:
-        (m, E) fp32 L2-normalised embeds of all ranks' texts in the order of their keys, and the
-        (m,) sorted keys.
+        class_embeds: (C, E) fp32, or None.
     """
-    largest = int(gather.all_gather_rows(torch.tensor([len(texts)], device=device)).max())
-    batch_size = min(batch_size, largest)
-    embeds = []
-    for start in range(0, largest, batch_size):
-        batch = texts[start : start + batch_size]
-        # A rank without texts left takes part in the call with one that is cut off again.
-        tokens = tokenizer.encode(batch or [""]).to(device)
-        raw_embeds = encode_text(tokens)[: len(batch)]
-        embeds.append(F.normalize(raw_embeds.float(), dim=-1))
-    keys, order = gather.all_gather_rows(keys.to(device)).sort()
-    return gather.all_gather_rows(torch.cat(embeds))[order], keys
+
+    def __init__(self, class_embeds: Tensor | None):
+        self.num_images = self.num_skipped = self.num_labelled = 0
+        self.captions: list[str] = []
+        self.caption_keys: list[int] = []
+        """Sorts the captions of all ranks: image's place * CAPTIONS_PER_IMAGE + number."""
+        self._class_embeds = class_embeds
+        self._embeds, self._places = [], []
+        self._ranks, self._labels, self._margins = [], [], []
+
+    def add(self, embeds: Tensor, batch: ValidationBatch) -> None:
+        """embeds: (M, E) fp32 of the batch's M samples."""
+        self.num_images += len(batch.indices)
+        self.num_skipped += batch.skipped.total()
+        has_captions = torch.tensor([bool(own) for own in batch.captions], dtype=torch.bool)
+        self._embeds.append(embeds[has_captions.to(embeds.device)])
+        self._places.append(batch.indices[has_captions].to(embeds.device))
+        for place, own in zip(batch.indices.tolist(), batch.captions, strict=True):
+            self.captions += own
+            self.caption_keys += [place * CAPTIONS_PER_IMAGE + n for n in range(len(own))]
+        if self._class_embeds is None:
+            return
+        labelled = (batch.labels != NO_LABEL).to(embeds.device)
+        labels = batch.labels.to(embeds.device)[labelled]
+        self.num_labelled += len(labels)
+        self._labels.append(labels)
+        self._ranks.append(zero_shot.rank_classes(embeds[labelled], self._class_embeds, labels))
+        if len(self._class_embeds) == 2:
+            self._margins.append(zero_shot.margins(embeds[labelled], self._class_embeds))
+
+    def captioned(self, gather: ModuleType) -> tuple[Tensor, Tensor]:
+        """The embeds (n, E) of all ranks' images with captions and their places (n,), ascending."""
+        places = gather.all_gather_rows(torch.cat(self._places))
+        order = places.argsort()
+        return gather.all_gather_rows(torch.cat(self._embeds))[order], places[order]
+
+    def classified(self, gather: ModuleType) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ranks, labels and, with two classes, margins of all ranks' labelled images, each (n,)."""
+        ranks = gather.all_gather_rows(torch.cat(self._ranks))
+        labels = gather.all_gather_rows(torch.cat(self._labels))
+        if not self._margins:
+            return ranks, labels, None
+        return ranks, labels, gather.all_gather_rows(torch.cat(self._margins))
 
 
-def _retrieval(images: _Images, embed_texts: Callable) -> dict[str, float]:
+def _retrieval(
+    images: _Images, towers: Towers, batch_size: int, gather: ModuleType
+) -> dict[str, float]:
     keys = torch.tensor(images.caption_keys, dtype=torch.int64)
-    text_embeds, keys = embed_texts(images.captions, keys)
+    text_embeds, keys = embed_captions(towers, batch_size, gather, images.captions, keys)
     # Images without a caption are no candidates: nothing could ever be right about them.
-    captioned, image_of_text = (keys // CAPTIONS_PER_IMAGE).unique(return_inverse=True)
-    image_embeds = images.embeds[torch.searchsorted(images.indices, captioned)]
+    image_embeds, places = images.captioned(gather)
+    image_of_text = torch.searchsorted(places, keys // CAPTIONS_PER_IMAGE)
     recall = retrieval_recall(image_embeds, text_embeds, image_of_text)
     return {"num_captions": len(text_embeds), **recall}
 
 
-def _zero_shot(
-    images: _Images, prompts: ClassPrompts, embed_texts: Callable, rank: int, world_size: int
-) -> dict[str, float]:
-    num_classes, highest = len(prompts.names), int(images.labels.max())
+def _classification(images: _Images, prompts: ClassPrompts, gather: ModuleType) -> dict[str, float]:
+    ranks, labels, margins = images.classified(gather)
+    num_classes, highest = len(prompts.names), int(labels.max())
     if highest >= num_classes:
         raise ConfigError(
-            f"{prompts.names_file} names {num_classes} classes, but a sample's .cls is {highest}; "
+            f"{prompts.source} names {num_classes} classes, but a sample's .cls is {highest}; "
             "give one name a line for every label from 0 on"
         )
-    texts = prompts.texts()
-    prompt_embeds, _ = embed_texts(
-        texts[rank::world_size], torch.arange(rank, len(texts), world_size)
-    )
-    class_embeds = average_prompts(prompt_embeds.unflatten(0, (num_classes, -1)))
-    labelled = images.labels != NO_LABEL
-    accuracy = zero_shot_accuracy(images.embeds[labelled], class_embeds, images.labels[labelled])
-    return {"num_classes": num_classes, **accuracy}
+    metrics = zero_shot.accuracy(ranks, labels)
+    if margins is not None and labels.unique().numel() == 2:
+        metrics["roc_auc"] = zero_shot.roc_auc(margins, labels)
+    return {"num_classes": num_classes} | {f"zero_shot_{n}": v for n, v in metrics.items()}

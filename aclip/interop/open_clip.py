@@ -152,3 +152,54 @@ def read_config(folder: Path) -> TowerFacts:
         reason = " ".join(str(error).split())
         raise ValueError(f"names the timm model {name}, which can't be built ({reason})") from None
     return TowerFacts(image_heads, text_heads)
+
+
+def recipe_values(folder: Path) -> tuple[dict[str, Any], str]:
+    """The recipe's `model` and `augment` that open_clip_config.json says, and how images are
+    scaled: bilinear or bicubic.
+
+    Raises:
+        ValueError: what aclip can't build or do; the message ends a sentence.
+    """
+    # Imported here, since open_clip takes seconds.
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    read_config(folder)
+    values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    model, preprocess = values["model_cfg"], values.get("preprocess_cfg", {})
+    vision, text = model["vision_cfg"], model["text_cfg"]
+    name, kwargs = vision["timm_model_name"], {}
+    if name.startswith("local-dir:"):
+        timm_values = json.loads((Path(name.removeprefix("local-dir:")) / TIMM_CONFIG).read_text())
+        name, kwargs = timm_values["architecture"], dict(timm_values.get("model_args", {}))
+        kwargs.pop("img_size", None)
+    elif name.startswith("hf-hub:"):
+        raise ValueError(f"names the timm model {name}, whose arguments are not in the folder")
+    size = vision.get("image_size", 224)
+    resize, scale = (
+        preprocess.get(key, default)
+        for key, default in (("resize_mode", "shortest"), ("interpolation", "bicubic"))
+    )
+    if resize != "shortest" or scale not in ("bilinear", "bicubic"):
+        raise ValueError(f"scales images by resize_mode {resize} and interpolation {scale}")
+    recipe = {
+        "model": {
+            "image": {
+                "name": name,
+                "resolution": size if isinstance(size, int) else size[0],
+                "kwargs": kwargs,
+            },
+            "text": {
+                "width": text.get("width", 512),
+                "heads": text.get("heads", 8),
+                "layers": text.get("layers", 12),
+                "context_length": text.get("context_length", 77),
+            },
+            "embed_dim": model["embed_dim"],
+        },
+        "augment": {
+            "mean": list(preprocess.get("mean", OPENAI_DATASET_MEAN)),
+            "std": list(preprocess.get("std", OPENAI_DATASET_STD)),
+        },
+    }
+    return recipe, scale

@@ -4,24 +4,30 @@ import io
 import json
 import math
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from grey_images import Greys, probe
 from PIL import Image
 
 from aclip import gather
 from aclip.data.shards import index_shards
 from aclip.data.tokenizer import build_tokenizer
+from aclip.evaluation.linear_probe import fit
+from aclip.evaluation.prompts import find_class_prompts
 from aclip.evaluation.suite import evaluate
+from aclip.evaluation.texts import Towers
+from aclip.evaluation.validation import ShardSet
 
 pytestmark = pytest.mark.distributed
 
 CLASSES = ["red thing", "blue thing", "thing with a rather long name", "other", "none", "last"]
 
 
-def write_set(folder, num_samples):
+def write_set(folder, num_samples, class_names=CLASSES):
     """Random images with 0 to 3 captions and mostly a label; a broken one and one without image."""
     generator = np.random.default_rng(num_samples)
     with tarfile.open(folder / "0.tar", "w") as archive:
@@ -35,12 +41,12 @@ def write_set(folder, num_samples):
                 "json": json.dumps({"captions": captions}).encode(),
             }
             if number != 4:
-                members["cls"] = str(number * 5 % len(CLASSES)).encode()
+                members["cls"] = str(number * 5 % len(class_names)).encode()
             for suffix, content in members.items():
                 info = tarfile.TarInfo(f"{number:04d}.{suffix}")
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
-    (folder / "classnames.txt").write_text("\n".join(CLASSES))
+    (folder / "classnames.txt").write_text("\n".join(class_names))
     templates = "a {c}.\nthe {c} is here\n{c}"
     (folder / "zeroshot_classification_templates.txt").write_text(templates)
     return index_shards([str(folder / "0.tar")])
@@ -61,20 +67,18 @@ def evaluate_with_random_towers(shards, batch_size):
         calls["text"] += 1
         return F.embedding(tokens, text_weight).where(tokens[..., None] > 0, 0).sum(1)
 
-    metrics = evaluate(
+    towers = Towers(
         encode_image,
         encode_text,
-        shards,
         build_tokenizer(77),
         resolution=6,
-        batch_size=batch_size,
         device=torch.device("cpu"),
         dtype=torch.float32,
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
-        gather=gather,
     )
-    return metrics, calls
+    prompts = find_class_prompts(Path(shards[0].url).parent)
+    return evaluate(towers, ShardSet(shards), prompts, batch_size, gather), calls
 
 
 @pytest.mark.parametrize(
@@ -92,13 +96,23 @@ def test_ranks_together_score_what_one_rank_scores(
     shards = write_set(tmp_path, num_samples)
     expected, _ = evaluate_with_random_towers(shards, 3)
     assert expected["num_images"] + expected["num_skipped"] == num_samples
-    assert {"zero_shot_top5", "image_to_text_r10", "text_to_image_r1"} <= set(expected)
+    named = {"zero_shot_top5", "zero_shot_mean_per_class", "image_to_text_r10", "text_to_image_r1"}
+    assert named <= set(expected)
 
     results = run_distributed(evaluate_with_random_towers, world_size, shards, batch_size)
     for metrics, calls in results:
         assert metrics == expected
         assert calls == results[0][1]
     assert results[0][1]["image"] == math.ceil(math.ceil(num_samples / world_size) / batch_size)
+
+
+def test_ranks_together_give_the_roc_auc_of_one(run_distributed, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
+    shards = write_set(tmp_path, 15, CLASSES[:2])
+    expected, _ = evaluate_with_random_towers(shards, 4)
+    assert 0 < expected["zero_shot_roc_auc"] < 1
+    results = run_distributed(evaluate_with_random_towers, 2, shards, 4)
+    assert [metrics for metrics, _ in results] == [expected] * 2
 
 
 def test_a_rank_without_any_sample_takes_part(run_distributed, tmp_path, monkeypatch):
@@ -108,3 +122,32 @@ def test_a_rank_without_any_sample_takes_part(run_distributed, tmp_path, monkeyp
     results = run_distributed(evaluate_with_random_towers, 3, shards, 8)
     assert [metrics for metrics, _ in results] == [expected] * 3
     assert len({tuple(calls.items()) for _, calls in results}) == 1
+
+
+def test_ranks_together_fit_the_probe_of_one(run_distributed):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(5, (123,), generator=generator)
+    features = torch.eye(5, 9)[labels] + torch.randn(123, 9, generator=generator)
+
+    def fit_share():
+        rank, world_size = gather.rank(), gather.world_size()
+        return fit(features[rank::world_size], labels[rank::world_size], 5, 0.1, gather)
+
+    expected = fit_share()
+    for world_size in (2, 3):
+        results = run_distributed(fit_share, world_size)
+        assert all(torch.equal(weights, results[0]) for weights in results)
+        assert (results[0] - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_ranks_together_score_the_probe_of_one(run_distributed):
+    """Every tenth sample is held out, so that of two ranks one holds none of them."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(256, (60,), generator=generator).tolist()
+    labels = [int(value + 20 * (number % 3) > 120) for number, value in enumerate(values)]
+    train, test = Greys(values[:45], labels[:45]), Greys(values[45:], labels[45:])
+    expected = probe(train, test)
+    assert 0.5 < expected["linear_probe_top1"] < 1
+    for world_size in (2, 4):
+        for metrics in run_distributed(probe, world_size, train, test):
+            assert metrics == pytest.approx(expected)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 
@@ -41,40 +40,9 @@ def encode_image():
 
 @pytest.fixture
 def write_run(tmp_path):
-    """write_run(recipe) -> (run folder, student, teacher): a run with one checkpoint, written
-    without training. All weights are random, biases and norms too, and the two models differ."""
+    """write_run(recipe) -> (run folder, student, teacher); see written_run.py."""
 
     # Here, since the towers take seconds to import and most tests need none.
-    from safetensors.torch import save_file
+    from written_run import write_run
 
-    from aclip import checkpoint_folder
-    from aclip.models.student import build_student
-    from aclip.recipe_file import dump_recipe
-
-    def write(recipe, has_teacher: bool = True):
-        run = tmp_path / "run"
-        partial = run / "checkpoints" / "samples-000000000008.tmp"
-        partial.mkdir(parents=True)
-        (run / "recipe.yaml").write_text(dump_recipe(recipe))
-        models = []
-        for seed, name in enumerate(("student", "teacher")):
-            model = build_student(recipe).eval()
-            _randomise(model, seed)
-            models.append(model)
-            average = {n: p.detach() for n, p in model.named_parameters()}
-            if name == "teacher":
-                del average["logit_scale.log_logit_scale"]
-            if name == "student" or has_teacher:
-                save_file(average, partial / f"{name}.safetensors")
-        checkpoint_folder.publish(partial.parent, partial, partial.with_suffix(""))
-        return run, *models
-
-    return write
-
-
-def _randomise(model, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            size = 0.5 if parameter.ndim == 1 else 0.02
-            parameter += size * torch.randn(parameter.shape, generator=generator)
+    return lambda recipe, has_teacher=True: write_run(tmp_path / "run", recipe, has_teacher)

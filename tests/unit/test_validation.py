@@ -3,6 +3,8 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from aclip.data.tokenizer import build_tokenizer
 from aclip.errors import ConfigError
 from aclip.evaluation.prompts import find_class_prompts
 from aclip.evaluation.suite import evaluate
-from aclip.evaluation.validation import NO_LABEL, read_validation
+from aclip.evaluation.texts import Towers
+from aclip.evaluation.validation import NO_LABEL, ShardSet, read_validation
 
 TOKENIZER = build_tokenizer(16)
 
@@ -58,7 +61,8 @@ def test_every_sample_is_read_once_by_its_rank_and_batches_are_equally_many(
         write_shard(tmp_path / "1.tar", [{"png": png(i), "txt": b"a"} for i in range(4, 7)]),
     )
     batches = [
-        list(read_validation(shards, 8, batch_size, rank, world_size)) for rank in range(world_size)
+        list(read_validation(ShardSet(shards), 8, batch_size, rank, world_size))
+        for rank in range(world_size)
     ]
     assert len({len(of_rank) for of_rank in batches}) == 1
     assert len({batch.images.shape for of_rank in batches for batch in of_rank}) == 1
@@ -83,7 +87,8 @@ def test_unusable_samples_are_skipped_and_counted_and_move_nobody(tmp_path):
         {"png": png(7), "json": json.dumps({"captions": ["a", "b"]}).encode(), "cls": b"0\n"},
         {"png": png(8), "cls": b"99999999999999999999"},
     ]
-    (batch,) = read_validation(index(write_shard(tmp_path / "0.tar", samples)), 8, 100, 0, 1)
+    dataset = ShardSet(index(write_shard(tmp_path / "0.tar", samples)))
+    (batch,) = read_validation(dataset, 8, 100, 0, 1)
     assert batch.indices.tolist() == [0, 2, 7]
     assert batch.labels.tolist() == [NO_LABEL, 3, 0]
     assert batch.captions == [["a"], [], ["a", "b"]]
@@ -102,7 +107,7 @@ def test_samples_of_a_truncated_shard_do_not_shift_those_of_the_next(tmp_path):
     with open(first, "r+b") as file:
         file.truncate(512)
     shards = [Shard(first, 3), Shard(second, 1)]
-    batches = [list(read_validation(shards, 8, 100, rank, 2)) for rank in range(2)]
+    batches = [list(read_validation(ShardSet(shards), 8, 100, rank, 2)) for rank in range(2)]
     assert [b.indices.tolist() for of_rank in batches for b in of_rank] == [[], [3]]
     assert sum(b.skipped["truncated_shard"] for of_rank in batches for b in of_rank) == 3
 
@@ -113,22 +118,23 @@ def test_the_centre_of_the_image_is_kept(tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     shards = index(write_shard(tmp_path / "0.tar", [{"png": buffer.getvalue(), "txt": b"a"}]))
-    (batch,) = read_validation(shards, 8, 1, 0, 1)
+    (batch,) = read_validation(ShardSet(shards), 8, 1, 0, 1)
     assert batch.images.unique().tolist() == [200]
 
 
 def test_class_files_are_found_beside_the_shards_or_one_folder_above(tmp_path):
     (tmp_path / "classnames.txt").write_text("cat\nhot dog\n")
     (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}.\n\nmany {c}s\n")
-    for shard in ("0.tar", "test/0.tar"):
-        prompts = find_class_prompts(str(tmp_path / shard))
-        assert prompts.texts() == ["a cat.", "many cats", "a hot dog.", "many hot dogs"]
-    assert find_class_prompts(str(tmp_path / "test" / "deeper" / "0.tar")) is None
+    for folder in (tmp_path, tmp_path / "test"):
+        prompts = find_class_prompts(folder)
+        assert prompts.texts(0) == ["a cat.", "many cats"]
+        assert prompts.texts(1) == ["a hot dog.", "many hot dogs"]
+    assert find_class_prompts(tmp_path / "test" / "deeper") is None
 
 
 def test_without_templates_the_class_is_named_as_a_photo(tmp_path):
     (tmp_path / "classnames.txt").write_text("cat")
-    assert find_class_prompts(str(tmp_path / "0.tar")).texts() == ["a photo of a cat."]
+    assert find_class_prompts(tmp_path).texts(0) == ["a photo of a cat."]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +150,7 @@ def test_malformed_class_files_are_refused(tmp_path, names, templates, message):
     (tmp_path / "classnames.txt").write_text(names)
     (tmp_path / "zeroshot_classification_templates.txt").write_text(templates)
     with pytest.raises(ConfigError, match=message):
-        find_class_prompts(str(tmp_path / "0.tar"))
+        find_class_prompts(tmp_path)
 
 
 def encode_grey(pixels):
@@ -163,20 +169,18 @@ def encode_number(tokens):
 
 
 def evaluate_here(shards, **kwargs):
-    arguments = dict(
+    towers = Towers(
         encode_image=encode_grey,
         encode_text=encode_number,
-        shards=shards,
         tokenizer=TOKENIZER,
         resolution=8,
-        batch_size=2,
         device=torch.device("cpu"),
         dtype=torch.float32,
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
-        gather=gather,
     )
-    return evaluate(**(arguments | kwargs))
+    prompts = find_class_prompts(Path(shards[0].url).parent)
+    return evaluate(replace(towers, **kwargs), ShardSet(shards), prompts, 2, gather)
 
 
 def test_the_suite_scores_what_the_set_allows(tmp_path):
@@ -205,6 +209,10 @@ def test_the_suite_scores_what_the_set_allows(tmp_path):
     # Nearest of 0 and 60 degrees: 10 -> 0 (right), 20 -> 0 (wrong), 40 -> 60 (right); 80 has none.
     assert metrics["zero_shot_top1"] == pytest.approx(2 / 3)
     assert metrics["zero_shot_top5"] == 1.0
+    assert metrics["zero_shot_mean_per_class"] == pytest.approx((1 + 1 / 2) / 2)
+    # Margins (nearness to 60 less that to 0) grow with the angle: of 40 (class 1) and 10 (class 0)
+    # right, of 20 (class 1) and 10 right.
+    assert metrics["zero_shot_roc_auc"] == 1.0
 
 
 def test_a_set_without_captions_gives_no_retrieval_and_without_class_files_no_zero_shot(tmp_path):
@@ -216,7 +224,8 @@ def test_a_set_without_captions_gives_no_retrieval_and_without_class_files_no_ze
 
 def test_a_label_without_a_class_is_refused(tmp_path):
     shards = index(write_shard(tmp_path / "0.tar", [{"png": png(1), "cls": b"2"}]))
-    (tmp_path / "classnames.txt").write_text("cat\ndog")
+    (tmp_path / "classnames.txt").write_text("number 0\nnumber 60")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("{c}")
     with pytest.raises(ConfigError, match=r"names 2 classes, but a sample's .cls is 2"):
         evaluate_here(shards)
 

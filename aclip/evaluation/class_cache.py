@@ -1,0 +1,80 @@
+"""Class embeddings on disk: a model that is evaluated again does not embed its prompts again."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from aclip.evaluation.prompts import ClassPrompts
+from aclip.evaluation.texts import Progress, Towers, embed_classes
+from aclip.models.student import Student
+
+TEXT_SIDE = ("text.", "text_projection.")
+VERSION = 1
+"""Goes up when the same weights and prompts give other embeddings."""
+
+
+class ClassCache:
+    """Embeds classes, or reads what was embedded before: the same text tower and the same prompts.
+
+    Args:
+        folder: of the files; made when needed.
+        student: whose text tower.
+    """
+
+    def __init__(self, folder: Path, student: Student):
+        self._folder = folder
+        digest = hashlib.sha256()
+        for name, parameter in sorted(student.named_parameters()):
+            if name.startswith(TEXT_SIDE):
+                digest.update(f"{name} {list(parameter.shape)}".encode())
+                digest.update(parameter.detach().float().cpu().contiguous().numpy())
+        text = student.text.transformer.config
+        digest.update(f"{text.num_attention_heads} {text.max_position_embeddings}".encode())
+        self._weights = digest.hexdigest()
+
+    def embed(
+        self,
+        towers: Towers,
+        batch_size: int,
+        gather: ModuleType,
+        prompts: ClassPrompts,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """As `embed_classes`; rank 0's file counts, so that ranks need not share a disk."""
+        path = self._path(prompts)
+        stored = _read(path, len(prompts.names)) if gather.rank() == 0 else None
+        width = torch.tensor([0 if stored is None else stored.shape[1]], device=towers.device)
+        width = int(gather.all_gather_rows(width).max())
+        if width:
+            stored = torch.zeros(0, width) if stored is None else stored
+            return gather.all_gather_rows(stored.to(towers.device))
+        embeds = embed_classes(towers, batch_size, gather, prompts, progress)
+        if gather.rank() == 0:
+            self._write(path, embeds)
+        return embeds
+
+    def _path(self, prompts: ClassPrompts) -> Path:
+        what = [VERSION, self._weights, prompts.names, prompts.templates]
+        return self._folder / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()}.safetensors"
+
+    def _write(self, path: Path, embeds: Tensor) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"class_embeds": embeds.cpu().contiguous()}, partial)
+        os.replace(partial, path)
+
+
+def _read(path: Path, num_classes: int) -> Tensor | None:
+    """(C, E) fp32, or None where there is no such file or it is not whole."""
+    try:
+        embeds = load_file(path)["class_embeds"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return embeds if embeds.ndim == 2 and len(embeds) == num_classes else None

@@ -1,0 +1,111 @@
+"""Embeds texts on all ranks together: captions one by one, classes as means over their prompts."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from aclip.data.tokenizer import Tokenizer
+from aclip.evaluation.prompts import ClassPrompts
+from aclip.evaluation.zero_shot import PromptMeans
+
+Encoder = Callable[[Tensor], Tensor]
+"""A batch to raw_embeds (n, E)."""
+Progress = Callable[[str, int, int], None]
+"""progress(of what, done, of how many), counted on this rank."""
+
+
+@dataclass(frozen=True)
+class Towers:
+    """A pair of encoders in eval mode and what they read.
+
+    Attributes:
+        encode_image: (n, 3, R, R) normalised pixels of `dtype` on `device` -> (n, E).
+        encode_text: (n, L) int64 tokens on `device` -> (n, E).
+        tokenizer: of the text tower. resolution: R, pixels.
+        device, dtype: where the encoders are, and of the pixels.
+        mean, std: of the channels, pixels in [0, 1].
+        resample: how an image is scaled to R.
+    """
+
+    encode_image: Encoder
+    encode_text: Encoder
+    tokenizer: Tokenizer
+    resolution: int
+    device: torch.device
+    dtype: torch.dtype
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: Image.Resampling = Image.Resampling.BILINEAR
+
+
+def embed_captions(
+    towers: Towers, batch_size: int, gather: ModuleType, texts: list[str], keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Embeds the texts of all ranks with equally many calls on each.
+
+    Args:
+        towers: whose text encoder.
+        batch_size: texts of one call on one rank.
+        gather: the module aclip.gather.
+        texts: this rank's; may be none as long as another rank has some.
+        keys: (len(texts),) int64, unique over the ranks: the order of all texts.
+
+    Returns:
+        (m, E) fp32 L2-normalised embeds of all ranks' texts in the order of their keys, and the
+        (m,) sorted keys.
+    """
+    count = torch.tensor([len(texts)], device=towers.device)
+    largest = int(gather.all_gather_rows(count).max())
+    batch_size = min(batch_size, largest)
+    embeds = []
+    for start in range(0, largest, batch_size):
+        raw_embeds = _encode(towers, texts[start : start + batch_size])
+        embeds.append(F.normalize(raw_embeds.float(), dim=-1))
+    keys, order = gather.all_gather_rows(keys.to(towers.device)).sort()
+    return gather.all_gather_rows(torch.cat(embeds))[order], keys
+
+
+def embed_classes(
+    towers: Towers,
+    batch_size: int,
+    gather: ModuleType,
+    prompts: ClassPrompts,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Class embeddings, prompts streamed in batches: only the classes' sums are kept.
+
+    Class c is rank c % world_size's alone. All ranks call the encoder equally often.
+
+    Returns:
+        (C, E) fp32, L2-normalised, equal on every rank.
+    """
+    rank, world_size, num_classes = gather.rank(), gather.world_size(), len(prompts.names)
+    num_texts = [
+        sum(prompts.num_texts(label) for label in range(r, num_classes, world_size))
+        for r in range(world_size)
+    ]
+    own = range(rank, num_classes, world_size)
+    means = PromptMeans(len(own))
+    stream = ((text, place) for place, label in enumerate(own) for text in prompts.texts(label))
+    for number in range(math.ceil(max(num_texts) / batch_size)):
+        batch = list(islice(stream, batch_size))
+        raw_embeds = _encode(towers, [text for text, _ in batch])
+        places = torch.tensor([place for _, place in batch], dtype=torch.int64)
+        means.add(raw_embeds, places.to(towers.device))
+        if progress is not None:
+            progress("prompts", min(num_texts[rank], (number + 1) * batch_size), num_texts[rank])
+    labels = gather.all_gather_rows(torch.tensor(own, dtype=torch.int64, device=towers.device))
+    return gather.all_gather_rows(means.class_embeds())[labels.argsort()]
+
+
+def _encode(towers: Towers, texts: list[str]) -> Tensor:
+    """(len(texts), E); a rank without texts takes part with one that is cut off again."""
+    tokens = towers.tokenizer.encode(texts or [""])
+    return towers.encode_text(tokens.to(towers.device))[: len(texts)]

@@ -1,0 +1,61 @@
+"""Evaluates a model: `python launch/evaluate.py runs/demo --suite scenes`."""
+
+import argparse
+
+from aclip.errors import run_reporting_errors
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Zero-shot classification, retrieval and linear probe of a model; alone or "
+        "under the deepspeed launcher."
+    )
+    parser.add_argument(
+        "checkpoint",
+        help="a run or checkpoint, a SLIP or A-CLIP file, an open_clip folder, an aclip export",
+    )
+    parser.add_argument(
+        "--suite",
+        nargs="+",
+        required=True,
+        help="paper (the 26 sets, Flickr30K and COCO), scenes (built in), names of sets, folders",
+    )
+    parser.add_argument("--data", help="folder of the papers' sets")
+    parser.add_argument(
+        "--download", action="store_true", help="fetch what torchvision can download to --data"
+    )
+    parser.add_argument(
+        "--model",
+        choices=["teacher", "student"],
+        help="which of a run's two (default: the teacher if there is one)",
+    )
+    parser.add_argument("--recipe", help="whose towers a file has that does not say it itself")
+    parser.add_argument(
+        "--slip_checkout", help="checkout of facebookresearch/SLIP whose prompts are taken"
+    )
+    parser.add_argument(
+        "--linear_probe", action="store_true", help="also learn a linear probe where sets can"
+    )
+    parser.add_argument("--batch_size", type=int, default=256, help="images of a call on a rank")
+    parser.add_argument(
+        "--published", default="aclip-25", help="row of the paper that is set beside ours"
+    )
+    parser.add_argument(
+        "--output",
+        default="runs/evaluation",
+        help="folder for results.json and results.md (default: runs/evaluation)",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    # Imported here so that --help answers at once.
+    from aclip.evaluate import evaluate_checkpoint
+
+    evaluate_checkpoint(arguments)
+
+
+if __name__ == "__main__":
+    run_reporting_errors(main)
