@@ -188,6 +188,9 @@ class TrainConfig(Part):
     """The newest N checkpoints stay."""
     evaluate_every: int = Field(5_000_000, ge=0)
     """Samples between two evaluations; 0 for the end only."""
+    hang_timeout: float = Field(600, gt=0)
+    """Seconds without progress after which a run ends on every rank and says who stalled; six times
+    as long for the start, the first step, an evaluation and a checkpoint."""
 
 
 class Recipe(Part):

@@ -19,6 +19,7 @@ from aclip.metrics import MetricsLogger, StepTimer
 from aclip.schedules import ema_momentum, learning_rate
 from aclip.stepper import Stepper
 from aclip.watch import StepWatch
+from aclip.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
 
 LOGIT_SCALE = "logit_scale.log_logit_scale"
 
@@ -34,6 +35,7 @@ class Trainer:
         resume_from: a checkpoint folder, or None to start new.
         device: of this rank.
         evaluator: evaluator(trainer) gives {"student": metrics, "teacher": metrics}; or None.
+        watchdog: hears of every phase; started by the caller. None for no limits.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class Trainer:
         resume_from: Path | None,
         device: torch.device,
         evaluator=None,
+        watchdog: Watchdog | None = None,
     ):
         self.recipe = recipe
+        self.watchdog = watchdog or Watchdog(recipe.train.hang_timeout)
         self.device = device
         self.evaluator = evaluator
         self.checkpoints = run_folder / "checkpoints"
@@ -85,8 +89,10 @@ class Trainer:
             timer = StepTimer()
             batches = iter(self.loader)
             while self.step < self.num_steps:
+                self.watchdog.enter(LOADING, self.step + 1)
                 with timer.waiting():
                     batch = next(batches)
+                self.watchdog.enter(COMPUTING, self.step + 1)
                 terms = self.train_step(batch)
                 timer.step(self.recipe.train.global_batch_size)
                 stop = self._after_step(batch, terms, timer)
@@ -174,6 +180,7 @@ class Trainer:
     def _evaluate(self, when: str) -> None:
         if self.evaluator is None:
             return
+        self.watchdog.enter(EVALUATING, self.step)
         self.stepper.engine.eval()
         results = self.evaluator(self)
         self.stepper.engine.train()
@@ -186,6 +193,7 @@ class Trainer:
         """Writes a checkpoint of this moment unless there is one; the run survives a full disk."""
         if self._saved_at == self.samples:
             return
+        self.watchdog.enter(SAVING, self.step)
         self.watch.settle()
         self._join_skips()
         if self._local_cursors is not None:
