@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Ranks of the demo; empty for what the deepspeed launcher finds (every GPU of the machine).
 RANKS ?= $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || echo 2)
 
-.PHONY: demo test lint bench gpu-check
+.PHONY: demo test soak lint bench gpu-check
 
 demo: $(VENV)/.installed
 	PATH=$(abspath $(BIN)):$$PATH deepspeed $(if $(RANKS),--num_accelerators $(RANKS)) \
@@ -14,8 +14,12 @@ demo: $(VENV)/.installed
 # The tests of the launch scripts run last: they start processes of their own and measure limits.
 PYTEST := OMP_NUM_THREADS=1 PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest -n auto --maxprocesses 8 --durations 10
 test: $(VENV)/.installed-dev
-	$(PYTEST) -m "not e2e"
-	$(PYTEST) -m e2e --dist worksteal
+	$(PYTEST) -m "not e2e and not soak"
+	$(PYTEST) -m "e2e and not soak" --dist worksteal
+
+# Twenty failures of a run over two hosts, and what else takes many minutes. As root, with openssh-server and iproute2.
+soak: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest -m soak -v --durations 0
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

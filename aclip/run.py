@@ -25,6 +25,7 @@ from aclip.run_arguments import DEMO, read_recipe
 from aclip.run_arguments import run_folder as choose_run_folder
 
 EXIT_NON_FINITE = 3
+EXIT_NOT_SAVED = 5
 EXIT_STOPPED_BY_SIGNAL = 143
 
 
@@ -73,7 +74,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
         finished = trainer.train()
     except (NonFiniteLoss, checkpoint.CheckpointError) as error:
         print(f"[rank {rank()}] error: {error}", flush=True)
-        return EXIT_NON_FINITE
+        return EXIT_NON_FINITE if isinstance(error, NonFiniteLoss) else EXIT_NOT_SAVED
     finally:
         trainer.close()
         watchdog.stop()

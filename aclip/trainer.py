@@ -1,6 +1,7 @@
 """The training loop: batches in, steps, and what is due between two of them."""
 
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from aclip.gather import all_gather_rows, rank, world_size
 from aclip.metrics import MetricsLogger, StepTimer
 from aclip.schedules import ema_momentum, learning_rate
 from aclip.stepper import Stepper
+from aclip.upload import Uploader
 from aclip.watch import StepWatch
 from aclip.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
 
@@ -75,6 +77,8 @@ class Trainer:
         self.watch = StepWatch()
         self._local_cursors: Tensor | None = None
         self.loader = build_train_loader(recipe, shards, rank(), world_size(), self.cursors)
+        url = recipe.train.upload_to
+        self._uploader = Uploader(url) if url and rank() == 0 else None
         self.logger = MetricsLogger(run_folder, self.total_samples, resumed_samples=self.samples)
 
     @property
@@ -97,17 +101,19 @@ class Trainer:
                 timer.step(self.recipe.train.global_batch_size)
                 stop = self._after_step(batch, terms, timer)
                 if stop:
-                    self._save()
+                    self._save(required=True)
                     return False
             self.watch.settle()
             if "end" not in self.evaluations:
                 self._evaluate("end")
-            self._save()
+            self._save(required=True)
             return True
 
     def close(self) -> None:
-        """Ends the log files."""
+        """Ends the log files and waits for an upload."""
         self.logger.close()
+        if self._uploader is not None:
+            self._uploader.close()
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer update on this rank's part of the global batch; see Stepper.step."""
@@ -189,8 +195,13 @@ class Trainer:
             if name != "chance":
                 self.logger.log_evaluation(self.samples, name, metrics)
 
-    def _save(self) -> None:
-        """Writes a checkpoint of this moment unless there is one; the run survives a full disk."""
+    def _save(self, required: bool = False) -> None:
+        """Writes a checkpoint of this moment unless there is one.
+
+        Raises:
+            CheckpointError: on every rank, if it could not be written and is `required`; without,
+                the run says so and goes on.
+        """
         if self._saved_at == self.samples:
             return
         self.watchdog.enter(SAVING, self.step)
@@ -207,9 +218,28 @@ class Trainer:
             "evaluations": self.evaluations,
             "data": self._fingerprint,
         }
-        keep = self.recipe.train.keep_checkpoints
-        checkpoint.save(self.checkpoints, self.stepper.engine, self.stepper.teacher, state, keep)
+        start = time.perf_counter()
+        train, uploader = self.recipe.train, self._uploader
+        try:
+            folder = checkpoint.save(
+                *(self.checkpoints, self.stepper.engine, self.stepper.teacher, state),
+                train.keep_checkpoints,
+                train.keep_every,
+                uploader.unfinished if uploader is not None else set(),
+            )
+        except checkpoint.CheckpointError as error:
+            if required:
+                raise
+            self._say(f"{error}; the run goes on, and the checkpoint before is intact")
+            return
+        self._say(f"checkpoint {folder.name} in {time.perf_counter() - start:.2f} s")
+        if uploader is not None:
+            uploader.put(folder)
         self._saved_at = self.samples
+
+    def _say(self, text: str) -> None:
+        if rank() == 0:
+            print(text, flush=True)
 
     def _check_continues(self, folder: Path, state: dict) -> None:
         """Refuses a checkpoint after which the stream of samples would not go on as it was."""

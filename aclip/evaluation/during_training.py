@@ -53,7 +53,11 @@ class Evaluator:
         results["chance"] = chance(results["student"])
         if gather.rank() == 0 and self._recipe.mask.policy != "none":
             picture = self._draw(trainer)
-            save_png(picture, self._pictures / f"kept-patches-{trainer.samples:012d}.png")
+            path = self._pictures / f"kept-patches-{trainer.samples:012d}.png"
+            try:
+                save_png(picture, path)
+            except OSError as error:  # a full disk costs the picture, not the run
+                print(f"{path} was not written ({error}); the run goes on", flush=True)
             trainer.logger.log_image("kept_patches", picture, trainer.samples)
         return results
 
