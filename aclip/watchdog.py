@@ -132,6 +132,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(seconds, exit=True, file=2)
             if late > 0:
                 self._end(self._verdict(limit))
+        faulthandler.cancel_dump_traceback_later()  # it may have been set again behind stop()
 
     def _me(self, answered: bool = True) -> Standing:
         phase, step, since, _ = self._state

@@ -4,6 +4,7 @@ import threading
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from aclip import checkpoint_folder
 from aclip.errors import ConfigError
@@ -61,7 +62,7 @@ def test_upload_is_a_checkpoint_that_can_be_verified(tmp_path):
     assert checkpoint_folder.verify(remote / folder.name) is None
 
 
-class SlowFiles(fsspec.implementations.memory.MemoryFileSystem):
+class SlowFiles(MemoryFileSystem):
     """A memory of its own, whose files arrive one permit at a time."""
 
     protocol = "slow"
@@ -102,7 +103,7 @@ def test_manifest_comes_last_and_a_waiting_upload_gives_way_to_a_newer_one(tmp_p
     assert slow.arrived == [[f.name, name] for f in (folders[0], folders[2]) for name in names]
     assert uploader.unfinished == set()
     assert f"{folders[1].name} is not uploaded" in capsys.readouterr().out
-    assert uploader._files.cat_file("bucket/run/latest") == folders[2].name.encode()
+    assert uploader._files.cat_file(f"{uploader._root}/latest") == folders[2].name.encode()
 
 
 def test_failed_upload_is_said_and_raises_nothing(tmp_path, capsys):
