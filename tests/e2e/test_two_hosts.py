@@ -145,7 +145,7 @@ def single_host(launcher, small_run, tmp_path_factory):
     def run(steps: int) -> dict[int, float]:
         if steps not in found:
             output = tmp_path_factory.mktemp("single") / "run"
-            result = launcher.run(*arguments(small_run, output, steps))
+            result = launcher.run(*arguments(small_run, output, steps), launcher=False)
             assert result.status == 0, result.output
             found[steps] = losses(output)
         return found[steps]
@@ -233,3 +233,32 @@ def test_two_hosts_are_two(hosts):
     finally:
         listening.kill()
         listening.wait()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_memory_on_one_and_two_ranks_is_what_the_planner_says(hosts, tmp_path, stage):
+    zero = {"stage": stage, "reduce_bucket_size": 100_000}
+    if stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 100, "memory_efficient_linear": False}
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps({"zero_optimization": zero, "gradient_clipping": 0.0}))
+    measured = hosts.start(
+        *("python", str(ROOT / "launch/benchmark.py"), "demo", "--scaling", str(hosts.hostfile)),
+        *("--rsh", hosts.remote_shell, "--ds_config", str(path), "--steps", "12"),
+        *("--out", str(tmp_path / "out"), "--batch_size", "4"),
+        *("--set", "loss.simclr=1", "loss.byol=2"),
+        cwd=hosts.folder,
+    )
+    output, _ = measured.communicate(timeout=LONGEST)
+    assert measured.returncode == 0, output
+    rows = json.loads((tmp_path / "out/scaling.json").read_text())["rows"]
+    assert [(row["mode"], row["ranks"]) for row in rows] == [
+        *(("weak", 1), ("weak", 2), ("strong", 1), ("strong", 2))
+    ]
+    for row in rows:
+        assert row["planned_mib"] == pytest.approx(row["memory_mib"], rel=0.05), output
+        assert row["images_per_second"] > 0
+        assert 0 <= row["communication"] <= 1
+        assert row["communication"] > 0 or row["ranks"] == 1
+    assert (tmp_path / "out/scaling.png").stat().st_size > 0
