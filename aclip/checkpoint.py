@@ -5,6 +5,7 @@ What is in a checkpoint's folder and makes it complete is checkpoint_folder.py's
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def save(
     state: dict[str, Any],
     keep: int,
     keep_every: int = 0,
-    spared: set[Path] = frozenset(),
+    spared: Collection[Path] = (),
 ) -> Path:
     """Writes a checkpoint and makes it the latest. A collective: every rank calls.
 

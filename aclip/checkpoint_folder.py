@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from aclip.errors import ConfigError
@@ -82,9 +83,7 @@ def publish(root: Path, partial: Path, folder: Path) -> None:
     _sync(root)
 
 
-def prune(
-    root: Path, newest: Path, keep: int, keep_every: int = 0, spared: set[Path] = frozenset()
-):
+def prune(root: Path, newest: Path, keep: int, keep_every: int = 0, spared: Collection[Path] = ()):
     """Removes checkpoints up to `newest` that nothing keeps.
 
     Args:

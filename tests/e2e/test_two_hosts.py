@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -51,19 +52,13 @@ def losses(run: Path) -> dict[int, float]:
     return {record["step"]: record["terms"]["loss"] for record in records}
 
 
-def last_step(run: Path) -> int:
-    try:
-        return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    except (OSError, IndexError, ValueError):
-        return 0
-
-
 class Supervised:
     """A run through multinode.sh from the first host; its processes, and how to break them."""
 
     def __init__(self, hosts: TwoHosts, output: Path, words: list[str]):
         self.hosts, self.output = hosts, output
         self.log = output.with_suffix(".log")
+        self.num_broken = 0
         options = ["--rsh", hosts.remote_shell, "--lost_after", "15", "--backoff", "0.5"]
         with open(self.log, "wb") as log:
             self.process = hosts.start(
@@ -82,13 +77,27 @@ class Supervised:
         return [pid for pid in self.hosts.processes() if is_part_of_a_start(pid)]
 
     def wait_for_step(self, step: int) -> None:
-        while last_step(self.output) < step:
+        """Until a start after the last broken one has made this step or a later one."""
+        while self.last_step() < step:
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.02)
+
+    def last_step(self) -> int:
+        starts = self.starts()
+        if len(starts) <= self.num_broken:
+            return 0
+        steps = re.findall(r"^step (\d+)/", starts[-1], re.MULTILINE)
+        return int(steps[-1]) if steps else 0
+
+    def starts(self) -> list[str]:
+        """What the first host's ranks have said, start by start."""
+        log = self.output / "logs" / f"node-0-{self.hosts.addresses[0]}.log"
+        return log.read_text().split("=== start ")[1:] if log.exists() else []
 
     def inject(self, kind: str) -> None:
         """Breaks the present start and waits until nothing of it is left."""
         started = self.started()
+        self.num_broken = len(self.starts())
         first, second = self.agents()
         if kind == "link":
             self.hosts.set_link(up=False)
