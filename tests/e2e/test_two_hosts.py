@@ -154,7 +154,7 @@ def single_host(launcher, small_run, tmp_path_factory):
     def run(steps: int) -> dict[int, float]:
         if steps not in found:
             output = tmp_path_factory.mktemp("single") / "run"
-            result = launcher.run(*arguments(small_run, output, steps), launcher=False)
+            result = launcher.run(*arguments(small_run, output, steps), launcher=False, timeout=600)
             assert result.status == 0, result.output
             found[steps] = losses(output)
         return found[steps]
