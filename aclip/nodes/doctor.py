@@ -6,6 +6,7 @@ A problem is one sentence that begins with the node's name and ends with what to
 import argparse
 import json
 import secrets
+import signal
 import subprocess
 import sys
 import threading
@@ -151,6 +152,10 @@ def _why_silent(process: subprocess.Popen, remote_shell: str, host: Host) -> str
     except (subprocess.TimeoutExpired, ValueError, OSError):
         process.kill()
         errors = ""
+    if process.returncode == -signal.SIGKILL:
+        return (
+            f"no answer in {ANSWER_SECONDS:g} s; look at its load, and for a file system that hangs"
+        )
     last = errors.strip().splitlines()[-1] if errors.strip() else "no answer"
     if process.returncode == 255:
         return f"not reachable ({last}); check that `{remote_shell} {host.name} true` works"

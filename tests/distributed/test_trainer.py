@@ -284,7 +284,7 @@ def test_full_disk_costs_checkpoints_but_not_the_run(
         _train(run, shards, overrides=overrides, on_step=on_step, notes=notes)
         return seen
 
-    seen = run_distributed(train, 2)[0]
+    seen = run_distributed(train, 2, timeout=300)[0]
     assert seen["full"] == (f"samples-{5 * BATCH:012d}", None)
     said = capfd.readouterr().out
     assert f"samples-{10 * BATCH:012d} was not written" in said
