@@ -4,6 +4,8 @@ What is in a checkpoint's folder and makes it complete is checkpoint_folder.py's
 """
 
 import json
+import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,15 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written; the previous one is intact."""
 
 
-def save(root: Path, engine, teacher: Teacher | None, state: dict[str, Any], keep: int) -> Path:
+def save(
+    root: Path,
+    engine,
+    teacher: Teacher | None,
+    state: dict[str, Any],
+    keep: int,
+    keep_every: int = 0,
+    spared: Collection[Path] = (),
+) -> Path:
     """Writes a checkpoint and makes it the latest. A collective: every rank calls.
 
     Args:
@@ -43,7 +53,7 @@ def save(root: Path, engine, teacher: Teacher | None, state: dict[str, Any], kee
         engine: the DeepSpeed engine.
         teacher: its fp32 average is saved by rank 0.
         state: JSON-compatible progress; `samples` names the checkpoint.
-        keep: how many of the newest checkpoints stay.
+        keep, keep_every, spared: which older checkpoints stay, see prune.
 
     Returns:
         The checkpoint's folder.
@@ -73,9 +83,11 @@ def save(root: Path, engine, teacher: Teacher | None, state: dict[str, Any], kee
             save_file(rng, partial / RNG)
             (partial / STATE).write_text(json.dumps(state, indent=1))
             publish(root, partial, folder)
-            prune(root, folder, keep)
+            prune(root, folder, keep, keep_every, spared)
         except (OSError, SafetensorError) as error:
             problem = f"{type(error).__name__}: {error}"
+            # A full disk gets its room back.
+            shutil.rmtree(partial, ignore_errors=True)
     problem = _from_rank_0(problem)
     if problem is not None:
         raise CheckpointError(f"checkpoint {folder} was not written: {problem}")

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from aclip.errors import ConfigError
@@ -22,6 +23,7 @@ STUDENT, OPTIMIZER, TEACHER, RNG = (
 STATE = "state.json"
 MANIFEST, LATEST = "manifest.json", "latest"
 REPLACED = "-replaced"
+PREFIX = "samples-"
 _HASH_CHUNK = 1 << 22
 
 
@@ -81,11 +83,32 @@ def publish(root: Path, partial: Path, folder: Path) -> None:
     _sync(root)
 
 
-def prune(root: Path, newest: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints up to `newest`."""
+def prune(root: Path, newest: Path, keep: int, keep_every: int = 0, spared: Collection[Path] = ()):
+    """Removes checkpoints up to `newest` that nothing keeps.
+
+    Args:
+        keep: the newest so many stay.
+        keep_every: samples; the first checkpoint at or after each multiple stays too; 0 for none.
+        spared: folders that stay this time.
+    """
     older = [path for path in complete(root) if path.name <= newest.name]
-    for path in older[:-keep]:
-        shutil.rmtree(path)
+    kept = {*older[-keep:], *spared, *(_milestones(older, keep_every) if keep_every else ())}
+    for path in older:
+        if path not in kept:
+            shutil.rmtree(path)
+
+
+def _milestones(folders: list[Path], every: int) -> list[Path]:
+    """The first folder in each span of `every` samples but the one that begins at 0."""
+    spans: dict[int, Path] = {}
+    for folder in folders:
+        spans.setdefault(num_samples(folder) // every, folder)
+    return [folder for span, folder in spans.items() if span > 0]
+
+
+def num_samples(folder: Path) -> int:
+    """The samples that a checkpoint's name gives."""
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def remove_partial(root: Path) -> None:

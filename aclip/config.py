@@ -213,10 +213,19 @@ class TrainConfig(Part):
     """Samples between two checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
     """The newest N checkpoints stay."""
+    keep_every: int = Field(0, ge=0)
+    """Samples; the first checkpoint after each multiple stays for good, beside the newest; 0 for
+    none."""
+    upload_to: str = ""
+    """A folder that gets a copy of each checkpoint in the background, as an fsspec URL such as
+    s3://bucket/run; empty for none."""
     evaluate_every: int = Field(5_000_000, ge=0)
     """Samples between two evaluations; 0 for the end only."""
     wandb: str = ""
     """Project of Weights & Biases that gets the metrics too; empty for none."""
+    hang_timeout: float = Field(600, gt=0)
+    """Seconds without progress after which a run ends on every rank and says who stalled; six times
+    as long for the start, the first step, an evaluation and a checkpoint."""
 
 
 class Recipe(Part):

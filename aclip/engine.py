@@ -18,15 +18,19 @@ from aclip.models.student import Student
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
-def init_distributed() -> torch.device:
-    """Joins the launcher's process group and returns this rank's device."""
+def init_distributed(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> torch.device:
+    """Joins the launcher's process group and returns this rank's device.
+
+    Args:
+        timeout: of the rendezvous and of each collective.
+    """
     _avoid_shared_memory_build()
     # DeepSpeed 0.19.8 calls torch's collectives by names that torch 2.14 warns about at every call.
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     deepspeed.init_distributed(
         get_accelerator().communication_backend_name(),
         auto_mpi_discovery=False,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timeout,
         verbose=False,
     )
     if get_accelerator().device_name() == "cpu":
@@ -65,10 +69,15 @@ def build_engine(student: Student, config: OptimizerConfig, ds_config: DsConfig)
         # DeepSpeed copies all gradients into a buffer and back even to sum over one rank (0.19.8):
         # an eighth of a step on a CPU.
         engine.enable_backward_allreduce = False
-    # DeepSpeed's own group does not inherit the timeout of init_distributed (0.19.8).
-    group = deepspeed.utils.groups._get_data_parallel_group()
-    dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
+    limit_engine_collectives(COLLECTIVE_TIMEOUT)
     return engine
+
+
+def limit_engine_collectives(timeout: datetime.timedelta) -> None:
+    """Sets the timeout of the engine's collectives, whose process group DeepSpeed makes without
+    that of init_distributed (0.19.8)."""
+    group = deepspeed.utils.groups._get_data_parallel_group()
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict]:

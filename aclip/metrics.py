@@ -101,34 +101,53 @@ class MetricsLogger:
         line = _plain({**place, "metrics": metrics})
         self._append(line)
         self._plot({name: line["metrics"]}, samples)
-        self._tensorboard.flush()
+        self._draw("flush")
         shown = "  ".join(_show_metric(*pair) for pair in flatten(line["metrics"]))
         print(f"evaluation of {name} at {samples:,} samples  {shown}", flush=True)
 
     def log_image(self, tag: str, array: np.ndarray, samples: int) -> None:
         """Adds a (H, W, 3) uint8 picture to TensorBoard."""
         if self._is_writer:
-            self._tensorboard.add_image(tag, array, samples, dataformats="HWC")
-            self._tensorboard.flush()
+            self._draw("add_image", tag, array, samples, dataformats="HWC")
+            self._draw("flush")
             if self._tracker is not None:
                 self._tracker.log_image(tag, array, samples)
 
     def close(self) -> None:
         if self._is_writer:
-            self._tensorboard.close()
+            self._draw("close")
             if self._tracker is not None:
                 self._tracker.close()
 
     def _plot(self, values: dict[str, Any], samples: int) -> None:
         numbers = dict(flatten(values))
         for name, value in numbers.items():
-            self._tensorboard.add_scalar(name, value, samples)
+            self._draw("add_scalar", name, value, samples)
         if self._tracker is not None:
             self._tracker.log(numbers, samples)
 
+    def _draw(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Calls TensorBoard's writer, which can't go on after a write has failed."""
+        if self._tensorboard is None:
+            return
+        try:
+            getattr(self._tensorboard, method)(*arguments, **options)
+        except OSError as error:
+            self._tensorboard = None
+            print(f"TensorBoard's file ends here ({error}); the run goes on", flush=True)
+
     def _append(self, line: dict) -> None:
-        with open(self._file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        """Appends a whole line or none; a full disk costs the line, not the run."""
+        with open(self._file, "ab", buffering=0) as file:
+            end = file.tell()
+            text = f"{json.dumps(line, allow_nan=False)}\n".encode()
+            try:
+                written = file.write(text)
+                if written < len(text):
+                    raise OSError(f"{written} of {len(text)} bytes written")
+            except OSError as error:
+                file.truncate(end)
+                print(f"{self._file} lacks a line ({error}); the run goes on", flush=True)
 
     def _keep(self, wanted: Callable[[dict], bool]) -> None:
         """Rewrites the file without the lines that are not wanted, all at once or not at all."""

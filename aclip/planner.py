@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 
 from aclip.activations import FP32, activations, local_activations, logits
-from aclip.config import Recompute
+from aclip.config import Recipe, Recompute
 from aclip.ds_config import DsConfig, read_ds_config
 from aclip.engine import parameter_groups
 from aclip.errors import ConfigError
@@ -36,6 +36,7 @@ from aclip.zero import (
 
 # Of a GPU's memory; the rest is for CUDA's context, NCCL, work space and fragmentation.
 USABLE_SHARE = 0.9
+UNLIMITED = 2.0**60
 MODES: tuple[Recompute, ...] = get_args(Recompute)
 
 
@@ -181,6 +182,25 @@ def plan_run(arguments: argparse.Namespace) -> Plan:
         communication_seconds=sent / link,
         num_steps=max(1, round(recipe.train.epochs * arguments.samples / step.global_batch_size)),
     )
+
+
+def plan_memory(
+    recipe: Recipe,
+    ds_config: DsConfig,
+    num_ranks: int,
+    caption_tokens: float,
+    longest_caption: float,
+) -> float:
+    """Bytes of a rank at the ds_config's micro-batch, with what the recipe recomputes."""
+    with torch.device("meta"):
+        student = build_student(recipe)
+    step = describe_step(recipe, student, caption_tokens, longest_caption)
+    teacher = _count_teacher(student) if recipe.needs_teacher else 0
+    counts = count_parameters(student, recipe.optimizer.weight_decay)
+    run = Run(*counts, teacher, step, num_ranks, memory_bytes=UNLIMITED)
+    settings = zero_settings(ds_config, num_ranks)
+    kept = activations(step, settings.dtype_bytes)
+    return memory_row(run, settings).fixed + ds_config.micro_batch_size * kept
 
 
 def memory_row(run: Run, settings: ZeroSettings) -> MemoryRow:

@@ -7,6 +7,7 @@ import platform
 import socket
 import subprocess
 from dataclasses import replace
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,12 +22,14 @@ from aclip.ds_config import read_ds_config
 from aclip.errors import ConfigError
 from aclip.gather import rank, world_size
 from aclip.metrics import picture_path
-from aclip.recipe_file import dump_recipe, load_recipe
+from aclip.recipe_file import dump_recipe
+from aclip.run_arguments import DEMO, read_recipe
+from aclip.run_arguments import run_folder as choose_run_folder
 from aclip.tracker import check_wandb
 
 EXIT_NON_FINITE = 3
+EXIT_NOT_SAVED = 5
 EXIT_STOPPED_BY_SIGNAL = 143
-DEMO = "demo"
 
 
 def pretrain(arguments: argparse.Namespace) -> int:
@@ -36,7 +39,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     recipe = _read_recipe(arguments)
     ds_config = read_ds_config(arguments.ds_config, recipe.train.global_batch_size, num_ranks)
     check_wandb(recipe.train.wandb, is_writer=os.environ["RANK"] == "0")
-    run_folder = Path(arguments.output or f"runs/{Path(arguments.recipe).stem}")
+    run_folder = choose_run_folder(arguments)
     _check_writable(run_folder)
     resume_from = checkpoint_folder.find(run_folder / "checkpoints", arguments.resume)
     say = print if os.environ["RANK"] == "0" else _silent
@@ -45,13 +48,19 @@ def pretrain(arguments: argparse.Namespace) -> int:
     build_train_loader(recipe, shards, int(os.environ["RANK"]), num_ranks)
     # Imported here: DeepSpeed and the towers take seconds, which no wrong input should cost.
     from aclip import checkpoint
-    from aclip.engine import init_distributed
+    from aclip.engine import init_distributed, limit_engine_collectives
     from aclip.evaluation.during_training import Evaluator
     from aclip.report import PAGE
     from aclip.trainer import Trainer
     from aclip.watch import NonFiniteLoss
+    from aclip.watchdog import Watchdog
 
-    device = init_distributed()
+    watchdog = Watchdog(recipe.train.hang_timeout)
+    watchdog.start()
+    # The watchdog's limits come first; a collective's own is for when there is none any more.
+    collective_timeout = timedelta(seconds=2 * watchdog.slow_limit)
+    device = init_distributed(collective_timeout)
+    watchdog.connect()
     trainer = Trainer(
         recipe,
         ds_config,
@@ -60,7 +69,9 @@ def pretrain(arguments: argparse.Namespace) -> int:
         resume_from,
         device,
         evaluator=Evaluator(recipe, val_shards, run_folder) if val_shards else None,
+        watchdog=watchdog,
     )
+    limit_engine_collectives(collective_timeout)
     if rank() == 0:
         _record(run_folder, recipe, ds_config.values, trainer.stepper.init_report)
     say(_headline(recipe, trainer, ds_config, resume_from, run_folder), flush=True)
@@ -68,9 +79,10 @@ def pretrain(arguments: argparse.Namespace) -> int:
         finished = trainer.train()
     except (NonFiniteLoss, checkpoint.CheckpointError) as error:
         print(f"[rank {rank()}] error: {error}", flush=True)
-        return EXIT_NON_FINITE
+        return EXIT_NON_FINITE if isinstance(error, NonFiniteLoss) else EXIT_NOT_SAVED
     finally:
         trainer.close()
+        watchdog.stop()
     if not finished:
         say(f"stopped by SIGTERM at {trainer.samples:,} samples; the same command continues")
         return EXIT_STOPPED_BY_SIGNAL
@@ -104,16 +116,7 @@ def results_table(evaluations: dict[str, dict]) -> str:
 
 
 def _read_recipe(arguments: argparse.Namespace) -> Recipe:
-    overrides = list(arguments.overrides)
-    if arguments.train:
-        overrides.append(f"data.train={json.dumps(arguments.train)}")
-        if arguments.recipe == DEMO and not arguments.val:
-            overrides.append("data.val=[]")
-    if arguments.val:
-        overrides.append(f"data.val={json.dumps(arguments.val)}")
-    if arguments.init:
-        overrides.append(f"model.init={json.dumps(arguments.init)}")
-    recipe = load_recipe(arguments.recipe, overrides)
+    recipe = read_recipe(arguments)
     if not recipe.data.train and not recipe.data.sources:
         raise ConfigError(
             f"data.train is empty in {arguments.recipe}; give shards with --train, e.g. --train "

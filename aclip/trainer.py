@@ -1,6 +1,7 @@
 """The training loop: batches in, steps, and what is due between two of them."""
 
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from aclip.report import write_report
 from aclip.schedules import ema_momentum, learning_rate
 from aclip.stepper import Stepper
 from aclip.tracker import WandbTracker
+from aclip.upload import Uploader
 from aclip.watch import StepWatch
+from aclip.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
 
 LOGIT_SCALE = "logit_scale.log_logit_scale"
 
@@ -37,6 +40,7 @@ class Trainer:
         resume_from: a checkpoint folder, or None to start new.
         device: of this rank.
         evaluator: evaluator(trainer) gives {"student": metrics, "teacher": metrics}; or None.
+        watchdog: hears of every phase; started by the caller. None for no limits.
     """
 
     def __init__(
@@ -48,8 +52,10 @@ class Trainer:
         resume_from: Path | None,
         device: torch.device,
         evaluator=None,
+        watchdog: Watchdog | None = None,
     ):
         self.recipe = recipe
+        self.watchdog = watchdog or Watchdog(recipe.train.hang_timeout)
         self.device = device
         self.evaluator = evaluator
         self.run_folder = run_folder
@@ -87,6 +93,8 @@ class Trainer:
             tracker = WandbTracker(recipe.train.wandb, run_folder, self.wandb_id, values)
             self.wandb_id = tracker.id
         self.logger = MetricsLogger(run_folder, self.total_samples, self.samples, tracker)
+        url = recipe.train.upload_to
+        self._uploader = Uploader(url) if url and rank() == 0 else None
 
     @property
     def samples(self) -> int:
@@ -100,23 +108,27 @@ class Trainer:
             timer = StepTimer()
             batches = iter(self.loader)
             while self.step < self.num_steps:
+                self.watchdog.enter(LOADING, self.step + 1)
                 with timer.waiting():
                     batch = next(batches)
+                self.watchdog.enter(COMPUTING, self.step + 1)
                 terms = self.train_step(batch)
                 timer.step(self.recipe.train.global_batch_size)
                 stop = self._after_step(batch, terms, timer)
                 if stop:
-                    self._save()
+                    self._save(required=True)
                     return False
             self.watch.settle()
             if "end" not in self.evaluations:
                 self._evaluate("end")
-            self._save()
+            self._save(required=True)
             return True
 
     def close(self) -> None:
-        """Ends the log files."""
+        """Ends the log files and waits for an upload."""
         self.logger.close()
+        if self._uploader is not None:
+            self._uploader.close()
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer update on this rank's part of the global batch; see Stepper.step."""
@@ -190,6 +202,7 @@ class Trainer:
         self._recent_skips.clear()
 
     def _evaluate(self, when: str) -> None:
+        self.watchdog.enter(EVALUATING, self.step)
         if self.evaluator is not None:
             self.stepper.engine.eval()
             results = self.evaluator(self)
@@ -208,10 +221,16 @@ class Trainer:
         except Exception as error:
             print(f"the report was not written: {type(error).__name__}: {error}", flush=True)
 
-    def _save(self) -> None:
-        """Writes a checkpoint of this moment unless there is one; the run survives a full disk."""
+    def _save(self, required: bool = False) -> None:
+        """Writes a checkpoint of this moment unless there is one.
+
+        Raises:
+            CheckpointError: on every rank, if it could not be written and is `required`; without,
+                the run says so and goes on.
+        """
         if self._saved_at == self.samples:
             return
+        self.watchdog.enter(SAVING, self.step)
         self.watch.settle()
         self._join_skips()
         if self._local_cursors is not None:
@@ -226,9 +245,28 @@ class Trainer:
             "data": self._fingerprint,
             "wandb_id": self.wandb_id,
         }
-        keep = self.recipe.train.keep_checkpoints
-        checkpoint.save(self.checkpoints, self.stepper.engine, self.stepper.teacher, state, keep)
+        start = time.perf_counter()
+        train, uploader = self.recipe.train, self._uploader
+        try:
+            folder = checkpoint.save(
+                *(self.checkpoints, self.stepper.engine, self.stepper.teacher, state),
+                train.keep_checkpoints,
+                train.keep_every,
+                uploader.unfinished if uploader is not None else set(),
+            )
+        except checkpoint.CheckpointError as error:
+            if required:
+                raise
+            self._say(f"{error}; the run goes on, and the checkpoint before is intact")
+            return
+        self._say(f"checkpoint {folder.name} in {time.perf_counter() - start:.2f} s")
+        if uploader is not None:
+            uploader.put(folder)
         self._saved_at = self.samples
+
+    def _say(self, text: str) -> None:
+        if rank() == 0:
+            print(text, flush=True)
 
     def _check_continues(self, folder: Path, state: dict) -> None:
         """Refuses a checkpoint after which the stream of samples would not go on as it was."""

@@ -5,6 +5,7 @@ import argparse
 
 from aclip.errors import run_reporting_errors
 
+LARGE = ["aclip_vitl16"]
 PAPER = ["clip_vitb16", "slip_vitb16", "maskclip_vitb16", "aclip_vitb16", "aclip_eff_vitb16"]
 
 
@@ -14,7 +15,11 @@ def parse_arguments() -> argparse.Namespace:
         "or, with --loader, of loading.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("recipes", nargs="*", default=PAPER, help="names of recipes or YAML files")
+    parser.add_argument(
+        "recipes",
+        nargs="*",
+        help="names of recipes or YAML files (default: the paper's table; with --scaling ViT-L/16)",
+    )
     parser.add_argument("--baseline", help="the recipe that counts as 1 (default: the first)")
     parser.add_argument(
         "--against",
@@ -23,7 +28,9 @@ def parse_arguments() -> argparse.Namespace:
         "of the patches dropped",
     )
     parser.add_argument(
-        "--batch_size", type=int, help="images of a step (default: 4, on a GPU 128)"
+        "--batch_size",
+        type=int,
+        help="images of a step (default: 4, on a GPU 128); with --scaling of a rank (on a GPU 64)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each system")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, where there is no GPU")
@@ -47,7 +54,16 @@ def parse_arguments() -> argparse.Namespace:
         "--gpu_rate", type=float, default=2900, help="images a second that one GPU trains on"
     )
     loader.add_argument("--run", help="folder of a run whose data-wait share to print")
-    return parser.parse_args()
+    scaling = parser.add_argument_group("scaling over the slots of a hostfile")
+    scaling.add_argument("--scaling", metavar="HOSTFILE", help="measure 1, 2, 4, ... of its slots")
+    scaling.add_argument("--ds_config", default="ds_configs/zero2.json")
+    scaling.add_argument("--steps", type=int, default=30, help="timed steps of each case")
+    scaling.add_argument("--out", default="scaling", help="folder for table, plot and figures")
+    scaling.add_argument("--master_port", type=int, default=29500)
+    scaling.add_argument("--rsh", help="remote shell; see launch/multinode.sh --help")
+    arguments = parser.parse_args()
+    arguments.recipes = arguments.recipes or (LARGE if arguments.scaling else PAPER)
+    return arguments
 
 
 def main() -> int:
@@ -55,6 +71,8 @@ def main() -> int:
     # Imported here so that --help answers at once.
     if arguments.loader:
         from aclip.loader_benchmark import run
+    elif arguments.scaling:
+        from aclip.scaling import run
     else:
         from aclip.cost_table import run
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from aclip.watchdog import print_stacks_on_signal
+
 HANDLED_BY_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SECONDS_BETWEEN_LOOKS = 2.0
 """How long a worker may outlive a main process that was killed."""
@@ -61,6 +63,7 @@ def end_when_told_by(main_process: int, worker: int) -> None:
                 break
         os._exit(0)
 
+    print_stacks_on_signal()
     threading.Thread(target=wait, daemon=True).start()
 
 

@@ -1,8 +1,10 @@
 """Checkpoints on a full disk, after a kill between two renames, and under another recipe."""
 
 import os
+import random
 import resource
 import signal
+import time
 
 import pytest
 import tiny_run
@@ -77,6 +79,44 @@ def test_kill_while_the_only_checkpoint_is_replaced_leaves_it_loadable(run_distr
 
     left, found = in_one_process(run_distributed, kill)
     assert found is not None, left
+
+
+def test_process_killed_thirty_times_while_it_saves_leaves_a_loadable_latest(
+    run_distributed, tmp_path
+):
+    root = tmp_path / "checkpoints"
+    kills = 30
+
+    def kill_while_saving():
+        run = tiny_run.TinyRun(tmp_path, 0)
+        start = time.monotonic()
+        save(root, run, 8)
+        seconds = time.monotonic() - start
+        rng, found = random.Random(0), []
+        for _ in range(kills):
+            process = os.fork()
+            if process == 0:
+                samples = found_samples(root) + 8
+                while True:  # until it is killed
+                    save(root, run, samples)
+                    samples += 8
+            time.sleep(rng.uniform(0, 3 * seconds))
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            before = found_samples(root)
+            assert marker_of_latest(root) == f"at {before}"
+            checkpoint.load(checkpoint_folder.find(root, "auto"), run.engine, run.teacher, 1)
+            found.append(before // 8)
+        return found
+
+    found = in_one_process(run_distributed, kill_while_saving)
+    assert len(found) == kills
+    assert found == sorted(found), "never an older one than before"
+    assert found[-1] > kills / 3, "saves were finished between the kills"
+
+
+def found_samples(root):
+    return checkpoint_folder.num_samples(checkpoint_folder.find(root, "auto"))
 
 
 def test_flipped_byte_in_the_manifest_is_refused(run_distributed, tmp_path):

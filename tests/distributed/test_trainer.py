@@ -1,10 +1,13 @@
 """The trainer on 1 and 2 ranks: equal losses for every stage and accumulation, exact resume."""
 
+import contextlib
 import io
 import json
 import os
 import signal
+import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +74,7 @@ class Recorder(Trainer):
 
     record: Path
     kill_at: int | None = None
+    on_step: Callable[[int], None] | None = None
 
     def train_step(self, batch):
         terms = super().train_step(batch)
@@ -84,11 +88,28 @@ class Recorder(Trainer):
             file.write(json.dumps(line) + "\n")
         if self.kill_at == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.on_step is not None:
+            self.on_step(self.step)
         return terms
 
 
-def _train(run, shards, stage="0", micro_batch=None, overrides=(), kill_at=None, stop_at=None):
-    """Runs a trainer on this rank to its end; called inside run_distributed."""
+def _train(
+    run,
+    shards,
+    stage="0",
+    micro_batch=None,
+    overrides=(),
+    kill_at=None,
+    stop_at=None,
+    on_step=None,
+    notes=None,
+):
+    """Runs a trainer on this rank to its end; called inside run_distributed.
+
+    Args:
+        notes: folder of the test's own files, where they don't belong into `run`.
+    """
+    notes = notes or run
     device = init_distributed()
     ranks = int(os.environ["WORLD_SIZE"])
     values = {"gradient_clipping": 0.0, "zero_optimization": {"stage": int(stage[0])}}
@@ -99,14 +120,14 @@ def _train(run, shards, stage="0", micro_batch=None, overrides=(), kill_at=None,
     if micro_batch is not None:
         values["train_micro_batch_size_per_gpu"] = micro_batch
     run.mkdir(exist_ok=True)
-    path = run / f"ds-{os.environ['RANK']}.json"
+    path = notes / f"ds-{os.environ['RANK']}.json"
     path.write_text(json.dumps(values))
     recipe = load_recipe("demo", [*RECIPE, *overrides])
     ds_config = read_ds_config(str(path), BATCH, ranks)
     resume_from = checkpoint_folder.find(run / "checkpoints", "auto")
     trainer = Recorder(recipe, ds_config, shards, run, resume_from, device)
-    trainer.record = run / f"record-{os.environ['RANK']}-of-{ranks}.jsonl"
-    trainer.kill_at = kill_at
+    trainer.record = notes / f"record-{os.environ['RANK']}-of-{ranks}.jsonl"
+    trainer.kill_at, trainer.on_step = kill_at, on_step
     if stop_at is not None:
         trainer.num_steps = stop_at
     trainer.train()
@@ -195,29 +216,84 @@ def _train_in(run, shards, **options):
     return lambda: _train(run, shards, **options)
 
 
-@pytest.mark.parametrize("stage, ranks_after", [("0", 2), ("2", 1), ("3", 1)])
+RESUMES = [  # ZeRO stage and ranks until the kill, then after it
+    *(("0", 2, "0", 2), ("2", 2, "1", 1)),
+    *(("3", 2, "1", 1), ("1", 1, "2", 2)),
+]
+IDS = [f"ZeRO-{a} on {m} to ZeRO-{b} on {n}" for a, m, b, n in RESUMES]
+
+
+@pytest.mark.parametrize("stage, ranks, stage_after, ranks_after", RESUMES, ids=IDS)
 def test_killed_run_continues_at_the_exact_next_sample(
-    run_distributed, shards, tmp_path, stage, ranks_after
+    run_distributed, shards, tmp_path, stage, ranks, stage_after, ranks_after
 ):
     rng = np.random.default_rng(int(stage) + 10 * ranks_after)
     kill_at = int(rng.integers(7, STEPS))
     overrides = [f"train.checkpoint_every={5 * BATCH}"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_distributed(_train_in(whole, shards, stage=stage, overrides=overrides), 2)
+    run_distributed(_train_in(whole, shards, stage=stage, overrides=overrides), ranks)
     with pytest.raises(Exception):  # noqa: B017 - the ranks are gone, however it is reported
         run_distributed(
-            _train_in(killed, shards, stage=stage, overrides=overrides, kill_at=kill_at), 2
+            _train_in(killed, shards, stage=stage, overrides=overrides, kill_at=kill_at), ranks
         )
-    other_stage = {"0": "2", "2": "0", "3": "1"}[stage] if ranks_after == 1 else stage
-    run_distributed(_train_in(killed, shards, stage=other_stage, overrides=overrides), ranks_after)
-    tolerance = EXACT if ranks_after == 2 else 1e-4
+    run_distributed(_train_in(killed, shards, stage=stage_after, overrides=overrides), ranks_after)
+    tolerance = EXACT if ranks == ranks_after else 1e-5
     assert _losses(killed) == pytest.approx(_losses(whole), rel=tolerance)
-    before = _global_batches(killed, 2)
-    after = before if ranks_after == 2 else _global_batches(killed, ranks_after)
-    expected = _global_batches(whole, 2)
+    before = _global_batches(killed, ranks)
+    after = before if ranks_after == ranks else _global_batches(killed, ranks_after)
+    expected = _global_batches(whole, ranks)
     assert max(after) == STEPS and len(before) >= 5
     for step, seen in [*before.items(), *after.items()]:
         assert seen == expected[step]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 16 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk_costs_checkpoints_but_not_the_run(
+    run_distributed, shards, tmp_path, small_disk, capfd
+):
+    notes, filler, run = tmp_path / "notes", small_disk / "filler", small_disk / "run"
+    notes.mkdir()
+    seen = {}
+
+    def on_step(step):
+        if int(os.environ["RANK"]) > 0:
+            return
+        if step == 7:
+            with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(1 << 12))
+        if step == 12:  # after the checkpoint of step 10 failed
+            found = checkpoint_folder.find(run / "checkpoints", "auto")
+            seen["full"] = (found.name, checkpoint_folder.verify(found))
+            filler.unlink()
+
+    def train():
+        overrides = [f"train.checkpoint_every={5 * BATCH}"]
+        _train(run, shards, overrides=overrides, on_step=on_step, notes=notes)
+        return seen
+
+    seen = run_distributed(train, 2, timeout=300)[0]
+    assert seen["full"] == (f"samples-{5 * BATCH:012d}", None)
+    said = capfd.readouterr().out
+    assert f"samples-{10 * BATCH:012d} was not written" in said
+    assert "No space left" in said and "the run goes on" in said
+    last = checkpoint_folder.find(run / "checkpoints", "auto")
+    assert last.name == f"samples-{STEPS * BATCH:012d}"
+    assert checkpoint_folder.verify(last) is None
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert {13, STEPS} <= {json.loads(line)["step"] for line in lines}, "whole lines only"
 
 
 def test_loss_that_is_not_finite_stops_every_rank_and_keeps_the_checkpoint(

@@ -1,15 +1,19 @@
 """Starts the launch scripts as a user would, through the DeepSpeed launcher."""
 
+import io
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,3 +122,31 @@ def launcher(tmp_path_factory) -> Launcher:
 @pytest.fixture
 def kill_all():
     return kill
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory) -> list[str]:
+    """Arguments of a run of tiny towers on its own 96 samples, two epochs of six steps; each step
+    is logged, and nothing is evaluated."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    for shard in range(4):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for index in range(24):
+                pixels = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).resize((48, 40)).save(buffer, "JPEG")
+                caption = f"a photo of {'thing ' * int(rng.integers(1, 6))}{shard} {index}"
+                for suffix, content in (("jpg", buffer.getvalue()), ("txt", caption.encode())):
+                    info = tarfile.TarInfo(f"{index:03d}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return [
+        *("--recipe", "demo", "--train", f"{folder}/{{0..3}}.tar"),
+        *("train.global_batch_size=16", "train.epochs=2", "train.log_every=1"),
+        *("train.evaluate_every=0", "train.warmup_epochs=1"),
+        *("model.image.resolution=32", "teacher.resolution=32", "mask.block_size=1"),
+        "model.image.kwargs={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}",
+        "model.text={width: 16, heads: 2, layers: 1, context_length: 16}",
+        *("model.embed_dim=12", "data.lanes=4"),
+    ]

@@ -133,7 +133,8 @@ def test_sigterm_saves_and_the_same_command_continues(launcher, quick_evaluation
     while not (tmp_path / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.05)
     time.sleep(3)
-    _rank_process(process.pid, signal.SIGTERM)
+    for _ in range(2):  # a second one while the first is acted upon changes nothing
+        _rank_process(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert "stopped by SIGTERM" in output
     state = _state(tmp_path)

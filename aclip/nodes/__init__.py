@@ -1,0 +1,1 @@
+"""Runs over several nodes: hostfile, remote processes, the doctor's checks, the supervisor."""

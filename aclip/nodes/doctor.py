@@ -1,0 +1,284 @@
+"""Checks nodes before a run: what each says of itself, what they see of each other, an all-reduce.
+
+A problem is one sentence that begins with the node's name and ends with what to do.
+"""
+
+import argparse
+import json
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from aclip.nodes.hostfile import Host, check_hostfile, environment_for_nodes
+from aclip.nodes.node import Node
+from aclip.nodes.remote import LOCAL, SSH, check_remote_shell, open_python
+from aclip.run_arguments import DEMO, parse, read_recipe, run_folder
+
+EXIT_UNFIT = 2
+ANSWER_SECONDS = 60.0
+ALL_REDUCE_SECONDS = 180.0
+MOST_SKEW_SECONDS = 2.0
+LEAST_DISK_BYTES = 5 * 2**30
+LEAST_SHM_BYTES = 2**29
+BUSY_MIB = 1024
+GIB = 2**30
+NETWORK = "set NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME without GPUs) in .deepspeed_env"
+
+
+@dataclass
+class Examined:
+    """What is known of a node.
+
+    Attributes:
+        host: of the hostfile. answer: of probe.examine(); None when there was none.
+        skew: seconds that its clock is ahead of this one. token: the file that it wrote.
+        problems: sentences without the node's name.
+    """
+
+    host: Host
+    token: str
+    answer: dict | None = None
+    skew: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs `launch/doctor.py`; returns the exit status."""
+    hosts, problems = [Host(LOCAL, arguments.slots)], []
+    if arguments.hostfile:
+        hosts, problems = check_hostfile(arguments.hostfile)
+    ready = examine(hosts, arguments.arguments, arguments, problems)
+    return 0 if ready else EXIT_UNFIT
+
+
+def examine(
+    hosts: list[Host], run_arguments: list[str], options: argparse.Namespace, problems=()
+) -> bool:
+    """Examines the hosts and prints a table and the problems; returns whether a run would start.
+
+    Args:
+        run_arguments: pretrain.py's, of which shards and run folder are checked.
+        options: rsh, master_addr and master_port.
+        problems: that are known already.
+    """
+    remote_shell = options.rsh or SSH
+    if any(host.name != LOCAL for host in hosts):
+        check_remote_shell(remote_shell)
+    output, train = _what_to_check(run_arguments)
+    tokens = [f".doctor-{secrets.token_hex(8)}" for _ in hosts]
+    nodes = [Examined(host, token) for host, token in zip(hosts, tokens, strict=True)]
+    master = {
+        "master_addr": options.master_addr or (hosts[0].name if hosts else LOCAL),
+        "master_port": options.master_port,
+    }
+    question = {"folder": str(Path.cwd()), "output": str(output), "train": train, "tokens": tokens}
+    barrier = threading.Barrier(max(1, len(nodes)))
+    ask = partial(_ask, remote_shell=remote_shell, question=question | master, barrier=barrier)
+    with ThreadPoolExecutor(max(1, len(nodes))) as pool:
+        list(pool.map(ask, nodes, [index == 0 for index in range(len(nodes))]))
+    _compare(nodes, output)
+    problems = [*problems, *(f"{n.host.name}: {text}" for n in nodes for text in n.problems)]
+    print(format_table(nodes), flush=True)
+    if not problems:
+        print(f"all-reduce over {sum(host.slots for host in hosts)} ranks ...", flush=True)
+        report, problems = _all_reduce(hosts, remote_shell, master)
+        print(report, flush=True)
+    for problem in problems:
+        print(f"problem: {problem}", flush=True)
+    print("ready" if not problems else "not ready: a run would fail", flush=True)
+    return not problems
+
+
+def _what_to_check(run_arguments: list[str]) -> tuple[Path, str | list[str]]:
+    """The run folder and the shards; none for the demo, which makes its own."""
+    if not run_arguments:
+        return Path("runs"), []
+    arguments = parse(["--ds_config", "none", *run_arguments])
+    train = read_recipe(arguments).data.train
+    return run_folder(arguments), [] if train == DEMO else train
+
+
+def _ask(node: Examined, is_first: bool, remote_shell, question, barrier) -> None:
+    """Fills in a node's answer and its clock."""
+    process = open_python(
+        *(remote_shell, node.host.name, "aclip.nodes.probe"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    # Ends it when it hangs: the reads below come back empty then.
+    end = threading.Timer(ANSWER_SECONDS, process.kill)
+    end.start()
+    try:
+        question = question | {"token": node.token, "listens": is_first}
+        process.stdin.write(json.dumps(question) + "\n")
+        process.stdin.flush()
+        node.answer = json.loads(process.stdout.readline())
+        node.skew = _skew(process)
+    except (OSError, ValueError):
+        node.problems.append(_why_silent(process, remote_shell, node.host))
+    finally:
+        # Its file stays until every node has looked for it.
+        barrier.wait()
+        end.cancel()
+        try:
+            process.communicate(timeout=5)
+        except (subprocess.TimeoutExpired, ValueError, OSError):
+            process.kill()
+    if node.answer is not None:
+        node.problems += node.answer["problems"]
+
+
+def _skew(process: subprocess.Popen) -> float:
+    """Seconds that the node's clock is ahead, taken at the middle of a question and its answer."""
+    before = time.time()
+    process.stdin.write("time\n")
+    process.stdin.flush()
+    there = float(process.stdout.readline())
+    return there - (before + time.time()) / 2
+
+
+def _why_silent(process: subprocess.Popen, remote_shell: str, host: Host) -> str:
+    try:
+        _, errors = process.communicate(timeout=5)
+    except (subprocess.TimeoutExpired, ValueError, OSError):
+        process.kill()
+        errors = ""
+    if process.returncode == -signal.SIGKILL:
+        return (
+            f"no answer in {ANSWER_SECONDS:g} s; look at its load, and for a file system that hangs"
+        )
+    last = errors.strip().splitlines()[-1] if errors.strip() else "no answer"
+    if process.returncode == 255:
+        return f"not reachable ({last}); check that `{remote_shell} {host.name} true` works"
+    return (
+        f"{sys.executable} -m aclip.nodes.probe does not run there ({last}); install aclip at the "
+        "same path on every node"
+    )
+
+
+def _compare(nodes: list[Examined], output: Path) -> None:
+    """Adds the problems that show beside the first node that answered."""
+    answered = [node for node in nodes if node.answer is not None]
+    with_gpus = any(node.answer["gpus"] for node in answered)
+    for node in answered:
+        first, answer = answered[0], node.answer
+        for name, version in answer["versions"].items():
+            expected = first.answer["versions"][name]
+            if version != expected:
+                node.problems.append(
+                    f"has {name} {version}, but {first.host.name} has {expected}; install the same"
+                )
+        if answer["seen"] and first.answer["seen"] and first.token not in answer["seen"]:
+            node.problems.append(
+                f"does not see what {first.host.name} writes to the run folder {output}; "
+                "put --output on a file system that all nodes share"
+            )
+        if abs(node.skew) > MOST_SKEW_SECONDS:
+            node.problems.append(
+                f"its clock is {node.skew:+.1f} s off this node's; synchronise it (chrony, ntpd)"
+            )
+        if answer["disk_bytes"] < LEAST_DISK_BYTES:
+            node.problems.append(
+                f"the run folder {output} has {answer['disk_bytes'] / GIB:.2f} GiB left; free "
+                f"{LEAST_DISK_BYTES / GIB:.0f} GiB or give another --output"
+            )
+        if answer["shm_bytes"] < LEAST_SHM_BYTES:
+            node.problems.append(
+                f"/dev/shm has {answer['shm_bytes'] / GIB:.2f} GiB left, through which data "
+                "workers hand over batches; free or enlarge it (docker: --shm-size=8g)"
+            )
+        node.problems += _gpu_problems(node, with_gpus)
+
+
+def _gpu_problems(node: Examined, with_gpus: bool) -> list[str]:
+    gpus, slots = node.answer["gpus"], node.host.slots
+    if not with_gpus:
+        return []
+    if len(gpus) < slots:
+        return [f"has {len(gpus)} GPUs for slots={slots}; correct the hostfile or the driver"]
+    busy = [str(i) for i, gpu in enumerate(gpus[:slots]) if gpu["used"] > BUSY_MIB]
+    if busy:
+        return [f"GPU {', '.join(busy)} is in use; end what runs there (nvidia-smi shows it)"]
+    return []
+
+
+def _all_reduce(hosts: list[Host], remote_shell: str, master: dict) -> tuple[str, list[str]]:
+    """A line on the bandwidth, and the problem if there was one."""
+    lines: dict[str, list[str]] = {host.name: [] for host in hosts}
+    world_size = sum(host.slots for host in hosts)
+    nodes, first_rank = [], 0
+    for host in hosts:
+        common = {
+            "MASTER_ADDR": "127.0.0.1" if host.name == LOCAL else master["master_addr"],
+            "MASTER_PORT": str(master["master_port"]),
+            "WORLD_SIZE": str(world_size),
+        }
+        ranks = [
+            common | {"RANK": str(first_rank + local), "LOCAL_RANK": str(local)}
+            for local in range(host.slots)
+        ]
+        command = [sys.executable, "-m", "aclip.nodes.all_reduce"]
+        spec = {
+            "folder": str(Path.cwd()),
+            "environment": environment_for_nodes(),
+            "commands": [{"arguments": command, "environment": rank} for rank in ranks],
+            "lost_after": ALL_REDUCE_SECONDS,
+        }
+        keep = lines[host.name]
+        nodes.append(
+            Node(remote_shell, host, spec, lambda line, keep=keep: keep.append(line.decode()))
+        )
+        first_rank += host.slots
+    deadline = time.monotonic() + ALL_REDUCE_SECONDS
+    while time.monotonic() < deadline and any(node.status is None for node in nodes):
+        if any(node.status for node in nodes):
+            break
+        time.sleep(0.1)
+    late = all(not node.status for node in nodes)
+    for node in nodes:
+        node.end(10.0)
+    failed = [node for node in nodes if node.status]
+    if not failed:
+        found = [line for line in lines[hosts[0].name] if line.startswith("all-reduce")]
+        return found[-1].strip(), []
+    node = failed[0]
+    why = f"did not end in {ALL_REDUCE_SECONDS:g} s"
+    if not late:
+        said = [line.strip() for line in lines[node.host.name] if line.strip()]
+        why = f"ended with status {node.status} ({said[-1] if said else 'no output'})"
+    where = f"{master['master_addr']}:{master['master_port']}"
+    return "all-reduce failed", [
+        f"{node.host.name}: an all-reduce over all ranks {why}; check that the nodes reach {where} "
+        f"and each other, and {NETWORK}"
+    ]
+
+
+def format_table(nodes: list[Examined]) -> str:
+    """One row a node."""
+    head = ["node", "slots", "python", "aclip", "torch", "deepspeed", "cuda", "GPUs", "disk GiB"]
+    rows = [[*head, "shm GiB", "clock s"]]
+    for node in nodes:
+        row = [node.host.name, str(node.host.slots)]
+        if node.answer is None:
+            rows.append([*row, "no answer"])
+            continue
+        answer, versions = node.answer, node.answer["versions"]
+        row += [versions[name] for name in head[2:7]]
+        kinds = {gpu["name"] for gpu in answer["gpus"]}
+        row.append(f"{len(answer['gpus'])} {'/'.join(sorted(kinds))}".strip())
+        row += [f"{answer[name] / GIB:,.1f}" for name in ("disk_bytes", "shm_bytes")]
+        rows.append([*row, f"{node.skew:+.2f}"])
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,230 @@
+"""Runs `launch/pretrain.py` on every node of a hostfile and starts it again when it fails.
+
+On each node an agent (agent.py) starts the DeepSpeed launcher; this process only watches, keeps a
+log for each node and decides. A start continues from the last checkpoint.
+"""
+
+import argparse
+import base64
+import json
+import os
+import signal
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+from aclip import checkpoint_folder
+from aclip.errors import ConfigError, run_reporting_errors
+from aclip.nodes import agent, doctor
+from aclip.nodes.hostfile import Host, environment_for_nodes, read_hostfile
+from aclip.nodes.node import CONNECTION_LOST, Node
+from aclip.nodes.remote import LOCAL, SSH, ssh_options
+from aclip.run_arguments import parse, run_folder
+
+LOOK = 0.5
+SECONDS_TO_END = 15.0
+"""From the first node's failure until the others, which hear of it themselves, are killed."""
+LONGEST_BACKOFF = 300.0
+FINAL = {2: "bad input", 3: "a loss that is not finite"}
+"""Statuses after which the same command would fail again."""
+STOPPED = 143
+LAST_PORT = 65535
+
+
+class Supervisor:
+    """Starts, watches, ends and starts again.
+
+    Args:
+        options: of the command line. hosts: of the hostfile. output: the run folder.
+    """
+
+    def __init__(self, options: argparse.Namespace, hosts: list[Host], output: Path):
+        self.options, self.hosts, self.output = options, hosts, output
+        self.remote_shell = options.rsh or SSH + ssh_options(options.lost_after)
+        self.environment = environment_for_nodes()
+        self.logs = output / "logs"
+        self.first_checkpoint = self._newest()
+        self._signals: list[int] = []
+        self._passed_on = 0
+
+    def supervise(self) -> int:
+        """Returns the run's exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, lambda received, _: self._signals.append(received))
+        failures, start = 0, 1
+        while True:
+            before = self._newest()
+            statuses = self._run_once(start)
+            failed = {host.name: status for host, status in statuses.items() if status}
+            if not failed:
+                return 0
+            for status in FINAL:
+                if status in failed.values():
+                    self._say(f"the run ended with {FINAL[status]}; it is not started again")
+                    return status
+            if self._stopping or STOPPED in failed.values():
+                self._say("stopped; the same command continues from the last checkpoint")
+                return STOPPED
+            failures = failures + 1 if self._newest() == before else 1
+            ends = ", ".join(f"{name} with status {status}" for name, status in failed.items())
+            if failures > self.options.max_restarts:
+                self._say(
+                    f"start {start} failed ({ends}), the {failures}th time without a new "
+                    f"checkpoint; --max_restarts is {self.options.max_restarts}; see {self.logs}"
+                )
+                return next(iter(failed.values()))
+            pause = min(LONGEST_BACKOFF, self.options.backoff * 2 ** (failures - 1))
+            self._say(f"start {start} failed ({ends}); the next one is in {pause:g} s")
+            if self._pause(pause):
+                return STOPPED
+            start += 1
+
+    @property
+    def _stopping(self) -> bool:
+        return any(number != signal.SIGUSR1 for number in self._signals)
+
+    def _run_once(self, start: int) -> dict[Host, int]:
+        """Runs until every node has ended; nothing of it is left then."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        nodes = [self._start_node(index, host, start) for index, host in enumerate(self.hosts)]
+        try:
+            self._watch(nodes)
+        finally:
+            # An agent that can't be reached ends its processes after `lost_after` by itself.
+            deadline = time.monotonic() + self.options.lost_after
+            for node in nodes:
+                node.end(max(0.0, deadline - time.monotonic()))
+            if any(node.status == CONNECTION_LOST for node in nodes):
+                time.sleep(max(0.0, deadline - time.monotonic()))
+        return {node.host: node.status for node in nodes}
+
+    def _watch(self, nodes: list[Node]) -> None:
+        failed_at = None
+        while any(node.status is None for node in nodes):
+            time.sleep(LOOK)
+            message = agent.ALIVE
+            for number in self._signals[self._passed_on :]:
+                message += agent.CHECKPOINT if number == signal.SIGUSR1 else agent.TERMINATE
+            self._passed_on = len(self._signals)
+            for node in nodes:
+                node.tell(message)
+            if failed_at is None and any(node.status for node in nodes):
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() - failed_at > SECONDS_TO_END:
+                return
+
+    def _start_node(self, index: int, host: Host, start: int) -> Node:
+        log = self.logs / f"node-{index}-{host.name}.log"
+        with open(log, "a") as file:
+            file.write(f"=== start {start}, {datetime.now().isoformat(' ', 'seconds')}\n")
+        world = json.dumps({each.name: list(range(each.slots)) for each in self.hosts})
+        arguments = [
+            *(sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
+            f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}",
+            f"--node_rank={index}",
+            f"--master_addr={self.options.master_addr or self.hosts[0].name}",
+            f"--master_port={self.options.master_port}",
+            *(self.options.script, *self._run_arguments()),
+        ]
+        spec = {
+            "folder": os.getcwd(),
+            "environment": self.environment,
+            "commands": [{"arguments": arguments}],
+            "lost_after": self.options.lost_after,
+        }
+        return Node(self.remote_shell, host, spec, _Log(log, echo=index == 0))
+
+    def _run_arguments(self) -> list[str]:
+        """pretrain.py's own; once the run has a checkpoint of its own, that is what it resumes."""
+        if self._newest() == self.first_checkpoint:
+            return self.options.arguments
+        return [*self.options.arguments, "--resume", "auto"]
+
+    def _newest(self) -> Path | None:
+        return checkpoint_folder.find(self.output / "checkpoints", "auto")
+
+    def _pause(self, seconds: float) -> bool:
+        """Waits; returns whether a signal asked to stop."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._stopping:
+            time.sleep(LOOK)
+        return self._stopping
+
+    def _say(self, text: str) -> None:
+        print(f"[supervisor] {text}", flush=True)
+
+
+class _Log:
+    """Appends lines to a file, and shows them here until nobody looks any more."""
+
+    def __init__(self, path: Path, echo: bool):
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - as long as the node
+        self._echo = echo
+
+    def __call__(self, line: bytes) -> None:
+        self._file.write(line)
+        if self._echo:
+            try:
+                sys.stdout.buffer.write(line)
+                sys.stdout.buffer.flush()
+            except OSError:
+                self._echo = False
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch/multinode.sh",
+        description="Pre-train on the nodes of a hostfile; starts again after a failure.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--script", required=True, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--max_restarts", type=int, default=3, help="in a row without a new checkpoint"
+    )
+    parser.add_argument(
+        "--backoff", type=float, default=10.0, help="seconds before a restart; doubles in a row"
+    )
+    parser.add_argument(
+        "--lost_after",
+        type=float,
+        default=30.0,
+        help="seconds of silence after which a node counts as lost, and ends what runs on it",
+    )
+    parser.add_argument("--master_addr", help="of the first node (default: its name)")
+    parser.add_argument("--master_port", type=int, default=29500)
+    parser.add_argument(
+        "--rsh", help=f"remote shell, such as 'srun --overlap -N1 -n1 -w {{host}}' (default: {SSH})"
+    )
+    parser.add_argument("hostfile")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of pretrain.py")
+    return parser.parse_args()
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ConfigError for a number out of its range."""
+    limits = {"max_restarts": 0, "backoff": 0, "lost_after": 1, "master_port": 1}
+    for name, least in limits.items():
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name} is {getattr(options, name)}; give {least} or more")
+    if options.master_port > LAST_PORT:
+        raise ConfigError(f"--master_port is {options.master_port}; give at most {LAST_PORT}")
+
+
+def main() -> int:
+    options = parse_arguments()
+    check_options(options)
+    hosts = read_hostfile(options.hostfile)
+    if len(hosts) > 1 and any(host.name == LOCAL for host in hosts):
+        raise ConfigError(
+            f"{options.hostfile} names {LOCAL} beside other nodes, which means another node on "
+            "each; give its name or address"
+        )
+    output = run_folder(parse(options.arguments))
+    if not doctor.examine(hosts, options.arguments, options):
+        return doctor.EXIT_UNFIT
+    return Supervisor(options, hosts, output).supervise()
+
+
+if __name__ == "__main__":
+    run_reporting_errors(main)

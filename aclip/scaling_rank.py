@@ -1,0 +1,111 @@
+"""A rank of a scaling measurement; scaling.py starts it on every slot."""
+
+import json
+import os
+import time
+
+SPEC = "ACLIP_SCALING"
+RESULT = "scaling: "
+WARM_UP = 2
+PROFILED = "profiled step"
+
+
+def main() -> None:
+    # Here, since scaling.py reads this module's names, and these take seconds.
+    import torch
+    import torch.distributed as dist
+
+    from aclip.ds_config import read_ds_config
+    from aclip.engine import init_distributed
+    from aclip.recipe_file import load_recipe
+    from aclip.stepper import Stepper
+    from aclip.synthetic import synthetic_batch
+
+    spec = json.loads(os.environ[SPEC])
+    recipe = load_recipe(spec["recipe"], spec["overrides"])
+    world_size = int(os.environ["WORLD_SIZE"])
+    global_batch_size = recipe.train.global_batch_size
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    device = init_distributed()
+    ds_config = read_ds_config(spec["ds_config"], global_batch_size, world_size)
+    batch = synthetic_batch(recipe, global_batch_size // world_size)
+    momentum = 1.0 if recipe.teacher is None else recipe.teacher.momentum
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    # From before the first weight, since the host's allocator counts only while it is profiled.
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        stepper = Stepper(recipe, ds_config, device)
+        for _ in range(WARM_UP):
+            stepper.step(batch, recipe.optimizer.lr, momentum)
+        _synchronise(device)
+        with torch.profiler.record_function(PROFILED):
+            stepper.step(batch, recipe.optimizer.lr, momentum)
+            _synchronise(device)
+    events = profile.profiler.kineto_results.events()
+    communication, peak = communication_share(events), peak_bytes(events)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    del profile, events
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(spec["steps"]):
+        stepper.step(batch, recipe.optimizer.lr, momentum)
+    _synchronise(device)
+    dist.barrier()
+    seconds = time.perf_counter() - start
+    most = torch.tensor([float(peak), communication], device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    if dist.get_rank() == 0:
+        result = {
+            "images_per_second": spec["steps"] * global_batch_size / seconds,
+            "memory_bytes": most[0].item(),
+            "communication": most[1].item(),
+        }
+        print(f"{RESULT}{json.dumps(result)}", flush=True)
+
+
+def communication_share(events) -> float:
+    """Share of the profiled step during which a collective ran: NCCL's kernels, or gloo's work."""
+    (begin, end) = _profiled(events)
+    spans = []
+    for event in events:
+        name = event.name()
+        if name.startswith("gloo:") or name.startswith("ncclDevKernel"):
+            first, last = event.start_ns(), event.start_ns() + event.duration_ns()
+            if last > begin and first < end:
+                spans.append((max(first, begin), min(last, end)))
+    covered, reached = 0, begin
+    for first, last in sorted(spans):
+        covered += max(0, last - max(first, reached))
+        reached = max(reached, last)
+    return covered / (end - begin)
+
+
+def peak_bytes(events) -> int:
+    """The most that tensors on the host held during the profiled step."""
+    begin, end = _profiled(events)
+    held = most = 0
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    for moment, change in sorted(changes):
+        held += change
+        if begin <= moment <= end:
+            most = max(most, held)
+    return most
+
+
+def _profiled(events) -> tuple[int, int]:
+    event = next(event for event in events if event.name() == PROFILED)
+    return event.start_ns(), event.start_ns() + event.duration_ns()
+
+
+def _synchronise(device) -> None:
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

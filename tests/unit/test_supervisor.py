@@ -1,0 +1,85 @@
+"""When a run is started again, with what, and when not."""
+
+import argparse
+
+import pytest
+
+from aclip.errors import ConfigError
+from aclip.nodes.hostfile import Host
+from aclip.nodes.supervisor import Supervisor, check_options
+
+HOSTS = [Host("a", 1), Host("b", 1)]
+
+
+class Scripted(Supervisor):
+    """Runs end as they are told to: (status of a, status of b, samples of a new checkpoint)."""
+
+    def __init__(self, folder, ends, arguments=(), max_restarts=2):
+        options = argparse.Namespace(
+            rsh=None,
+            lost_after=1.0,
+            max_restarts=max_restarts,
+            backoff=1.0,
+            arguments=list(arguments),
+        )
+        super().__init__(options, HOSTS, folder / "run")
+        self.ends = list(ends)
+        self.pauses, self.started_with = [], []
+
+    def _run_once(self, start):
+        self.started_with.append(self._run_arguments())
+        *statuses, samples = self.ends.pop(0)
+        if samples:
+            folder = self.output / "checkpoints" / f"samples-{samples:012d}"
+            folder.mkdir(parents=True)
+            (folder / "manifest.json").write_text("{}")
+            (folder.parent / "latest").write_text(folder.name)
+        return dict(zip(self.hosts, statuses, strict=True))
+
+    def _pause(self, seconds):
+        self.pauses.append(seconds)
+        return False
+
+
+def test_failures_in_a_row_have_a_limit_and_the_pauses_double(tmp_path, capsys):
+    run = Scripted(tmp_path, [(137, 1, 0)] * 3)
+    assert run.supervise() == 137
+    assert run.pauses == [1.0, 2.0]
+    assert "--max_restarts is 2" in capsys.readouterr().out
+
+
+def test_new_checkpoint_counts_as_progress(tmp_path):
+    ends = [(1, 1, 16), (1, 1, 0), (1, 1, 32), (1, 1, 48), (0, 0, 64)]
+    run = Scripted(tmp_path, ends, max_restarts=2)
+    assert run.supervise() == 0
+    assert run.pauses == [1.0, 2.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("status", [2, 3])
+def test_what_would_fail_again_is_not_started_again(tmp_path, status):
+    run = Scripted(tmp_path, [(1, status, 0)])
+    assert run.supervise() == status
+    assert run.pauses == []
+
+
+def test_node_that_is_told_to_stop_stops_the_run(tmp_path):
+    run = Scripted(tmp_path, [(143, 143, 16)])
+    assert run.supervise() == 143
+    assert run.pauses == []
+
+
+def test_restart_resumes_the_runs_own_checkpoint_whatever_it_began_from(tmp_path):
+    arguments = ["--ds_config", "x.json", "--resume", "none"]
+    run = Scripted(tmp_path, [(1, 1, 0), (1, 1, 16), (0, 0, 32)], arguments)
+    assert run.supervise() == 0
+    assert run.started_with == [arguments, arguments, [*arguments, "--resume", "auto"]]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("max_restarts", -1), ("backoff", -1), ("lost_after", 0), ("master_port", 70000)],
+)
+def test_option_out_of_range_is_one_sentence(name, value):
+    options = {"max_restarts": 1, "backoff": 1, "lost_after": 5, "master_port": 1, "rsh": None}
+    with pytest.raises(ConfigError, match=f"--{name} is {value}"):
+        check_options(argparse.Namespace(**options | {name: value}))
