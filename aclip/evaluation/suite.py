@@ -63,9 +63,9 @@ def evaluate(
     class_embeds = None
     if prompts is not None:
         class_embeds = embed(towers, batch_size, gather, prompts, progress)
-    images = _Images(class_embeds)
     rank, world_size = gather.rank(), gather.world_size()
     mine = len(range(rank, dataset.num_samples, world_size))
+    images = _Images(class_embeds, mine)
     to_embeds = image_embedder(towers)
     batches = read_validation(
         dataset, towers.resolution, batch_size, rank, world_size, towers.resample
@@ -114,38 +114,48 @@ def image_encoder(towers: Towers, encode: Callable[[Tensor], Tensor]) -> Callabl
 class _Images:
     """What stays of this rank's images.
 
+    Ranks and labels go into tensors made beforehand: small ones between the large ones that each
+    batch needs for a moment would keep the allocator from using those again.
+
     Args:
         class_embeds: (C, E) fp32, or None.
+        num_samples: of this rank, usable or not.
     """
 
-    def __init__(self, class_embeds: Tensor | None):
+    def __init__(self, class_embeds: Tensor | None, num_samples: int):
         self.num_images = self.num_skipped = self.num_labelled = 0
         self.captions: list[str] = []
         self.caption_keys: list[int] = []
         """Sorts the captions of all ranks: image's place * CAPTIONS_PER_IMAGE + number."""
         self._class_embeds = class_embeds
         self._embeds, self._places = [], []
-        self._ranks, self._labels, self._margins = [], [], []
+        if class_embeds is not None:
+            self._ranks, self._labels = class_embeds.new_empty(2, num_samples, dtype=torch.int64)
+            self._margins = class_embeds.new_empty(num_samples)
 
     def add(self, embeds: Tensor, batch: ValidationBatch) -> None:
         """embeds: (M, E) fp32 of the batch's M samples."""
         self.num_images += len(batch.indices)
         self.num_skipped += batch.skipped.total()
         has_captions = torch.tensor([bool(own) for own in batch.captions], dtype=torch.bool)
-        self._embeds.append(embeds[has_captions.to(embeds.device)])
-        self._places.append(batch.indices[has_captions].to(embeds.device))
+        if has_captions.any() or not self._embeds:
+            self._embeds.append(embeds[has_captions.to(embeds.device)])
+            self._places.append(batch.indices[has_captions].to(embeds.device))
         for place, own in zip(batch.indices.tolist(), batch.captions, strict=True):
             self.captions += own
             self.caption_keys += [place * CAPTIONS_PER_IMAGE + n for n in range(len(own))]
-        if self._class_embeds is None:
-            return
-        labelled = (batch.labels != NO_LABEL).to(embeds.device)
-        labels = batch.labels.to(embeds.device)[labelled]
-        self.num_labelled += len(labels)
-        self._labels.append(labels)
-        self._ranks.append(zero_shot.rank_classes(embeds[labelled], self._class_embeds, labels))
+        if self._class_embeds is not None:
+            self._classify(embeds, batch.labels.to(embeds.device))
+
+    def _classify(self, embeds: Tensor, labels: Tensor) -> None:
+        labelled = labels != NO_LABEL
+        embeds, labels = embeds[labelled], labels[labelled]
+        new = slice(self.num_labelled, self.num_labelled + len(labels))
+        self._labels[new] = labels
+        self._ranks[new] = zero_shot.rank_classes(embeds, self._class_embeds, labels)
         if len(self._class_embeds) == 2:
-            self._margins.append(zero_shot.margins(embeds[labelled], self._class_embeds))
+            self._margins[new] = zero_shot.margins(embeds, self._class_embeds)
+        self.num_labelled += len(labels)
 
     def captioned(self, gather: ModuleType) -> tuple[Tensor, Tensor]:
         """The embeds (n, E) of all ranks' images with captions and their places (n,), ascending."""
@@ -155,11 +165,11 @@ class _Images:
 
     def classified(self, gather: ModuleType) -> tuple[Tensor, Tensor, Tensor | None]:
         """Ranks, labels and, with two classes, margins of all ranks' labelled images, each (n,)."""
-        ranks = gather.all_gather_rows(torch.cat(self._ranks))
-        labels = gather.all_gather_rows(torch.cat(self._labels))
-        if not self._margins:
-            return ranks, labels, None
-        return ranks, labels, gather.all_gather_rows(torch.cat(self._margins))
+        ranks, labels, margins = (
+            gather.all_gather_rows(own[: self.num_labelled])
+            for own in (self._ranks, self._labels, self._margins)
+        )
+        return ranks, labels, margins if len(self._class_embeds) == 2 else None
 
 
 def _retrieval(

@@ -144,7 +144,7 @@ def test_ranks_together_score_the_probe_of_one(run_distributed):
     """Every tenth sample is held out, so that of two ranks one holds none of them."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(256, (60,), generator=generator).tolist()
-    labels = [int(value + 20 * (number % 3) > 120) for number, value in enumerate(values)]
+    labels = [int(value + 90 * (number % 3) > 180) for number, value in enumerate(values)]
     train, test = Greys(values[:45], labels[:45]), Greys(values[45:], labels[45:])
     expected = probe(train, test)
     assert 0.5 < expected["linear_probe_top1"] < 1
