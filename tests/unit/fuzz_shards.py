@@ -135,6 +135,7 @@ def _wrong_members(rng) -> bytes:
     for _ in range(rng.integers(1, 6)):
         place = int(rng.integers(len(members)))
         name, content = members[place]
+        name = getattr(name, "name", name)
         key = name.split(".")[0]
         change = rng.integers(8)
         if change == 0:
