@@ -211,7 +211,7 @@ class Trainer:
             for name, metrics in results.items():
                 if name != "chance":
                     self.logger.log_evaluation(self.samples, name, metrics)
-        if rank() == 0:
+        if rank() == 0 and (self.evaluator is not None or self.step > 0):
             self._report()
 
     def _report(self) -> None:

@@ -322,7 +322,7 @@ def test_resumed_run_keeps_its_wandb_id_and_a_report_that_fails_ends_no_run(
     overrides = ["train.wandb=project"]
     for steps in (2, 3):  # without recipe.yaml, which only launch/pretrain.py writes
         train = _train_in(run, shards, overrides=overrides, stop_at=steps)
-        run_distributed(train, 2, timeout=300)
+        run_distributed(train, 1)
         out = capfd.readouterr().out
         assert out.count("the report was not written: ConfigError: RUN is") == 1
     wandb_id = checkpoint.read_state(checkpoint_folder.find(run / "checkpoints", "auto"))[
