@@ -249,10 +249,10 @@ def test_killed_run_continues_at_the_exact_next_sample(
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 16 MB."""
+    """A file system of 64 MB, of which a checkpoint takes 13."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
     mounted = subprocess.run(mount, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"no small file system can be mounted: {mounted.stderr.strip()}")
@@ -273,7 +273,7 @@ def test_full_disk_costs_checkpoints_but_not_the_run(
         if step == 7:
             with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
-                    file.write(bytes(1 << 12))
+                    file.write(bytes(1 << 16))
         if step == 12:  # after the checkpoint of step 10 failed
             found = checkpoint_folder.find(run / "checkpoints", "auto")
             seen["full"] = (found.name, checkpoint_folder.verify(found))
