@@ -11,7 +11,7 @@ from filelock import FileLock
 from torchvision.datasets import ImageFolder, VisionDataset
 
 from aclip.data.shards import Skip
-from aclip.data.views import DECODE_ERRORS, decode_image
+from aclip.data.views import DECODE_ERRORS, decode_image, to_rgb
 from aclip.errors import ConfigError
 from aclip.evaluation.validation import MIN_SIDE, NO_LABEL, Example
 
@@ -92,7 +92,7 @@ class TorchvisionSet:
     def _load(self, index: int) -> Example | Skip:
         try:
             image, label = self._dataset[index]
-            image = image.convert("RGB")
+            image = to_rgb(image)
         except DECODE_ERRORS:
             return Skip("unreadable_image")
         if self._classes is not None:
