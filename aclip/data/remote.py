@@ -131,6 +131,12 @@ def _fetch(url: str, path: Path) -> None:
         _through_fsspec(url, lambda files, name: files.get_file(name, str(path)))
 
 
+def check_readable(url: str) -> None:
+    """Reads a remote shard's first bytes; what follows `pipe:` is not run. Raises OSError."""
+    if not url.startswith("pipe:"):
+        _through_fsspec(url, lambda files, name: files.cat_file(name, start=0, end=512))
+
+
 def _read(url: str) -> bytes:
     return _through_fsspec(url, lambda files, name: files.cat_file(name))
 

@@ -71,14 +71,19 @@ def examine(
     remote_shell = options.rsh or SSH
     if any(host.name != LOCAL for host in hosts):
         check_remote_shell(remote_shell)
-    output, train = _what_to_check(run_arguments)
+    output, shards = _what_to_check(run_arguments)
     tokens = [f".doctor-{secrets.token_hex(8)}" for _ in hosts]
     nodes = [Examined(host, token) for host, token in zip(hosts, tokens, strict=True)]
     master = {
         "master_addr": options.master_addr or (hosts[0].name if hosts else LOCAL),
         "master_port": options.master_port,
     }
-    question = {"folder": str(Path.cwd()), "output": str(output), "train": train, "tokens": tokens}
+    question = {
+        "folder": str(Path.cwd()),
+        "output": str(output),
+        "shards": shards,
+        "tokens": tokens,
+    }
     barrier = threading.Barrier(max(1, len(nodes)))
     ask = partial(_ask, remote_shell=remote_shell, question=question | master, barrier=barrier)
     with ThreadPoolExecutor(max(1, len(nodes))) as pool:
@@ -96,13 +101,16 @@ def examine(
     return not problems
 
 
-def _what_to_check(run_arguments: list[str]) -> tuple[Path, str | list[str]]:
-    """The run folder and the shards; none for the demo, which makes its own."""
+def _what_to_check(run_arguments: list[str]) -> tuple[Path, list[tuple[str, str | list[str]]]]:
+    """The run folder, and the recipe's entries of training shards; the demo makes its own."""
     if not run_arguments:
         return Path("runs"), []
     arguments = parse(["--ds_config", "none", *run_arguments])
-    train = read_recipe(arguments).data.train
-    return run_folder(arguments), [] if train == DEMO else train
+    data = read_recipe(arguments).data
+    entries = [(f"data.sources.{i}.shards", each.shards) for i, each in enumerate(data.sources)]
+    if not data.sources and data.train and data.train != DEMO:
+        entries = [("data.train", data.train)]
+    return run_folder(arguments), entries
 
 
 def _ask(node: Examined, is_first: bool, remote_shell, question, barrier) -> None:

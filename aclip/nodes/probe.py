@@ -1,6 +1,6 @@
 """What a node says of itself; doctor.py asks, over the standard input of this module.
 
-The first line is JSON, {"folder", "output", "train", "token", "tokens", "master_addr",
+The first line is JSON, {"folder", "output", "shards", "token", "tokens", "master_addr",
 "master_port", "listens"}; the answer is a line of JSON, see examine(). Then each `time` is answered
 with this clock's, until the input ends.
 """
@@ -19,7 +19,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from aclip.data.remote import check_readable, is_remote
 from aclip.data.shards import list_shards
+from aclip.data.tar import unreadable
 from aclip.errors import ConfigError
 
 PACKAGES = ("torch", "deepspeed", "timm", "transformers")
@@ -43,7 +45,8 @@ def examine(question: dict) -> dict:
         problems.append(
             f"the run folder {output} can't be written ({error.strerror}); give another --output"
         )
-    problems += _check_shard(question["train"])
+    for field, pattern in question["shards"]:
+        problems += _check_shards(field, pattern)
     problems += _check_master(question)
     room = next(path for path in (output, *output.absolute().parents) if path.exists())
     return {
@@ -67,17 +70,19 @@ def _wait_for(folder: Path, tokens: list[str]) -> list[str]:
         time.sleep(0.1)
 
 
-def _check_shard(train) -> list[str]:
-    if not train:
-        return []
+def _check_shards(field: str, pattern: str | list[str]) -> list[str]:
+    """The problem of the first shard of a recipe's entry, if there is one."""
     try:
-        first = list_shards(train, "data.train")[0]
-        with open(first, "rb") as file:
-            file.read(512)
+        first = list_shards(pattern, field)[0]
+        if is_remote(first):
+            check_readable(first)
+        else:
+            with open(first, "rb") as file:
+                file.read(512)
     except ConfigError as error:
         return [str(error)]
     except OSError as error:
-        return [f"shard {first} can't be read ({error.strerror}); check the mount and its rights"]
+        return [str(unreadable(first, error))]
     return []
 
 

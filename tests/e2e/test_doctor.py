@@ -134,6 +134,14 @@ def test_finds_missing_shards(nodes):
     _assert_one(nodes, "problem: b: ", "data.train", "~/data/*.tar")
 
 
+def test_finds_a_remote_shard_that_is_not_there(nodes):
+    address = f"file://{nodes.folder}/a/data/0.tar"
+    nodes.hostfile.write_text("a slots=1\n")
+    _assert_one(
+        nodes, "problem: a: shard file://", "there is no such file", train=f"{address}.gone"
+    )
+
+
 def test_finds_a_clock_that_is_off(nodes):
     nodes.plant("b", "import time\n_time = time.time\ntime.time = lambda: _time() + 100\n")
     _assert_one(nodes, "problem: b: its clock is +100.0 s off", "synchronise")

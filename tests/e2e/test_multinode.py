@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from processes import descendants, is_running
 
+from aclip import checkpoint_folder
+
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +30,9 @@ def start(folder, launcher, *words: str, hosts="localhost slots=1\n") -> subproc
     )
 
 
-def test_sigterm_checkpoints_on_every_node_and_leaves_nothing(launcher, small_run, tmp_path):
+def test_sigterm_even_twice_checkpoints_on_every_node_and_leaves_nothing(
+    launcher, small_run, tmp_path
+):
     run = tmp_path / "run"
     process = start(
         *(tmp_path, launcher, "hostfile", "--ds_config", str(ROOT / "ds_configs/zero0.json")),
@@ -40,6 +44,9 @@ def test_sigterm_checkpoints_on_every_node_and_leaves_nothing(launcher, small_ru
             time.sleep(0.1)
         started = descendants(process.pid)
         os.kill(process.pid, signal.SIGTERM)
+        time.sleep(1.0)  # while the first is acted upon: a second one changes nothing
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGTERM)
         output, _ = process.communicate(timeout=200)
     finally:
         process.kill()
@@ -48,6 +55,7 @@ def test_sigterm_checkpoints_on_every_node_and_leaves_nothing(launcher, small_ru
     latest = (run / "checkpoints" / "latest").read_text()
     state = json.loads((run / "checkpoints" / latest / "state.json").read_text())
     assert state["step"] > 0
+    assert checkpoint_folder.verify(run / "checkpoints" / latest) is None
     assert not [pid for pid in started if is_running(pid)]
     assert "stopped by SIGTERM" in (run / "logs" / "node-0-localhost.log").read_text()
 
