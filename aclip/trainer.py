@@ -277,8 +277,9 @@ class Trainer:
                 f"{state['samples'] // state['step']}; set it back, or use --resume none"
             )
         if state["data"] != self._fingerprint:
+            field = "data.sources" if self.recipe.data.sources else "data.train"
             raise ConfigError(
-                f"the data are {self._fingerprint}, but {folder} was trained on {state['data']}; "
+                f"{field} gives {self._fingerprint}, but {folder} was trained on {state['data']}; "
                 "give the same shards, or use --resume none with another --output"
             )
 
