@@ -41,7 +41,7 @@ def _cases(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
         ),
         "ranks that do not divide the lanes": (
             [*ZERO0, "--train", f"{folder}/[01].tar", "data.lanes=4", "data.workers=3"],
-            ["data.workers is 3", "4"],
+            ["data.workers is 3", "data lanes", "data.workers to 2"],
         ),
         "shards and sources": (
             [*ZERO0, "data.sources=[{shards: /x.tar, weight: 1}]"],

@@ -182,6 +182,7 @@ def test_run_over_two_hosts_survives_every_fault_and_equals_a_single_host(
         assert log.count("=== start") >= len(kinds) + 1
 
 
+@pytest.mark.soak
 def test_start_without_ssh_on_each_node_equals_a_single_host(
     hosts, small_run, single_host, tmp_path
 ):
