@@ -16,6 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from aclip.errors import ConfigError
+from aclip.files import sync
 
 STUDENT, OPTIMIZER, TEACHER, RNG = (
     f"{name}.safetensors" for name in ("student", "optimizer", "teacher", "rng")
@@ -64,8 +65,8 @@ def publish(root: Path, partial: Path, folder: Path) -> None:
     }
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for name in (*files, MANIFEST):
-        _sync(partial / name)
-    _sync(partial)
+        sync(partial / name)
+    sync(partial)
     if folder.exists():
         # The run went on from an older checkpoint and reached this number of samples again.
         # It keeps its manifest and a name of its own until the new one is in place.
@@ -75,12 +76,12 @@ def publish(root: Path, partial: Path, folder: Path) -> None:
         shutil.rmtree(replaced)
     else:
         os.rename(partial, folder)
-    _sync(root)
+    sync(root)
     pointer = root / f"{LATEST}.tmp"
     pointer.write_text(folder.name)
-    _sync(pointer)
+    sync(pointer)
     os.replace(pointer, root / LATEST)
-    _sync(root)
+    sync(root)
 
 
 def prune(root: Path, newest: Path, keep: int, keep_every: int = 0, spared: Collection[Path] = ()):
@@ -171,11 +172,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(_HASH_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

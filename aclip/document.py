@@ -2,7 +2,6 @@
 
 import base64
 import html
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,17 +86,6 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
     """The page as text; images are links to their files."""
     return "\n\n".join([f"# {title}", *(_markdown(block) for block in blocks)]) + "\n"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file, and its folder if need be; a reader sees the whole file or the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

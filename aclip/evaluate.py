@@ -9,7 +9,6 @@ import torch
 
 from aclip import gather
 from aclip.data.shard_counts import cache_folder
-from aclip.document import write_whole
 from aclip.errors import ConfigError
 from aclip.evaluation.catalog import Task, find_tasks
 from aclip.evaluation.class_cache import ClassCache
@@ -24,6 +23,7 @@ from aclip.evaluation.report import (
 )
 from aclip.evaluation.suite import evaluate
 from aclip.evaluation.texts import Towers
+from aclip.files import check_writable, write_whole
 from aclip.run import default_to_one_rank
 
 PROGRESS_SECONDS = 5
@@ -45,7 +45,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> None:
             f"{', '.join(published_results())}"
         )
     out = Path(arguments.output)
-    _check_writable(out)
+    check_writable(out)
     tasks, missing = find_tasks(
         arguments.suite,
         Path(arguments.data).expanduser() if arguments.data else None,
@@ -95,18 +95,6 @@ def _join_ranks() -> torch.device:
 
         return init_distributed()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.environ['RANK']}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"--output is {folder}, which can't be written ({error.strerror}); give another folder"
-        ) from None
 
 
 def _headline(loaded: LoadedModel, tasks: list[Task], missing: list[str]) -> str:

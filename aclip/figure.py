@@ -24,7 +24,6 @@ from aclip.document import (
     Text,
     to_html,
     to_markdown,
-    write_whole,
     writing_to,
 )
 from aclip.errors import ConfigError
@@ -35,6 +34,7 @@ from aclip.evaluation.kept_patches import (
     loose_sample,
     read_picture_set,
 )
+from aclip.files import write_whole
 from aclip.visualize import MAX_SAMPLES, Column, draw_figure, encode
 
 NUM_MEASURED = 256

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import time
 from collections import deque
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from aclip import gather
+from aclip.files import write_whole
 from aclip.tracker import WandbTracker
 
 METRICS_FILE = "metrics.jsonl"
@@ -157,9 +157,7 @@ class MetricsLogger:
         kept = [text for text in lines if (line := _parse(text)) is not None and wanted(line)]
         if kept == lines:
             return
-        temporary = self._file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self._file)
+        write_whole(self._file, "".join(kept).encode())
 
     def _progress(self, line: dict) -> str:
         step, samples, total = line["step"], line["samples"], self._total_samples

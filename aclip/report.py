@@ -25,10 +25,10 @@ from aclip.document import (
     Text,
     to_html,
     to_markdown,
-    write_whole,
     writing_to,
 )
 from aclip.errors import ConfigError
+from aclip.files import write_whole
 from aclip.metrics import METRICS_FILE, flatten, picture_path, read_metrics
 
 PAGE, MARKDOWN, CHARTS = "report.html", "report.md", "report"

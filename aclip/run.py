@@ -20,6 +20,7 @@ from aclip.data.loader import build_train_loader, striding_warnings
 from aclip.data.shards import Shard, index_shards, list_shards, remote_shards
 from aclip.ds_config import read_ds_config
 from aclip.errors import ConfigError
+from aclip.files import check_writable
 from aclip.gather import rank, world_size
 from aclip.metrics import picture_path
 from aclip.recipe_file import dump_recipe
@@ -40,7 +41,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     ds_config = read_ds_config(arguments.ds_config, recipe.train.global_batch_size, num_ranks)
     check_wandb(recipe.train.wandb, is_writer=os.environ["RANK"] == "0")
     run_folder = choose_run_folder(arguments)
-    _check_writable(run_folder)
+    check_writable(run_folder)
     resume_from = checkpoint_folder.find(run_folder / "checkpoints", arguments.resume)
     say = print if os.environ["RANK"] == "0" else _silent
     shards, val_shards = _find_data(recipe, say)
@@ -152,19 +153,6 @@ def _find_data(recipe: Recipe, say) -> tuple[list[Shard], list[Shard]]:
     for warning in striding_warnings(recipe, shards):
         say(f"warning: {warning}", flush=True)
     return shards, find(val, "data.val") if val else []
-
-
-def _check_writable(run_folder: Path) -> None:
-    try:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        probe = run_folder / f".writable-{os.environ['RANK']}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"--output is {run_folder}, which can't be written ({error.strerror}); give another "
-            "folder"
-        ) from None
 
 
 def _record(run_folder: Path, recipe: Recipe, ds_values: dict, init_report) -> None:

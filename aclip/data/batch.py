@@ -52,18 +52,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """Moves what the step computes with; asynchronous from pinned memory."""
-        tensors = {name: getattr(self, name) for name in PER_SAMPLE if name not in LISTS}
-        return replace(
-            self,
-            slots=None if self.slots is None else self.slots.to(device),
-            **{
-                name: None if tensor is None else tensor.to(device, non_blocking=True)
-                for name, tensor in tensors.items()
-            },
-        )
-
     def split(self, size: int) -> list["Batch"]:
         """Micro-batches of `size` consecutive samples; each carries the whole batch's cursors."""
         values = {name: getattr(self, name) for name in PER_SAMPLE}

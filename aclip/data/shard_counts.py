@@ -12,6 +12,7 @@ from filelock import FileLock
 from aclip.data.remote import RemoteShards, is_remote
 from aclip.data.tar import TarShard, unreadable
 from aclip.errors import ConfigError
+from aclip.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -121,9 +122,7 @@ def _count_with_cache(
     scanned = _scan([url for url in urls if stamps[url] not in cached], progress, remote)
     if scanned:
         cached.update({stamps[url]: count for url, count in scanned.items()})
-        temporary = cache_file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(cached))
-        os.replace(temporary, cache_file)
+        write_whole(cache_file, json.dumps(cached).encode())
     return {url: cached[stamps[url]] for url in urls}
 
 

@@ -2,17 +2,17 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from aclip.evaluation.prompts import ClassPrompts
 from aclip.evaluation.texts import Progress, Towers, embed_classes
+from aclip.files import write_whole
 from aclip.models.student import Student
 
 TEXT_SIDE = ("text.", "text_projection.")
@@ -57,18 +57,12 @@ class ClassCache:
             return gather.all_gather_rows(stored.to(towers.device))
         embeds = embed_classes(towers, batch_size, gather, prompts, progress)
         if gather.rank() == 0:
-            self._write(path, embeds)
+            write_whole(path, save({"class_embeds": embeds.cpu().contiguous()}))
         return embeds
 
     def _path(self, prompts: ClassPrompts) -> Path:
         what = [VERSION, self._weights, prompts.names, prompts.templates]
         return self._folder / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()}.safetensors"
-
-    def _write(self, path: Path, embeds: Tensor) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"class_embeds": embeds.cpu().contiguous()}, partial)
-        os.replace(partial, path)
 
 
 def _read(path: Path, num_classes: int) -> Tensor | None:

@@ -10,12 +10,12 @@ from aclip.config import Recipe
 from aclip.data.augment import augment
 from aclip.data.shards import Shard, read_shard
 from aclip.data.tokenizer import build_tokenizer
-from aclip.document import write_whole
 from aclip.evaluation.kept_patches import PictureSet, read_picture_set
 from aclip.evaluation.prompts import find_class_prompts
 from aclip.evaluation.suite import evaluate
 from aclip.evaluation.texts import Towers
 from aclip.evaluation.validation import ShardSet
+from aclip.files import write_whole
 from aclip.metrics import picture_path
 from aclip.visualize import draw_figure, encode
 

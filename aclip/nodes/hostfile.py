@@ -41,7 +41,8 @@ def check_hostfile(path: str) -> tuple[list[Host], list[str]]:
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        return [], [f"hostfile is {path}, which can't be read ({error}); see hostfile.example"]
+        why = getattr(error, "strerror", None) or error
+        return [], [f"hostfile is {path}, which can't be read ({why}); see hostfile.example"]
     hosts: dict[str, Host] = {}
     problems = []
     for number, line in enumerate(text.splitlines(), 1):

@@ -224,13 +224,6 @@ def test_micro_batches_are_consecutive_and_join_to_the_batch(shards):
     assert all(torch.equal(micro.cursors, batch.cursors) for micro in micros)
 
 
-def test_moving_a_batch_leaves_cursors_on_the_cpu(shards):
-    (batch,) = take(make_recipe(), shards, 1, 1)
-    moved = batch.to("meta")
-    assert moved.student_views.is_meta and moved.tokens.is_meta and moved.augment_params.is_meta
-    assert moved.cursors.device.type == "cpu" and moved.keys == batch.keys
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_workers_error_reaches_the_user_as_its_own_message(tmp_path, shards, workers):
     missing = [Shard(str(tmp_path / f"gone-{index}.tar"), 5) for index in range(8)]
@@ -404,17 +397,3 @@ def test_running_ahead_keeps_order_and_hands_on_the_end_as_an_error():
     ahead = run_ahead(iter(range(100)), device=None)
     assert [next(ahead) for _ in range(50)] == list(range(50))
     ahead.close()
-
-
-def test_captions_are_cleaned_of_html_and_case():
-    encode = build_tokenizer(77).encode
-    plain = encode(["cassa d'epoca & more"])
-    assert torch.equal(encode(["Cassa d&amp;#39;epoca  &amp; MORE "]), plain)
-
-
-def test_a_long_caption_is_cut_and_keeps_its_end_token():
-    tokenizer = build_tokenizer(8)
-    tokens = tokenizer.encode(["one two three four five six seven eight", "one"])
-    assert tokenizer.vocab_size == 49408 and tokens.shape == (2, 8)
-    assert tokens[0, 0] == 49406 and tokens[0, -1] == 49407
-    assert tokens[1].tolist() == [49406, tokens[0, 1], 49407, 0, 0, 0, 0, 0]

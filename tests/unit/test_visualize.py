@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from aclip import visualize
-from aclip.document import write_whole
+from aclip.files import write_whole
 from aclip.visualize import draw_figure, encode, picture_columns
 
 R, G = 96, 4

@@ -8,7 +8,8 @@ from typing import Any
 
 from aclip.data.convert.entries import SKIP_KINDS
 from aclip.data.convert.plan import Plan, Rejections
-from aclip.data.convert.shard_writer import ShardRecord, sync_folder
+from aclip.data.convert.shard_writer import ShardRecord
+from aclip.files import sync
 
 REPORT_FILE = "report.json"
 EXAMPLE_LENGTH = 100
@@ -81,4 +82,4 @@ def write_json(path: Path, content: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    sync_folder(path.parent)
+    sync(path.parent)

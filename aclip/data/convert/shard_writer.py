@@ -13,6 +13,7 @@ from aclip.data.convert.entries import Entry, Rejected
 from aclip.data.convert.images import FileReader, ImageRule, prepare_image
 from aclip.data.convert.plan import Rejections
 from aclip.errors import ConfigError
+from aclip.files import sync
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def write_shard(
             os.fsync(file.fileno())
             size = file.tell()
         os.replace(partial, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:  # the source's are ConfigErrors by now
         raise ConfigError(
             f"--out holds {path}, which can't be written ({error.strerror or error}); make room, "
@@ -84,15 +85,6 @@ def write_shard(
     return ShardRecord(
         number, samples, size, dict(images), dict(rejections.counts), rejections.examples
     )
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the renames in a folder last through a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _make_members(
