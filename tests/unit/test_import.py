@@ -221,7 +221,7 @@ def test_wrong_files_are_refused_in_one_sentence_and_change_nothing(tmp_path):
         str(tmp_path / "folder"): "neither an open_clip folder nor a run",
         str(tmp_path / "native"): "image tower that is not timm's",
         "timm:vit_bass_patch16": "neither a file nor a model",
-        f"timm:{whole}": "",
+        f"timm:{whole}": "positional_embedding, which no part of",
     }
     for init, words in cases.items():
         with pytest.raises(ConfigError, match=words) as refusal:

@@ -188,10 +188,3 @@ def test_micro_batches_hold_their_own_images(shards):
 def test_batches_with_views_pass_through_unchanged(shards):
     (batch,) = take(make_recipe("worker"), shards, 1, 1)
     assert on_device(batch, make_recipe("worker")) is batch
-
-
-def test_moving_a_batch_moves_its_images(shards):
-    (batch,) = take(make_recipe("device"), shards, 1, 1)
-    moved = batch.to("meta")
-    assert moved.slots.pixels.is_meta and moved.slots.ssl_boxes.is_meta
-    assert moved.slots.sizes.device.type == "cpu"
