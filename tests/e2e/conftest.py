@@ -1,6 +1,7 @@
 """Starts the launch scripts as a user would, through the DeepSpeed launcher."""
 
 import io
+import json
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,27 +35,33 @@ def _free_port() -> int:
 
 class Launcher:
     """Runs `deepspeed --num_accelerators N launch/pretrain.py` with a cache of its own, or without
-    the launcher, whose start takes most of a short run: then the ranks are started as it would."""
+    the launcher, whose start takes most of a short run: then the ranks are forked from a process
+    that has imported what they need (fork_server.py), in the environment that it would give them.
+    """
 
-    def __init__(self, cache: Path):
+    def __init__(self, folder: Path, cache: Path):
+        self.folder = folder
         self.env = {
             **os.environ,
             "ACLIP_CACHE": str(cache),
             "OMP_NUM_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
+        self._fork_server = self._answers = None
 
     def start(
-        self,
-        *arguments: str,
-        ranks: int = 2,
-        launcher: bool = True,
-        script: str = "pretrain.py",
+        self, *arguments: str, ranks: int = 2, script: str = "pretrain.py"
     ) -> subprocess.Popen:
-        if launcher:
-            command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port"]
-            return self._start([*command, str(_free_port()), f"launch/{script}", *arguments])
-        return self._start([sys.executable, f"launch/{script}", *arguments])
+        command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port"]
+        return subprocess.Popen(
+            [*command, str(_free_port()), f"launch/{script}", *arguments],
+            cwd=ROOT,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
     def run(
         self,
@@ -64,45 +72,53 @@ class Launcher:
         timeout: float = 240,
     ) -> Finished:
         start = time.monotonic()
-        if launcher or ranks == 1:
-            options = {"ranks": ranks, "launcher": launcher, "script": script}
-            processes = [self.start(*arguments, **options)]
-        else:
-            processes = self._start_ranks(arguments, ranks)
-        outputs = []
+        if not launcher:
+            status, output = self._run_forked([f"launch/{script}", *arguments], ranks, timeout)
+            return Finished(status, output, time.monotonic() - start)
+        process = self.start(*arguments, ranks=ranks, script=script)
         try:
-            for process in processes:
-                outputs.append(process.communicate(timeout=start + timeout - time.monotonic())[0])
+            output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            for process in processes:
-                kill(process)
-            rest = [process.communicate()[0] for process in processes[len(outputs) :]]
-            pytest.fail(f"still running after {timeout} s:\n{''.join(outputs + rest)}")
-        # Of several ranks, zero if any of them ended with zero.
-        status = min((process.returncode for process in processes), key=bool)
-        return Finished(status, "".join(outputs), time.monotonic() - start)
+            kill(process)
+            pytest.fail(f"still running after {timeout} s:\n{process.communicate()[0]}")
+        return Finished(process.returncode, output, time.monotonic() - start)
 
-    def _start_ranks(self, arguments: tuple[str, ...], ranks: int) -> list[subprocess.Popen]:
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        common |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
-        return [
-            self._start(
-                [sys.executable, "launch/pretrain.py", f"--local_rank={rank}", *arguments],
-                {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+    def _run_forked(self, arguments: list[str], ranks: int, timeout: float) -> tuple[int, str]:
+        """The status, of several ranks zero if any of them ended with zero, and all output."""
+        if self._fork_server is None:
+            answers, write_end = os.pipe()
+            self._answers = os.fdopen(answers)
+            self._fork_server = subprocess.Popen(
+                [sys.executable, Path(__file__).with_name("fork_server.py"), str(write_end)],
+                cwd=ROOT,
+                env=self.env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[write_end],
+                text=True,
             )
-            for rank in range(ranks)
-        ]
+            os.close(write_end)
+        master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        request = {"arguments": arguments, "timeout": timeout, "ranks": []}
+        outputs = [self.folder / f"{rank}.log" for rank in range(ranks)]
+        for rank, path in enumerate(outputs):
+            env = dict(self.env)
+            if ranks > 1:
+                env |= {**master, "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            request["ranks"].append({"output": str(path), "env": env})
+        self._fork_server.stdin.write(json.dumps(request) + "\n")
+        self._fork_server.stdin.flush()
+        statuses = json.loads(self._answers.readline())
+        output = "".join(path.read_text() for path in outputs)
+        if statuses is None:
+            pytest.fail(f"still running after {timeout} s:\n{output}")
+        return min(statuses, key=bool), output
 
-    def _start(self, command: list[str], env: dict[str, str] | None = None) -> subprocess.Popen:
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**self.env, **(env or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+    def close(self) -> None:
+        if self._fork_server is not None:
+            self._fork_server.communicate()
+            self._answers.close()
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -112,11 +128,13 @@ def kill(process: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="session")
-def launcher(tmp_path_factory) -> Launcher:
+def launcher(tmp_path_factory) -> Iterator[Launcher]:
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # of all workers, so that the demo data is written once
-    return Launcher(folder / "cache")
+    launcher = Launcher(tmp_path_factory.mktemp("launcher"), folder / "cache")
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture
