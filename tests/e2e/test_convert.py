@@ -16,7 +16,7 @@ from PIL import Image
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-NUM_PAIRS, SHARD_SIZE = 400, 16
+NUM_PAIRS, SHARD_SIZE = 2000, 16  # more than a second of work, so that a signal meets it
 OPTIONS = ("--shard-size", str(SHARD_SIZE), "--short-side", "48", "--processes", "2")
 
 
@@ -51,10 +51,10 @@ def pairs(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     for number in range(NUM_PAIRS):
         pixels = rng.integers(0, 256, (96, 128, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:03d}.png", compress_level=1)
-        (folder / f"{number:03d}.txt").write_text(f"picture &eacute; {number}")
+        Image.fromarray(pixels).save(folder / f"{number:04d}.png", compress_level=1)
+        (folder / f"{number:04d}.txt").write_text(f"picture &eacute; {number}")
     for number in range(0, NUM_PAIRS, 50):
-        (folder / f"{number:03d}.png").write_bytes(b"no picture")
+        (folder / f"{number:04d}.png").write_bytes(b"no picture")
     return folder
 
 
@@ -66,8 +66,8 @@ def whole(pairs, tmp_path_factory) -> dict[str, bytes]:
     assert status == 0, errors
     good = NUM_PAIRS - NUM_PAIRS // 50
     table = dict(line.split()[:2] for line in output.splitlines())
-    assert table["entries"] == str(NUM_PAIRS)
-    assert table["samples"] == str(good)
+    assert table["entries"] == f"{NUM_PAIRS:,}"
+    assert table["samples"] == f"{good:,}"
     assert table["unreadable_image"] == table["skipped"] == str(NUM_PAIRS - good)
     files = contents(out)
     assert sum(json.loads(files["sizes.json"]).values()) == good
