@@ -15,13 +15,15 @@ MAX_MARKED = 20
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: y over samples, None where it is unknown or not finite; `color` counts from 0."""
+    """A curve: y over samples, None where it is unknown or not finite; `color` counts from 0, and
+    `errors` are bars around each point."""
 
     label: str
     samples: Sequence[int]
     values: Sequence[float | None]
     color: int
     dashed: bool = False
+    errors: Sequence[float] | None = None
 
 
 def draw_chart(lines: list[Line]) -> bytes:
@@ -31,10 +33,12 @@ def draw_chart(lines: list[Line]) -> bytes:
     # Room for seven digits; a layout that measures the text takes twice the time.
     axes = figure.add_axes((0.17, 0.18, 0.8, 0.78))
     for line in lines:
-        axes.plot(
+        axes.errorbar(
             line.samples,
             [float("nan") if value is None else value for value in line.values],
-            "--" if line.dashed else "-",
+            line.errors,
+            fmt="--" if line.dashed else "-",
+            capsize=2,
             marker="o" if len(line.values) < MAX_MARKED else "",
             markersize=3,
             color=f"C{line.color}",

@@ -34,7 +34,7 @@ def check_writable(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.environ['RANK']}"
+        probe = folder / f".writable-{os.environ.get('RANK', '0')}"
         probe.touch()
         probe.unlink()
     except OSError as error:

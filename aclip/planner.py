@@ -22,6 +22,7 @@ from aclip.gpus import NETWORK_BYTES, Gpu, find_gpu
 from aclip.losses import CHUNK_ROWS
 from aclip.models.student import Student, build_student
 from aclip.recipe_file import load_recipe
+from aclip.schedules import count_steps
 from aclip.step_shape import StepShape, describe_step, with_recompute
 from aclip.teacher import TRAINING_ONLY
 from aclip.zero import (
@@ -180,7 +181,7 @@ def plan_run(arguments: argparse.Namespace) -> Plan:
         compute_seconds=per_gpu / (arguments.mfu * peak),
         sent_bytes=sent,
         communication_seconds=sent / link,
-        num_steps=max(1, round(recipe.train.epochs * arguments.samples / step.global_batch_size)),
+        num_steps=count_steps(recipe.train.epochs, arguments.samples, step.global_batch_size),
     )
 
 

@@ -36,11 +36,13 @@ MAX_PICTURES = 6
 """Kept-patch pictures of a run that a page shows, the first and the last among them."""
 PICTURE_WIDTH = 640
 """Below this the words in a kept-patch picture can't be read."""
-ACCURACIES = {
+SHARES = {
     "zero_shot_top1": "Zero-shot accuracy",
     "image_to_text_r1": "Image-to-text R@1",
     "text_to_image_r1": "Text-to-image R@1",
+    "object_patches_kept": "Object's patches kept",
 }
+"""Metrics of an evaluation that curves and the table show, if there are any."""
 LOGGED = {
     "images_per_second": ("Images per second", "{:,.1f}"),
     "data_wait_percent": ("Data wait, %", "{:.1f}"),
@@ -161,14 +163,15 @@ def _latest_values(run: Run) -> dict[str, str]:
 
 
 def _evaluations(runs: list[Run]) -> Table:
+    lines = [(run.name, line) for run in runs for line in run.evaluations]
+    shown = [name for name in SHARES if any(name in line["metrics"] for _, line in lines)]
     rows = []
-    for run in runs:
-        prefix = [run.name] if len(runs) > 1 else []
-        for line in run.evaluations:
-            accuracies = [_show_metric(name, line["metrics"].get(name)) for name in ACCURACIES]
-            rows.append([*prefix, f"{line['samples']:,}", line["evaluation"], *accuracies])
+    for run, line in lines:
+        prefix = [run] if len(runs) > 1 else []
+        cells = [_show_metric(name, line["metrics"].get(name)) for name in shown]
+        rows.append([*prefix, f"{line['samples']:,}", line["evaluation"], *cells])
     first = ["run"] if len(runs) > 1 else []
-    return Table([*first, "samples", "model", *ACCURACIES.values()], rows)
+    return Table([*first, "samples", "model", *(SHARES[name] for name in shown)], rows)
 
 
 def _term(name: str) -> str:
@@ -190,7 +193,7 @@ def _curves(runs: list[Run]) -> Iterator[tuple[str, str, list[Line]]]:
     terms = dict.fromkeys(name for run in runs for line in run.steps for name in line["terms"])
     for name in terms:
         yield f"term-{name}", _term(name), _over_steps(runs, "terms", name)
-    for metric, title in ACCURACIES.items():
+    for metric, title in SHARES.items():
         yield metric, f"{title}, %", _over_evaluations(runs, metric)
     for key, (title, _) in LOGGED.items():
         yield key, title, _over_steps(runs, key)

@@ -44,7 +44,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     check_writable(run_folder)
     resume_from = checkpoint_folder.find(run_folder / "checkpoints", arguments.resume)
     say = print if os.environ["RANK"] == "0" else _silent
-    shards, val_shards = _find_data(recipe, say)
+    shards, val_shards = find_data(recipe, say)
     # Built once before anything costs time, since it checks lanes, ranks and workers.
     build_train_loader(recipe, shards, int(os.environ["RANK"]), num_ranks)
     # Imported here: DeepSpeed and the towers take seconds, which no wrong input should cost.
@@ -126,8 +126,15 @@ def _read_recipe(arguments: argparse.Namespace) -> Recipe:
     return recipe
 
 
-def _find_data(recipe: Recipe, say) -> tuple[list[Shard], list[Shard]]:
-    """The training and the validation shards; makes the demo's on first use."""
+def find_data(recipe: Recipe, say) -> tuple[list[Shard], list[Shard]]:
+    """The training and the validation shards; makes the demo's on first use.
+
+    Args:
+        say: gets lines for the user, as print.
+
+    Raises:
+        ConfigError: shards are missing, or can't be read or counted.
+    """
     train, val = recipe.data.train, recipe.data.val
     if train == DEMO:
         say(

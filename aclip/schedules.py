@@ -1,6 +1,11 @@
-"""Learning rate and EMA momentum as pure functions of the number of samples seen."""
+"""Steps of a run, and its learning rate and EMA momentum as functions of the samples seen."""
 
 import math
+
+
+def count_steps(epochs: float, dataset_size: float, global_batch_size: int) -> int:
+    """Optimizer steps of a run: the batches nearest to that many passes, at least one."""
+    return max(1, round(epochs * dataset_size / global_batch_size))
 
 
 def learning_rate(

@@ -19,7 +19,7 @@ from aclip.errors import ConfigError
 from aclip.gather import all_gather_rows, rank, world_size
 from aclip.metrics import MetricsLogger, StepTimer
 from aclip.report import write_report
-from aclip.schedules import ema_momentum, learning_rate
+from aclip.schedules import count_steps, ema_momentum, learning_rate
 from aclip.stepper import Stepper
 from aclip.tracker import WandbTracker
 from aclip.upload import Uploader
@@ -62,7 +62,7 @@ class Trainer:
         self.checkpoints = run_folder / "checkpoints"
         dataset_size = sum(shard.num_samples for shard in shards)
         batch_size = recipe.train.global_batch_size
-        self.num_steps = max(1, round(recipe.train.epochs * dataset_size / batch_size))
+        self.num_steps = count_steps(recipe.train.epochs, dataset_size, batch_size)
         self.total_samples = self.num_steps * batch_size
         self.warmup_samples = round(recipe.train.warmup_epochs * dataset_size)
 

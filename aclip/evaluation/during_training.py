@@ -1,5 +1,5 @@
-"""Evaluation during training: student and teacher on the validation set, and the kept-patch
-picture."""
+"""Evaluation during training: student and teacher on the validation set, the kept-patch picture,
+and how much of the known objects the mask keeps."""
 
 from pathlib import Path
 
@@ -10,7 +10,12 @@ from aclip.config import Recipe
 from aclip.data.augment import augment
 from aclip.data.shards import Shard, read_shard
 from aclip.data.tokenizer import build_tokenizer
-from aclip.evaluation.kept_patches import PictureSet, read_picture_set
+from aclip.evaluation.kept_patches import (
+    PictureSet,
+    kept_object_patches,
+    kept_object_share,
+    read_picture_set,
+)
 from aclip.evaluation.prompts import find_class_prompts
 from aclip.evaluation.suite import evaluate
 from aclip.evaluation.texts import Towers
@@ -20,6 +25,8 @@ from aclip.metrics import picture_path
 from aclip.visualize import draw_figure, encode
 
 BATCH_SIZE = 256
+NUM_MEASURED = 256
+"""Samples that the mask is measured on, where the validation set says where its objects are."""
 
 
 class Evaluator:
@@ -40,7 +47,11 @@ class Evaluator:
         self._pictured: PictureSet | None = None
 
     def __call__(self, trainer) -> dict[str, dict[str, float]]:
-        """{"student": metrics, "teacher": metrics, "chance": metrics}; equal on every rank."""
+        """{"student": metrics, "teacher": metrics, "chance": metrics}, equal on every rank.
+
+        On rank 0 also "mask", the share of the objects' patches that the recipe's mask keeps, if
+        the samples hold object masks.
+        """
         engine, teacher = trainer.stepper.engine, trainer.stepper.teacher
 
         def through_engine(task: str):
@@ -55,7 +66,7 @@ class Evaluator:
             results["teacher"] = self._score(trainer, teacher.encode_image, teacher.encode_text)
         results["chance"] = chance(results["student"])
         if gather.rank() == 0 and self._recipe.mask.policy != "none":
-            self._picture(trainer)
+            self._inspect_mask(trainer, results)
         return results
 
     def _score(self, trainer, encode_image, encode_text) -> dict[str, float]:
@@ -72,32 +83,34 @@ class Evaluator:
         )
         return evaluate(towers, ShardSet(self._shards), self._prompts, BATCH_SIZE, gather)
 
-    def _picture(self, trainer) -> None:
-        picture = self._draw(trainer)
-        if picture is None:
+    def _inspect_mask(self, trainer, results: dict) -> None:
+        """Draws and measures the mask on the same validation samples and views every time."""
+        recipe = self._recipe
+        if self._pictured is None:
+            raw = (sample for shard in self._shards for _, sample in read_shard(shard))
+            self._pictured = read_picture_set(recipe, raw, NUM_MEASURED)
+        pictured = self._pictured
+        if pictured is None:
             return
+        scores = None
+        if recipe.needs_teacher_view:
+            images = pictured.images.to(trainer.device)
+            pixels = augment(images, None, recipe.augment, trainer.stepper.dtype)
+            scores = trainer.stepper.teacher.forward(pixels).scores.cpu()
+        columns = pictured.columns(recipe.mask.policy, scores)
+        self._write_picture(trainer, draw_figure(columns, pictured.captions))
+        keep_ids = pictured.keep_ids(recipe.mask.policy, scores)
+        kept, total = kept_object_patches(keep_ids, pictured.coverage)
+        if total.any():
+            results["mask"] = {"object_patches_kept": kept_object_share(kept, total)}
+
+    def _write_picture(self, trainer, picture: np.ndarray) -> None:
         path = picture_path(self._run_folder, trainer.samples)
         try:
             write_whole(path, encode(picture))
         except OSError as error:  # a picture less must not end the run
             print(f"{path} was not written: {error.strerror or error}", flush=True)
         trainer.logger.log_image("kept_patches", picture, trainer.samples)
-
-    def _draw(self, trainer) -> np.ndarray | None:
-        """The kept patches of the same eight validation samples and views every time."""
-        recipe = self._recipe
-        if self._pictured is None:
-            raw = (sample for shard in self._shards for _, sample in read_shard(shard))
-            self._pictured = read_picture_set(recipe, raw)
-        if self._pictured is None:
-            return None
-        scores = None
-        if recipe.needs_teacher_view:
-            images = self._pictured.images.to(trainer.device)
-            pixels = augment(images, None, recipe.augment, trainer.stepper.dtype)
-            scores = trainer.stepper.teacher.forward(pixels).scores.cpu()
-        columns = self._pictured.columns(recipe.mask.policy, scores)
-        return draw_figure(columns, self._pictured.captions)
 
 
 def chance(metrics: dict[str, float]) -> dict[str, float]:

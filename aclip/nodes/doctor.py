@@ -18,6 +18,7 @@ from pathlib import Path
 
 from aclip.nodes.hostfile import Host, check_hostfile, environment_for_nodes
 from aclip.nodes.node import Node
+from aclip.nodes.probe import BUSY_MIB
 from aclip.nodes.remote import LOCAL, SSH, check_remote_shell, open_python
 from aclip.run_arguments import DEMO, parse, read_recipe, run_folder
 
@@ -27,7 +28,6 @@ ALL_REDUCE_SECONDS = 180.0
 MOST_SKEW_SECONDS = 2.0
 LEAST_DISK_BYTES = 5 * 2**30
 LEAST_SHM_BYTES = 2**29
-BUSY_MIB = 1024
 GIB = 2**30
 NETWORK = "set NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME without GPUs) in .deepspeed_env"
 

@@ -27,6 +27,8 @@ from aclip.errors import ConfigError
 PACKAGES = ("torch", "deepspeed", "timm", "transformers")
 SECONDS_TO_SEE = 10.0
 """A file that another node has written may take so long to be seen over a network."""
+BUSY_MIB = 1024
+"""Memory in use above which a GPU counts as somebody's."""
 QUERY = ("nvidia-smi", "--query-gpu=name,memory.used,memory.total", "--format=csv,noheader,nounits")
 
 
@@ -51,7 +53,7 @@ def examine(question: dict) -> dict:
     room = next(path for path in (output, *output.absolute().parents) if path.exists())
     return {
         "versions": _versions(),
-        "gpus": _gpus(),
+        "gpus": gpus(),
         "disk_bytes": shutil.disk_usage(room).free,
         "shm_bytes": shutil.disk_usage("/dev/shm").free,
         "seen": seen,
@@ -132,8 +134,8 @@ def _own_version() -> str:
     return f"{version('aclip')}+{digest.hexdigest()[:8]}"
 
 
-def _gpus() -> list[dict]:
-    """Name and memory, MiB, of each GPU."""
+def gpus() -> list[dict]:
+    """Name and memory, MiB, of each GPU of this node."""
     if shutil.which(QUERY[0]) is None:
         return []
     listed = subprocess.run(QUERY, capture_output=True, text=True)

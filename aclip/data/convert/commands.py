@@ -2,7 +2,10 @@
 
 import argparse
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from aclip.data.convert import conversion
@@ -30,11 +33,28 @@ def convert(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError: bad arguments, or a source or folder that can't be used.
     """
-    try:
+    with _ending_on_interrupt():
         _run(arguments)
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to continue", file=sys.stderr, flush=True)
-        os._exit(EXIT_INTERRUPTED)  # the workers end by themselves
+
+
+@contextmanager
+def _ending_on_interrupt() -> Iterator[None]:
+    """Ends the process at Ctrl-C. Not by KeyboardInterrupt, which Python drops where it can't be
+    raised, such as in what runs around a fork."""
+    main = os.getpid()
+
+    def end(number, frame):
+        if os.getpid() == main:  # the workers end by themselves
+            os.write(sys.stderr.fileno(), b"\nstopped; run the same command again to continue\n")
+            os._exit(EXIT_INTERRUPTED)
+
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _run(arguments: argparse.Namespace) -> None:

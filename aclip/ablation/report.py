@@ -1,0 +1,147 @@
+"""The page of an ablation: tables for each keep ratio, differences, curves."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from aclip.ablation.results import QUARTERS, Mean, Result, difference
+from aclip.charts import Line, draw_chart
+from aclip.document import Block, Gallery, Heading, Picture, Table, Text, to_html, to_markdown
+from aclip.files import write_whole
+from aclip.report import SHARES
+
+PAGE, MARKDOWN, FIGURES = "ablation.html", "ablation.md", "ablation.json"
+COMPARED = (
+    ("attentive_1x", "random_1x"),
+    ("attentive_2x", "random_2x"),
+    ("attentive_2x", "inverse_2x"),
+    ("random_2x", "inverse_2x"),
+    ("aclip", "attentive_2x"),
+    ("aclip", "slip"),
+)
+"""Rows whose difference is shown, the one that should be better first."""
+LEGEND = (
+    "Mean of the seeds ± standard error, of the student, at each quarter of the schedule. "
+    "Object's patches kept: by the mask at the end, in brackets by that of an untrained model. "
+    "FLOPs and time of a sample are relative to the first row; the time is that of the runs "
+    "themselves, waiting for data included. Published: ImageNet-1K zero-shot, ViT-B/16, YFCC-15M, "
+    "25 epochs, half of the patches kept (arXiv:2212.08653)."
+)
+
+
+def write_report(results: list[Result], gflops: dict[str, float], title: str, out: Path) -> None:
+    """Writes ablation.html, .md, .json and the charts into `out`.
+
+    Args:
+        results: at least one.
+        gflops: of a sample's step, by the case's name.
+        title: of the page.
+    """
+    blocks: list[Block] = []
+    pictures = []
+    for keep, group in _by_keep_ratio(results):
+        metric = next(iter(group[0].outcomes.values())).metric
+        name = f"{SHARES[metric]}, %, {keep} % of the patches kept"
+        chart = Picture(name, draw_chart(_curves(group)), f"accuracy-keep{keep}.png")
+        pictures.append(chart)
+        blocks += [Heading(name), _table(group, gflops)]
+        if len(group) > 1:
+            blocks.append(Text(_order(group)))
+        differences = _differences(group)
+        if differences.rows:
+            blocks.append(differences)
+        blocks.append(Gallery([chart], 480))
+    blocks.append(Text(LEGEND))
+    for picture in pictures:
+        write_whole(out / picture.file, picture.content)
+    write_whole(out / FIGURES, _json(results, gflops))
+    write_whole(out / PAGE, to_html(title, blocks).encode())
+    write_whole(out / MARKDOWN, to_markdown(title, blocks).encode())
+
+
+def _by_keep_ratio(results: list[Result]) -> Iterator[tuple[str, list[Result]]]:
+    """The kept percentage and its rows, those that keep everything among them."""
+    ratios = {r.case.keep_ratio for r in results if r.case.keep_ratio is not None}
+    for ratio in sorted(ratios, reverse=True) or [None]:
+        group = [r for r in results if r.case.keep_ratio in (None, ratio)]
+        yield group[-1].case.keep if ratio is None else f"{100 * ratio:g}", group
+
+
+def _table(group: list[Result], gflops: dict[str, float]) -> Table:
+    quarters = [f"{100 * quarter // QUARTERS} %" for quarter in range(1, QUARTERS + 1)]
+    header = ["", *quarters, "object's patches kept", "FLOPs", "time", "published", "seeds"]
+    first = group[0]
+    rows = []
+    for result in group:
+        objects = result.objects()
+        rows.append(
+            (
+                result.case.label,
+                *(_show(mean) for mean in result.accuracy()),
+                f"{_show(objects[1])} ({_show(objects[0])})" if objects else "",
+                f"{gflops[result.case.name] / gflops[first.case.name]:.2f}",
+                f"{first.images_per_second() / result.images_per_second():.2f}",
+                f"{result.case.row.published:.1f}",
+                str(len(result.outcomes)),
+            )
+        )
+    return Table(header, rows)
+
+
+def _order(group: list[Result]) -> str:
+    """The rows by accuracy at the end, and as published."""
+    ends = sorted(group, key=lambda result: -result.accuracy()[-1].value)
+    published = sorted(group, key=lambda result: -result.case.row.published)
+    here, there = (" > ".join(result.case.label for result in order) for order in (ends, published))
+    if here == there:
+        return f"At the end the order is the published one: {here}."
+    return f"Order at the end: {here}. Published: {there}."
+
+
+def _differences(group: list[Result]) -> Table:
+    by_row = {result.case.row.name: result for result in group}
+    rows = []
+    for better, worse in COMPARED:
+        if better in by_row and worse in by_row:
+            means = difference(by_row[better], by_row[worse])
+            label = f"{by_row[better].case.label} - {by_row[worse].case.label}"
+            rows.append((label, *(_show(mean, "+") for mean in means)))
+    quarters = [f"{100 * quarter // QUARTERS} %" for quarter in range(1, QUARTERS + 1)]
+    return Table(["difference, seed by seed", *quarters], rows)
+
+
+def _curves(group: list[Result]) -> list[Line]:
+    lines = []
+    for color, result in enumerate(group):
+        means = result.accuracy()
+        lines.append(
+            Line(
+                result.case.label,
+                next(iter(result.outcomes.values())).samples[1:],
+                [100 * mean.value for mean in means],
+                color,
+                errors=[100 * mean.error for mean in means],
+            )
+        )
+    return lines
+
+
+def _json(results: list[Result], gflops: dict[str, float]) -> bytes:
+    rows = [
+        {
+            "row": result.case.row.name,
+            "keep_ratio": result.case.keep_ratio,
+            "overrides": result.case.overrides,
+            "gflops": gflops[result.case.name],
+            "seeds": {seed: asdict(outcome) for seed, outcome in result.outcomes.items()},
+        }
+        for result in results
+    ]
+    return json.dumps(rows, indent=1).encode()
+
+
+def _show(mean: Mean, sign: str = "") -> str:
+    error = "" if math.isnan(mean.error) else f" ± {100 * mean.error:.1f}"
+    return f"{100 * mean.value:{sign}.1f}{error}"

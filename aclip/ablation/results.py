@@ -1,0 +1,106 @@
+"""What finished runs reached: means over seeds with their standard errors."""
+
+import math
+import statistics
+from dataclasses import dataclass
+
+from aclip.ablation.rows import Case
+from aclip.ablation.runs import Run
+from aclip.metrics import read_metrics
+
+QUARTERS = 4
+"""A run is evaluated at each quarter of its schedule."""
+METRICS = ("zero_shot_top1", "image_to_text_r1")
+"""The first that the validation set allows is compared."""
+OBJECTS = "object_patches_kept"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Of several seeds, with the standard error of the mean; the error of one seed is NaN."""
+
+    value: float
+    error: float
+
+    @staticmethod
+    def of(values: list[float]) -> "Mean":
+        spread = statistics.stdev(values) if len(values) > 1 else math.nan
+        return Mean(statistics.fmean(values), spread / math.sqrt(len(values)))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one run.
+
+    Attributes:
+        metric: what `points` are.
+        points: the student's, at 0, 25, 50, 75 and 100 % of the schedule. samples: where these are.
+        objects: share of the objects' patches that the mask kept there; empty where unknown.
+        images_per_second: median of the log steps.
+    """
+
+    metric: str
+    points: list[float]
+    samples: list[int]
+    objects: list[float]
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """A case and the outcomes of its finished runs, by seed."""
+
+    case: Case
+    outcomes: dict[int, Outcome]
+
+    def accuracy(self) -> list[Mean]:
+        """At 25, 50, 75 and 100 % of the schedule."""
+        each = [outcome.points[1:] for outcome in self.outcomes.values()]
+        return [Mean.of(list(values)) for values in zip(*each, strict=True)]
+
+    def objects(self) -> list[Mean]:
+        """Share of the objects' patches that the mask keeps, untrained and at the end; or []."""
+        each = [[o.objects[0], o.objects[-1]] for o in self.outcomes.values() if o.objects]
+        return [Mean.of(list(values)) for values in zip(*each, strict=True)]
+
+    def images_per_second(self) -> float:
+        return statistics.median(outcome.images_per_second for outcome in self.outcomes.values())
+
+
+def read_results(runs: list[Run]) -> list[Result]:
+    """The cases that have finished runs, in the order of the rows."""
+    results: dict[str, Result] = {}
+    for run in runs:
+        if run.is_finished:
+            result = results.setdefault(run.case.name, Result(run.case, {}))
+            result.outcomes[run.seed] = _read(run)
+    return list(results.values())
+
+
+def difference(better: Result, worse: Result) -> list[Mean]:
+    """Of the accuracies at 25, 50, 75 and 100 %, seed by seed: a seed fixes the first weights, the
+    order of the samples and the boxes of their views, so that much of the spread cancels."""
+    seeds = better.outcomes.keys() & worse.outcomes.keys()
+    each = [
+        [b - w for b, w in zip(better.outcomes[s].points, worse.outcomes[s].points, strict=True)]
+        for s in sorted(seeds)
+    ]
+    return [Mean.of(list(values)) for values in zip(*each, strict=True)][1:]
+
+
+def _read(run: Run) -> Outcome:
+    lines = read_metrics(run.folder)
+    evaluations = {
+        name: [line for line in lines if line.get("evaluation") == name]
+        for name in ("student", "mask")
+    }
+    students = evaluations["student"]
+    metric = next(name for name in METRICS if name in students[-1]["metrics"])
+    rates = [line["images_per_second"] for line in lines if "terms" in line]
+    return Outcome(
+        metric,
+        [line["metrics"][metric] for line in students],
+        [line["samples"] for line in students],
+        [line["metrics"][OBJECTS] for line in evaluations["mask"]],
+        statistics.median(rates),
+    )

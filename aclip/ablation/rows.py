@@ -1,0 +1,170 @@
+"""The rows of the paper's tables, as what each changes of one base recipe.
+
+Towers, data, colours, optimizer and schedule are the base's, equal in every row.
+"""
+
+from dataclasses import dataclass
+
+from aclip.config import Recipe
+from aclip.errors import ConfigError
+from aclip.recipe_file import load_recipe
+
+NO_TEACHER = ("teacher=null", "loss.simclr=0", "loss.byol=0")
+NO_AUXILIARY_LOSS = ("loss.simclr=0", "loss.byol=0")
+NO_MASK = ("mask.policy=none", "mask.keep_ratio=1", "views.student=1")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method.
+
+    Attributes:
+        name: on the command line. label: in tables; {keep} stands for the kept percentage.
+        published: ImageNet-1K zero-shot accuracy, percent, of ViT-B/16 after 25 epochs of YFCC-15M
+            (arXiv:2212.08653, tables 1 and 2; half of the patches is kept).
+        overrides: of the base recipe; {half} stands for half of its resolution.
+        drops_patches: whether keep_ratio means something.
+    """
+
+    name: str
+    label: str
+    published: float
+    overrides: tuple[str, ...]
+    drops_patches: bool = True
+
+
+MASKS = (
+    Row("clip", "none, 1 x 100 % (CLIP)", 37.6, (*NO_MASK, *NO_TEACHER), False),
+    Row(
+        "random_1x",
+        "random, 1 x {keep} %",
+        35.0,
+        ("mask.policy=random", "views.student=1", *NO_TEACHER),
+    ),
+    Row(
+        "random_2x",
+        "random, 2 x {keep} %",
+        38.0,
+        ("mask.policy=random", "views.student=2", *NO_TEACHER),
+    ),
+    Row(
+        "attentive_1x",
+        "attentive, 1 x {keep} %",
+        39.5,
+        ("mask.policy=attentive", "views.student=1", *NO_AUXILIARY_LOSS),
+    ),
+    Row(
+        "attentive_2x",
+        "attentive, 2 x {keep} %",
+        41.3,
+        ("mask.policy=attentive", "views.student=2", *NO_AUXILIARY_LOSS),
+    ),
+    Row(
+        "inverse_2x",
+        "inverse, 2 x {keep} %",
+        28.5,
+        ("mask.policy=inverse", "views.student=2", *NO_AUXILIARY_LOSS),
+    ),
+)
+SYSTEMS = (
+    Row(
+        "slip",
+        "SLIP",
+        42.8,
+        (*NO_MASK, "teacher=null", "views.ssl=2", "loss.simclr=1", "loss.byol=0"),
+        False,
+    ),
+    Row(
+        "maskclip",
+        "MaskCLIP",
+        42.7,
+        (*NO_MASK, *NO_AUXILIARY_LOSS, "loss.distill=0.05", "loss.mlm=0.05"),
+        False,
+    ),
+    Row(
+        "aclip",
+        "A-CLIP, 2 x {keep} %",
+        43.9,
+        ("mask.policy=attentive", "views.student=2", "loss.simclr=1", "loss.byol=2"),
+    ),
+    Row(
+        "aclip_eff",
+        "A-CLIP-eff, 2 x {keep} %",
+        42.9,
+        (
+            *("mask.policy=attentive", "views.student=2", "loss.simclr=1", "loss.byol=2"),
+            "teacher.resolution={half}",
+        ),
+    ),
+)
+GROUPS = {"masks": MASKS, "systems": (MASKS[0], *SYSTEMS)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row at one keep ratio: what is trained with each seed.
+
+    Attributes:
+        keep_ratio: None where nothing is dropped.
+        overrides: of the base recipe, the user's own among them. recipe: resolved, of seed 0.
+    """
+
+    row: Row
+    keep_ratio: float | None
+    overrides: tuple[str, ...]
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return self.row.name if self.keep_ratio is None else f"{self.row.name}-keep{self.keep}"
+
+    @property
+    def label(self) -> str:
+        return self.row.label.format(keep=self.keep)
+
+    @property
+    def keep(self) -> str:
+        return "100" if self.keep_ratio is None else f"{100 * self.keep_ratio:g}"
+
+
+def choose_rows(names: list[str]) -> list[Row]:
+    """Rows by name or group, in the order of the paper's tables, each once.
+
+    Raises:
+        ConfigError: there is no such row.
+    """
+    known = {row.name: row for row in (*MASKS, *SYSTEMS)}
+    chosen = set()
+    for name in names:
+        if name not in known and name not in GROUPS:
+            raise ConfigError(f"--rows names {name}; take some of {', '.join([*GROUPS, *known])}")
+        chosen |= {row.name for row in GROUPS.get(name, ())} or {name}
+    return [row for name, row in known.items() if name in chosen]
+
+
+def make_cases(
+    rows: list[Row], base: str, overrides: list[str], keep_ratios: list[float]
+) -> list[Case]:
+    """Every row at every keep ratio that means something to it.
+
+    Args:
+        base: name or path of a recipe with a teacher. overrides: of all rows.
+
+    Raises:
+        ConfigError: the base has no teacher, or a row can't be made of it; see load_recipe.
+    """
+    base_recipe = load_recipe(base, overrides)
+    if base_recipe.teacher is None:
+        raise ConfigError(
+            f"--recipe is {base}, which has no teacher; take one with a teacher, whose towers, "
+            "data and schedule all rows share, such as demo"
+        )
+    half = base_recipe.model.image.resolution // 2
+    cases = []
+    for row in rows:
+        for keep_ratio in keep_ratios if row.drops_patches else [None]:
+            changes = [*overrides, *(change.format(half=half) for change in row.overrides)]
+            if keep_ratio is not None:
+                changes.append(f"mask.keep_ratio={keep_ratio:g}")
+            cases.append(Case(row, keep_ratio, tuple(changes), load_recipe(base, changes)))
+    return cases

@@ -1,0 +1,277 @@
+"""Ablations: what each row changes, which runs are started, and the figures of finished ones."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from aclip.ablation.report import write_report
+from aclip.ablation.results import Mean, difference, read_results
+from aclip.ablation.rows import choose_rows, make_cases
+from aclip.ablation.runs import Runner, make_runs
+from aclip.errors import ConfigError
+
+DATA = {"shards": 48, "samples": 7680}
+POINTS = {
+    # row: (points of seed 0, points of seed 1), shares at 0, 25, 50, 75 and 100 %
+    "random_2x": ([0.04, 0.10, 0.20, 0.30, 0.40], [0.05, 0.14, 0.22, 0.30, 0.44]),
+    "attentive_2x": ([0.04, 0.20, 0.30, 0.40, 0.50], [0.05, 0.22, 0.36, 0.40, 0.50]),
+}
+
+
+def cases_of(*names, keep_ratios=(0.5,), overrides=()):
+    return make_cases(choose_rows(list(names)), "demo", list(overrides), list(keep_ratios))
+
+
+def write_metrics(folder, points, objects=(), rate=100.0):
+    lines = [
+        {"samples": 1000 * quarter, "evaluation": name, "metrics": {metric: value}}
+        for name, metric, values in (
+            ("student", "zero_shot_top1", points),
+            ("teacher", "zero_shot_top1", [1 - value for value in points]),
+            ("mask", "object_patches_kept", objects),
+        )
+        for quarter, value in enumerate(values)
+    ]
+    for step in range(1, 4):  # the first is slow, as it is in a run
+        seconds = rate / 10 if step == 1 else rate
+        lines.append({"samples": 100 * step, "terms": {}, "images_per_second": seconds})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def finished_runs(tmp_path, seeds=2):
+    runs = make_runs(cases_of(*POINTS), seeds, tmp_path, {}, DATA)
+    for run in runs:
+        name = run.case.row.name
+        objects = [0.5, 0.6, 0.7, 0.7, 0.8 + 0.02 * run.seed]
+        rate = 50.0 if name == "attentive_2x" else 100.0
+        write_metrics(run.folder, POINTS[name][run.seed], objects, rate)
+        run.note(finished=True)
+    return runs
+
+
+def test_every_row_is_its_method():
+    cases = cases_of("masks", "systems", keep_ratios=[0.5, 0.25])
+    seen = {
+        case.name: (
+            case.recipe.mask.policy,
+            case.recipe.mask.keep_ratio,
+            case.recipe.views.student,
+            case.recipe.views.ssl,
+            case.recipe.teacher and case.recipe.teacher.resolution,
+            case.recipe.loss.simclr,
+            case.recipe.loss.byol,
+            case.recipe.loss.distill,
+            case.recipe.loss.mlm,
+        )
+        for case in cases
+    }
+    masked = {
+        "random_1x": ("random", 1, 0, None, 0, 0),
+        "random_2x": ("random", 2, 0, None, 0, 0),
+        "attentive_1x": ("attentive", 1, 0, 64, 0, 0),
+        "attentive_2x": ("attentive", 2, 0, 64, 0, 0),
+        "inverse_2x": ("inverse", 2, 0, 64, 0, 0),
+        "aclip": ("attentive", 2, 0, 64, 1, 2),
+        "aclip_eff": ("attentive", 2, 0, 32, 1, 2),
+    }
+    expected = {
+        "clip": ("none", 1, 1, 0, None, 0, 0, 0, 0),
+        "slip": ("none", 1, 1, 2, None, 1, 0, 0, 0),
+        "maskclip": ("none", 1, 1, 0, 64, 0, 0, 0.05, 0.05),
+    }
+    for name, (policy, *rest) in masked.items():
+        for ratio, percent in ((0.5, "50"), (0.25, "25")):
+            expected[f"{name}-keep{percent}"] = (policy, ratio, *rest, 0, 0)
+    assert seen == expected
+    towers = {case.recipe.model.model_dump_json() for case in cases}
+    assert len(towers) == 1 and len({case.recipe.optimizer for case in cases}) == 1
+
+
+def test_rows_keep_the_papers_order_and_a_wrong_name_says_which_there_are():
+    names = [row.name for row in choose_rows(["inverse_2x", "masks", "clip"])]
+    assert names == ["clip", "random_1x", "random_2x", "attentive_1x", "attentive_2x", "inverse_2x"]
+    with pytest.raises(ConfigError, match="--rows names randon_2x; take some of masks, systems"):
+        choose_rows(["randon_2x"])
+
+
+def test_a_base_without_teacher_and_a_wrong_ratio_are_refused():
+    with pytest.raises(ConfigError, match="clip_vitb16, which has no teacher"):
+        make_cases(choose_rows(["clip"]), "clip_vitb16", [], [0.5])
+    with pytest.raises(ConfigError, match="mask.keep_ratio is 1.5"):
+        cases_of("random_1x", keep_ratios=[1.5])
+
+
+def test_means_and_standard_errors_over_seeds(tmp_path):
+    random, attentive = read_results(finished_runs(tmp_path))
+    # Two values a and b: their standard error is |a - b| / 2.
+    assert [(m.value, m.error) for m in random.accuracy()] == [
+        pytest.approx(pair) for pair in [(0.12, 0.02), (0.21, 0.01), (0.30, 0.0), (0.42, 0.02)]
+    ]
+    assert [(m.value, m.error) for m in attentive.objects()] == [
+        pytest.approx((0.5, 0.0)),
+        pytest.approx((0.81, 0.01)),
+    ]
+    # Seed by seed: 0.10 and 0.08, 0.10 and 0.14, 0.10 and 0.10, 0.10 and 0.06.
+    assert [(m.value, m.error) for m in difference(attentive, random)] == [
+        pytest.approx(pair) for pair in [(0.09, 0.01), (0.12, 0.02), (0.10, 0.0), (0.08, 0.02)]
+    ]
+    assert random.images_per_second() == 100
+    mean = Mean.of([0.1, 0.2, 0.6])
+    assert (mean.value, mean.error) == pytest.approx((0.3, (0.14 / 2 / 3) ** 0.5))
+
+
+def test_the_page_shows_the_table_the_differences_and_the_order(tmp_path):
+    results = read_results(finished_runs(tmp_path))
+    gflops = {"random_2x-keep50": 2.0, "attentive_2x-keep50": 3.0}
+    write_report(results, gflops, "Ablation", tmp_path)
+    text = (tmp_path / "ablation.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows[2] == (
+        "| random, 2 x 50 % | 12.0 ± 2.0 | 21.0 ± 1.0 | 30.0 ± 0.0 | 42.0 ± 2.0 "
+        "| 81.0 ± 1.0 (50.0 ± 0.0) | 1.00 | 1.00 | 38.0 | 2 |"
+    )
+    assert rows[3].endswith("| 1.50 | 2.00 | 41.3 | 2 |")
+    assert rows[-1] == (
+        "| attentive, 2 x 50 % - random, 2 x 50 % | +9.0 ± 1.0 | +12.0 ± 2.0 | +10.0 ± 0.0 "
+        "| +8.0 ± 2.0 |"
+    )
+    order = "attentive, 2 x 50 % > random, 2 x 50 %"
+    assert f"At the end the order is the published one: {order}." in text
+    assert (tmp_path / "accuracy-keep50.png").read_bytes()[1:4] == b"PNG"
+    first = json.loads((tmp_path / "ablation.json").read_text())[0]
+    assert first["seeds"]["1"]["points"] == POINTS["random_2x"][1]
+
+
+def test_one_seed_has_no_error(tmp_path):
+    write_report(
+        read_results(finished_runs(tmp_path, seeds=1)),
+        {"random_2x-keep50": 1.0, "attentive_2x-keep50": 1.0},
+        "Ablation",
+        tmp_path,
+    )
+    assert (
+        "| random, 2 x 50 % | 10.0 | 20.0 | 30.0 | 40.0 | 80.0 (50.0) |"
+        in (tmp_path / "ablation.md").read_text()
+    )
+
+
+SCRIPT = """
+import os, pathlib, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+with open(folder.parent / "started", "a") as file:
+    file.write(f"{folder.name} {os.environ['DEVICE']} {sys.argv[-1]}\\n")
+if folder.name == os.environ.get("BREAKS"):
+    print("it broke")
+    sys.exit(7)
+"""
+
+
+def run_script(tmp_path, runs, devices=2):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    reports = []
+    runner = Runner(
+        [sys.executable, str(script)],
+        [{"DEVICE": str(index)} for index in range(devices)],
+        lambda: reports.append(1),
+    )
+    failed, was_stopped = runner.run(runs)
+    started = (tmp_path / "started").read_text().splitlines()
+    (tmp_path / "started").unlink()
+    return [run.folder.name for run in failed], was_stopped, sorted(started), len(reports)
+
+
+def test_runs_go_to_the_devices_and_a_failed_one_alone_is_tried_again(
+    tmp_path, monkeypatch, capsys
+):
+    runs = make_runs(cases_of("clip", "random_1x"), 2, tmp_path, {}, DATA)
+    monkeypatch.setenv("BREAKS", "clip-seed1")
+    failed, _, started, num_reports = run_script(tmp_path, runs)
+    assert failed == ["clip-seed1"] and num_reports == 3
+    assert [line.split()[::2] for line in started] == [
+        ["clip-seed0", "train.seed=0"],
+        ["clip-seed1", "train.seed=1"],
+        ["random_1x-keep50-seed0", "train.seed=0"],
+        ["random_1x-keep50-seed1", "train.seed=1"],
+    ]
+    assert {line.split()[1] for line in started} == {"0", "1"}
+    assert "clip-seed1 ended with status 7: it broke" in capsys.readouterr().out
+    monkeypatch.delenv("BREAKS")
+    failed, _, started, _ = run_script(tmp_path, runs)
+    assert failed == [] and [line.split()[0] for line in started] == ["clip-seed1"]
+    assert "4 runs, 3 of them finished before" in capsys.readouterr().out
+
+
+def test_a_folder_with_other_settings_is_refused(tmp_path):
+    (run,) = make_runs(cases_of("clip"), 1, tmp_path, {}, DATA)
+    run.check()
+    run.note(finished=True)
+    run.check()
+    for other in (
+        make_runs(cases_of("clip", overrides=["optimizer.lr=2e-3"]), 1, tmp_path, {}, DATA),
+        make_runs(cases_of("clip"), 1, tmp_path, {"gradient_clipping": 1.0}, DATA),
+        make_runs(cases_of("clip"), 1, tmp_path, {}, DATA | {"samples": 1}),
+    ):
+        with pytest.raises(ConfigError, match="clip-seed0, which was trained with other settings"):
+            other[0].check()
+
+
+STOPPED = """
+import os, signal, sys, time
+from pathlib import Path
+from aclip.ablation.rows import choose_rows, make_cases
+from aclip.ablation.runs import Runner, make_runs
+out = Path(sys.argv[1])
+child = out / "child.py"
+child.write_text('''
+import os, signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[sys.argv.index("--output") + 1])
+def end(*_):
+    folder.joinpath("was_told").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+folder.joinpath("pid").write_text(str(os.getpid()))
+time.sleep(120)
+''')
+runs = make_runs(make_cases(choose_rows(["masks"]), "demo", [], [0.5]), 1, out, {}, {})
+failed, was_stopped = Runner([sys.executable, str(child)], [{}, {}], lambda: None).run(runs)
+sys.exit(143 if was_stopped and not failed else 1)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_ends_the_runs_and_starts_no_more(tmp_path, number):
+    process = subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path)])
+    folders = [tmp_path / "clip-seed0", tmp_path / "random_1x-keep50-seed0"]
+    wait_for(lambda: all((folder / "pid").is_file() for folder in folders))
+    pids = [int((folder / "pid").read_text() or 0) for folder in folders]
+    process.send_signal(number)
+    assert process.wait(timeout=30) == (143 if number != signal.SIGKILL else -signal.SIGKILL)
+    wait_for(lambda: all((folder / "was_told").is_file() for folder in folders))
+    wait_for(lambda: not any(is_alive(pid) for pid in pids))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
+        folder.name for folder in folders
+    ]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as file:  # one that nobody waits for is not alive
+        return file.read().rsplit(")", 1)[1].split()[0] != "Z"
