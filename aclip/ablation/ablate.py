@@ -124,7 +124,8 @@ def _devices(num_processes: int | None) -> list[dict[str, str]]:
     if not listed:
         num_cores = len(os.sched_getaffinity(0))
         num_processes = num_processes or num_cores
-        return [{"OMP_NUM_THREADS": str(max(1, num_cores // num_processes))}] * num_processes
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, num_cores // num_processes))
+        return [{"OMP_NUM_THREADS": threads}] * num_processes
     free = [str(index) for index, gpu in enumerate(listed) if gpu["used"] <= BUSY_MIB]
     if not free:
         raise ConfigError(
