@@ -90,7 +90,8 @@ def examine(
         list(pool.map(ask, nodes, [index == 0 for index in range(len(nodes))]))
     _compare(nodes, output)
     problems = [*problems, *(f"{n.host.name}: {text}" for n in nodes for text in n.problems)]
-    print(format_table(nodes), flush=True)
+    if nodes:
+        print(format_table(nodes), flush=True)
     if not problems:
         print(f"all-reduce over {sum(host.slots for host in hosts)} ranks ...", flush=True)
         report, problems = _all_reduce(hosts, remote_shell, master)

@@ -8,8 +8,11 @@ import subprocess
 
 import numpy as np
 import pytest
+from ablation_runs import finished_runs
 from report_run import write_run
 
+from aclip.ablation.report import write_report as write_ablation
+from aclip.ablation.results import read_results
 from aclip.document import Gallery, Heading, Picture, Table, Text, to_html
 from aclip.report import write_report
 from aclip.visualize import encode
@@ -90,6 +93,12 @@ def test_comparison_of_runs(tmp_path, written_run):
     shutil.copytree(written_run, other)
     write_report([written_run, other], tmp_path)
     check((tmp_path / "report.html").read_text(), tmp_path, num_images=11)
+
+
+def test_ablation(tmp_path):
+    gflops = {"random_2x-keep50": 2.0, "attentive_2x-keep50": 3.0}
+    write_ablation(read_results(finished_runs(tmp_path)), gflops, "Ablation", tmp_path)
+    check((tmp_path / "ablation.html").read_text(), tmp_path, num_images=1)
 
 
 def test_figure_with_long_words_and_a_wide_table(tmp_path):
