@@ -7,7 +7,8 @@ the host, the teacher's activations (one block's, without gradient), and what to
 
 import argparse
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
@@ -71,7 +72,7 @@ class MemoryRow:
     Attributes:
         title: the stage, and its precision where that is not the ds_config's.
         states: of the parameters. teacher: average and compute copy.
-        heads, logits: of the local batch.
+        local_batch_size: images of a step. heads, logits: of all of them.
         activations: of a sample of the micro-batch, by what the backward pass recomputes.
         micro_batches: the largest that fit, likewise; 0 for none.
         fitting: the largest with what the recipe itself recomputes.
@@ -80,19 +81,21 @@ class MemoryRow:
     title: str
     states: States
     teacher: float
+    local_batch_size: int
     heads: float
     logits: float
     activations: dict[Recompute, float]
     micro_batches: dict[Recompute, int]
     fitting: int
 
-    @property
-    def fixed(self) -> float:
-        """What no micro-batch changes."""
-        return self.states.total + self.teacher + self.heads + self.logits
-
     def total(self, micro_batch_size: int, recompute: Recompute) -> float:
-        return self.fixed + micro_batch_size * self.activations[recompute]
+        return self.at(micro_batch_size, self.activations[recompute])
+
+    def at(self, micro_batch_size: int, kept: float) -> float:
+        """The peak with `kept` bytes of activations a sample."""
+        activations = micro_batch_size * kept + self.heads + self.logits
+        num_micro_steps = self.local_batch_size // micro_batch_size
+        return self.teacher + self.states.peak(activations, num_micro_steps)
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ def plan_memory(
     run = Run(*counts, teacher, step, num_ranks, memory_bytes=UNLIMITED)
     settings = zero_settings(ds_config, num_ranks)
     kept = activations(step, settings.dtype_bytes)
-    return memory_row(run, settings).fixed + ds_config.micro_batch_size * kept
+    return memory_row(run, settings).at(ds_config.micro_batch_size, kept)
 
 
 def memory_row(run: Run, settings: ZeroSettings) -> MemoryRow:
@@ -211,19 +214,21 @@ def memory_row(run: Run, settings: ZeroSettings) -> MemoryRow:
     teacher = run.teacher * (FP32 + (width if width < FP32 else 0))
     heads = local * local_activations(run.step, width)
     of_logits = logits(run.step, local, CHUNK_ROWS)
-    room = run.memory_bytes - states.total - teacher - heads - of_logits
     each = {mode: activations(with_recompute(run.step, mode), width) for mode in MODES}
-    micro_batches = {mode: largest_divisor(local, room / kept) for mode, kept in each.items()}
-    fitting = largest_divisor(local, room / activations(run.step, width))
-    return MemoryRow(
-        settings.title, states, teacher, heads, of_logits, each, micro_batches, fitting
-    )
+    row = MemoryRow(settings.title, states, teacher, local, heads, of_logits, each, {}, 0)
+
+    def largest(kept: float) -> int:
+        return largest_divisor(local, lambda micro: row.at(micro, kept) <= run.memory_bytes)
+
+    micro_batches = {mode: largest(kept) for mode, kept in each.items()}
+    fitting = largest(activations(run.step, width))
+    return replace(row, micro_batches=micro_batches, fitting=fitting)
 
 
-def largest_divisor(number: int, limit: float) -> int:
-    """The largest divisor of `number` that is not above `limit`; 0 if there is none."""
-    divisors = (n for n in range(1, min(number, math.floor(limit)) + 1) if number % n == 0)
-    return max(divisors, default=0)
+def largest_divisor(number: int, fits: Callable[[int], bool]) -> int:
+    """The largest divisor of `number` that fits; 0 if there is none."""
+    divisors = (n for n in range(number, 0, -1) if number % n == 0)
+    return next((n for n in divisors if fits(n)), 0)
 
 
 def embedding_bytes(step: StepShape, num_ranks: int) -> float:

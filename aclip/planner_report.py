@@ -57,7 +57,7 @@ def _states(plan: Plan) -> str:
     for row in plan.rows:
         states = row.states
         parts = [states.parameters, states.gradients, states.optimizer, row.teacher]
-        parts += [states.buffers, row.heads, row.logits]
+        parts += [states.buffers + states.arriving, row.heads, row.logits]
         numbers = [f"{part / GIB:,.2f}" for part in (*parts, sum(parts), states.host)]
         lines.append([_mark(plan, row.title), *numbers])
     return f"{title}\n{_table(lines)}"

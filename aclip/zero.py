@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from aclip.ds_config import DsConfig
 from aclip.errors import ConfigError
 
-FP32 = 4
+FP32, FP64 = 4, 8
 MOMENTS = 2 * FP32  # Adam's two
 
 
@@ -51,8 +51,12 @@ class States:
         parameters: weights as they rest between two steps.
         gradients: as they stand between the backward pass and the optimizer's step.
         optimizer: fp32 masters, where they are apart from the weights, and Adam's moments.
-        buffers: what only the backward pass holds: reduction buckets, ZeRO-1's whole gradients,
-            the weights that ZeRO-3 gathers.
+        buffers: what only the backward pass holds: reduction buckets, the weights that ZeRO-3
+            gathers.
+        arriving: of the backward pass too, gradients before they are reduced: the largest one, or
+            with ZeRO-1 all of them at its end.
+        largest: the largest gradient alone.
+        in_step: what only the optimizer's step holds: its largest gradient in fp64, for the norm.
         host: what lies in the host's memory instead.
     """
 
@@ -60,12 +64,24 @@ class States:
     gradients: float
     optimizer: float
     buffers: float
+    arriving: float = 0.0
+    largest: float = 0.0
+    in_step: float = 0.0
     host: float = 0.0
 
-    @property
-    def total(self) -> float:
-        """On the GPU."""
-        return self.parameters + self.gradients + self.optimizer + self.buffers
+    def peak(self, activations: float, num_micro_steps: int) -> float:
+        """The most that a rank holds at a time, on the GPU.
+
+        Args:
+            activations: bytes of a micro-batch. They go while gradients arrive; of several
+                micro_steps, all but the first pass find the gradients of the one before.
+        """
+        if num_micro_steps == 1:
+            passing = max(activations + self.largest, self.arriving)
+        else:
+            passing = activations + self.arriving
+        resting = self.parameters + self.gradients + self.optimizer
+        return resting + max(self.buffers + passing, self.in_step)
 
 
 def zero_states(groups: list[list[int]], frozen: list[int], settings: ZeroSettings) -> States:
@@ -82,11 +98,17 @@ def zero_states(groups: list[list[int]], frozen: list[int], settings: ZeroSettin
     split = _partitioned if settings.stage == 3 else _flat
     parameters, gradients, shard, buffers = split(groups, frozen, settings)
     optimizer = shard * (FP32 + MOMENTS)
+    trained = [numel for group in groups for numel in group]
+    largest = max(trained) * settings.dtype_bytes
+    # The last backward pass of a step reduces under ZeRO-1; until then whole gradients add up.
+    arriving = sum(trained) * settings.dtype_bytes if settings.stage == 1 else largest
     if not settings.offload:
-        return States(parameters, gradients, optimizer, buffers)
+        in_step = min(max(trained), math.ceil(sum(trained) / settings.num_ranks)) * FP64
+        return States(parameters, gradients, optimizer, buffers, arriving, largest, in_step)
     # Gradients go to the host in both forms; ZeRO-1/2 also stage the new weights there.
     in_host = FP32 + (settings.accumulation_bytes if settings.stage == 3 else settings.dtype_bytes)
-    return States(parameters, 0.0, 0.0, buffers, host=optimizer + shard * in_host)
+    host = optimizer + shard * in_host
+    return States(parameters, 0.0, 0.0, buffers, arriving, largest, host=host)
 
 
 def _flat(groups: list[list[int]], frozen: list[int], settings: ZeroSettings):
@@ -107,9 +129,6 @@ def _flat(groups: list[list[int]], frozen: list[int], settings: ZeroSettings):
             for rank in range(ranks)
         )
     buffers = settings.bucket_size * width * (2 if settings.overlap else 1)
-    if settings.stage == 1:
-        # The last backward pass of a step reduces; until then whole gradients add up.
-        buffers += sum(map(sum, groups)) * width
     return (sum(padded) + sum(frozen)) * width, gradients, shard, buffers
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from aclip.gpus import GPUS, find_gpu
 from aclip.planner import MODES, embedding_bytes, largest_divisor, plan_run
 from aclip.planner_report import report
 from aclip.step_shape import StepShape
-from aclip.zero import ZeroSettings, sent_bytes, zero_states
+from aclip.zero import States, ZeroSettings, sent_bytes, zero_states
 
 GROUPS, FROZEN = [[30, 7], [5]], [11]  # elements
 
@@ -32,13 +33,15 @@ def test_states_under_zero_2():
     assert states.gradients == 24 * 4
     assert states.optimizer == 24 * 12
     assert states.buffers == 2 * 100 * 2
+    # The largest parameter's; rank 0's share of 42 elements is less than that in fp64.
+    assert (states.arriving, states.largest, states.in_step) == (30 * 2, 30 * 2, 21 * 8)
 
 
 def test_states_under_zero_1_hold_whole_gradients():
     # Rank 0 owns a part of the first parameter and of the third, rank 1 of all three.
     states = zero_states(GROUPS, FROZEN, settings(1, accumulation_bytes=2))
     assert states.gradients == (30 + 7 + 5) * 2
-    assert states.buffers == 100 * 2 + 42 * 2
+    assert (states.buffers, states.arriving, states.largest) == (100 * 2, 42 * 2, 30 * 2)
 
 
 def test_states_under_zero_3():
@@ -78,7 +81,17 @@ def test_bytes_that_a_rank_sends():
 
 @pytest.mark.parametrize("limit, expected", [(100, 12), (7, 6), (4.9, 4), (0.5, 0), (-3, 0)])
 def test_micro_batch_divides_the_local_batch(limit, expected):
-    assert largest_divisor(12, limit) == expected
+    assert largest_divisor(12, lambda micro: micro <= limit) == expected
+
+
+def test_peak_of_a_step():
+    states = States(100, 20, 300, buffers=7, arriving=42, largest=30, in_step=60)
+    # In the step: the norm. In the backward pass: activations with the largest gradient, or all
+    # gradients when the activations are gone; both at once from the second micro_step on.
+    assert states.peak(5, num_micro_steps=1) == 420 + 60
+    assert states.peak(25, num_micro_steps=1) == 420 + 7 + 25 + 30
+    assert replace(states, in_step=0).peak(5, num_micro_steps=1) == 420 + 7 + 42
+    assert states.peak(25, num_micro_steps=2) == 420 + 7 + 25 + 42
 
 
 def test_unknown_gpu_names_the_known_ones():
