@@ -12,7 +12,7 @@ from torch import Tensor
 from aclip import checkpoint
 from aclip.config import Recipe
 from aclip.data.batch import Batch
-from aclip.data.loader import build_train_loader
+from aclip.data.loader import build_train_loader, fingerprint
 from aclip.data.shards import SKIP_KINDS, Shard
 from aclip.ds_config import DsConfig
 from aclip.errors import ConfigError
@@ -25,8 +25,6 @@ from aclip.tracker import WandbTracker
 from aclip.upload import Uploader
 from aclip.watch import StepWatch
 from aclip.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
-
-LOGIT_SCALE = "logit_scale.log_logit_scale"
 
 
 class Trainer:
@@ -73,12 +71,7 @@ class Trainer:
         self.skipped = Counter()
         self.evaluations: dict[str, dict] = {}
         self.wandb_id = ""
-        self._fingerprint = {"shards": len(shards), "samples": dataset_size}
-        if recipe.data.sources:
-            sizes = Counter(shard.source for shard in shards)
-            self._fingerprint["sources"] = [
-                [sizes[index], source.weight] for index, source in enumerate(recipe.data.sources)
-            ]
+        self._fingerprint = fingerprint(recipe.data, shards)
         if resume_from is not None:
             self._resume(resume_from)
         self._saved_at = self.samples if resume_from is not None else None
@@ -100,11 +93,18 @@ class Trainer:
     def samples(self) -> int:
         return self.step * self.recipe.train.global_batch_size
 
+    @property
+    def _place(self) -> str:
+        """What an evaluation of this moment is called."""
+        return f"{self.samples} samples"
+
     def train(self) -> bool:
         """Trains to the end; returns False when a signal stopped the run after a checkpoint."""
         with self.watch.listening():
             if self.step == 0:
                 self._evaluate("before")
+            elif self._evaluation_is_due():  # a signal ended the run before it
+                self._evaluate(self._place)
             timer = StepTimer()
             batches = iter(self.loader)
             while self.step < self.num_steps:
@@ -164,13 +164,17 @@ class Trainer:
             self._log(timer)
         if signal.SIGTERM in signals:
             return True
-        if not at_end and self._is_due(train.evaluate_every):
-            self._evaluate(f"{self.samples} samples")
+        if self._evaluation_is_due():
+            self._evaluate(self._place)
             timer.reset()
         if signal.SIGUSR1 in signals or (not at_end and self._is_due(train.checkpoint_every)):
             self._save()
             timer.reset()
         return False
+
+    def _evaluation_is_due(self) -> bool:
+        is_due = self.step < self.num_steps and self._is_due(self.recipe.train.evaluate_every)
+        return is_due and self._place not in self.evaluations
 
     def _is_due(self, every: int) -> bool:
         """Whether a multiple of `every` samples lies in the step that just ended."""

@@ -11,8 +11,9 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from aclip.ablation.report import MARKDOWN, PAGE, write_report
 from aclip.ablation.results import QUARTERS, read_results
-from aclip.ablation.rows import Case, choose_rows, make_cases
-from aclip.ablation.runs import Runner, make_runs
+from aclip.ablation.rows import DECIDED_BY_ROWS, Case, choose_rows, make_cases
+from aclip.ablation.runs import Run, Runner, make_runs
+from aclip.data.loader import fingerprint
 from aclip.ds_config import read_ds_config
 from aclip.errors import ConfigError
 from aclip.files import check_writable
@@ -20,16 +21,21 @@ from aclip.flops import step_flops
 from aclip.models.student import build_student
 from aclip.nodes.probe import BUSY_MIB, gpus
 from aclip.recipe_file import load_recipe
-from aclip.run import find_data
+from aclip.run import EXIT_STOPPED_BY_SIGNAL, find_data
 from aclip.schedules import count_steps
 from aclip.step_shape import describe_step
 
 CAPTION_TOKENS = 17
 """Of a caption on average, start and end included, for the table's FLOPs."""
-LEAST_STEPS = 10
-"""With fewer, quarters of them rounded up are not four."""
+LEAST_STEPS = 40
+"""With fewer, whole steps are no quarters of the schedule."""
+DECIDED_HERE = {
+    *DECIDED_BY_ROWS,
+    *("mask.keep_ratio", "train.seed", "train.evaluate_every", "train.checkpoint_every"),
+    *("train.keep_checkpoints", "train.upload_to"),
+}
+"""Keys of the recipe that no override may set."""
 EXIT_FAILED_RUNS = 1
-EXIT_STOPPED_BY_SIGNAL = 143
 
 
 def ablate(arguments: argparse.Namespace) -> int:
@@ -40,6 +46,36 @@ def ablate(arguments: argparse.Namespace) -> int:
             device, an output folder that is in use, can't be written or holds other runs.
     """
     _check(arguments)
+    runs = _make_runs(arguments)
+    output = Path(arguments.output)
+    gflops = {run.case.name: _gflops(run.case) for run in runs if run.seed == 0}
+
+    def report() -> None:
+        try:
+            write_report(read_results(runs), gflops, f"Ablation {output.name}", output)
+        except OSError as error:  # a full disk must not end the runs
+            print(f"the report was not written: {error}", flush=True)
+
+    command = [sys.executable, arguments.script, "--ds_config", arguments.ds_config]
+    command += ["--recipe", arguments.recipe]
+    with _only_one(output):
+        num_left = sum(not run.is_finished for run in runs)
+        devices = _devices(arguments.processes, num_left) if num_left else []
+        failed, was_stopped = Runner(command, devices, report).run(runs)
+        if any(run.is_finished for run in runs):
+            report()
+            print((output / MARKDOWN).read_text(), end="")
+            print(f"wrote {output / PAGE} and {output / MARKDOWN}", flush=True)
+    if was_stopped:
+        print("stopped; the same command continues", flush=True)
+        return EXIT_STOPPED_BY_SIGNAL
+    if failed:
+        print(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again")
+    return EXIT_FAILED_RUNS if failed else 0
+
+
+def _make_runs(arguments: argparse.Namespace) -> list[Run]:
+    """Every row, keep ratio and seed, checked before the first of them starts."""
     output = Path(arguments.output)
     rows = choose_rows(arguments.rows)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -61,7 +97,8 @@ def ablate(arguments: argparse.Namespace) -> int:
     steps = count_steps(train.epochs, dataset_size, train.global_batch_size)
     if steps < LEAST_STEPS:
         raise ConfigError(
-            f"train.epochs is {train.epochs:g}, which is {steps} steps; give {LEAST_STEPS} or more"
+            f"train.epochs is {train.epochs:g}, which is {steps} steps; give enough of them for "
+            f"{LEAST_STEPS}"
         )
     every = math.ceil(steps / QUARTERS) * train.global_batch_size
     schedule = [
@@ -71,30 +108,12 @@ def ablate(arguments: argparse.Namespace) -> int:
     ]
     overrides = [*arguments.overrides, *schedule]
     cases = make_cases(rows, arguments.recipe, overrides, arguments.keep_ratio)
-    data = {"shards": len(shards), "samples": dataset_size}
+    data = fingerprint(recipe.data, shards)
+    data["val_samples"] = sum(shard.num_samples for shard in val_shards)
     runs = make_runs(cases, arguments.seeds, output, ds_config.values, data)
     for run in runs:
         run.check()
-    gflops = {case.name: _gflops(case) for case in cases}
-
-    def report() -> None:
-        write_report(read_results(runs), gflops, f"Ablation {output.name}", output)
-
-    command = [sys.executable, arguments.script, "--ds_config", arguments.ds_config]
-    command += ["--recipe", arguments.recipe]
-    devices = _devices(arguments.processes)
-    with _only_one(output):
-        failed, was_stopped = Runner(command, devices, report).run(runs)
-        if any(run.is_finished for run in runs):
-            report()
-            print((output / MARKDOWN).read_text(), end="")
-            print(f"wrote {output / PAGE} and {output / MARKDOWN}", flush=True)
-    if was_stopped:
-        print("stopped; the same command continues", flush=True)
-        return EXIT_STOPPED_BY_SIGNAL
-    if failed:
-        print(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again")
-    return EXIT_FAILED_RUNS if failed else 0
+    return runs
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -102,9 +121,16 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--seeds is {arguments.seeds}; give 1 or more")
     if arguments.processes is not None and arguments.processes < 1:
         raise ConfigError(f"--processes is {arguments.processes}; give 1 or more")
-    if len(set(arguments.keep_ratio)) < len(arguments.keep_ratio):
-        given = " ".join(f"{ratio:g}" for ratio in arguments.keep_ratio)
-        raise ConfigError(f"--keep_ratio is {given}; give each ratio once")
+    ratios = [f"{ratio:g}" for ratio in arguments.keep_ratio]
+    if len(set(ratios)) < len(ratios):
+        raise ConfigError(f"--keep_ratio is {' '.join(ratios)}; give each ratio once")
+    for override in arguments.overrides:
+        key = override.partition("=")[0]
+        if key in DECIDED_HERE:
+            raise ConfigError(
+                f"override is {override}, but an ablation decides {key}, by its rows, "
+                "--keep_ratio, --seeds or the quarters of the schedule; leave it out"
+            )
 
 
 def _gflops(case: Case) -> float:
@@ -114,26 +140,34 @@ def _gflops(case: Case) -> float:
     return sum(part.total for part in step_flops(shape).values()) / 1e9
 
 
-def _devices(num_processes: int | None) -> list[dict[str, str]]:
+def _devices(num_processes: int | None, num_runs: int) -> list[dict[str, str]]:
     """Environment variables that give a process its device: a free GPU, or a share of the cores.
 
+    Args:
+        num_processes: at a time; None for as many as there are free devices.
+
     Raises:
-        ConfigError: every GPU is in use.
+        ConfigError: every GPU is in use, or nvidia-smi, which knows that, is not there.
     """
     listed = gpus()
     if not listed:
+        if torch.cuda.is_available():
+            raise ConfigError("nvidia-smi is not in PATH, so that no free GPU is known; add it")
         num_cores = len(os.sched_getaffinity(0))
-        num_processes = num_processes or num_cores
+        num_processes = num_processes or min(num_cores, num_runs)
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, num_cores // num_processes))
         return [{"OMP_NUM_THREADS": threads}] * num_processes
-    free = [str(index) for index, gpu in enumerate(listed) if gpu["used"] <= BUSY_MIB]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    allowed = visible.split(",") if visible else [str(index) for index in range(len(listed))]
+    # A GPU that is given by its UUID is taken as free.
+    busy = {str(index) for index, gpu in enumerate(listed) if gpu["used"] > BUSY_MIB}
+    free = [name for name in allowed if name not in busy]
     if not free:
         raise ConfigError(
-            f"each of the {len(listed)} GPUs has more than {BUSY_MIB} MiB in use; end what runs on "
-            "one of them"
+            f"each of {len(allowed)} GPUs has more than {BUSY_MIB} MiB in use; end what runs there"
         )
     order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # nvidia-smi's
-    return [order | {"CUDA_VISIBLE_DEVICES": gpu} for gpu in free[:num_processes]]
+    return [order | {"CUDA_VISIBLE_DEVICES": name} for name in free[:num_processes]]
 
 
 def _only_one(output: Path) -> AcquireReturnProxy:

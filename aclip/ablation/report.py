@@ -22,6 +22,8 @@ COMPARED = (
     ("aclip", "slip"),
 )
 """Rows whose difference is shown, the one that should be better first."""
+QUARTER_TITLES = [f"{100 * quarter // QUARTERS} %" for quarter in range(1, QUARTERS + 1)]
+PUBLISHED_RATIOS = (None, 0.5)
 LEGEND = (
     "Mean of the seeds ± standard error, of the student, at each quarter of the schedule. "
     "Object's patches kept: by the mask at the end, in brackets by that of an untrained model. "
@@ -66,12 +68,11 @@ def _by_keep_ratio(results: list[Result]) -> Iterator[tuple[str, list[Result]]]:
     ratios = {r.case.keep_ratio for r in results if r.case.keep_ratio is not None}
     for ratio in sorted(ratios, reverse=True) or [None]:
         group = [r for r in results if r.case.keep_ratio in (None, ratio)]
-        yield group[-1].case.keep if ratio is None else f"{100 * ratio:g}", group
+        yield "100" if ratio is None else f"{100 * ratio:g}", group
 
 
 def _table(group: list[Result], gflops: dict[str, float]) -> Table:
-    quarters = [f"{100 * quarter // QUARTERS} %" for quarter in range(1, QUARTERS + 1)]
-    header = ["", *quarters, "object's patches kept", "FLOPs", "time", "published", "seeds"]
+    header = ["", *QUARTER_TITLES, "object's patches kept", "FLOPs", "time", "published", "seeds"]
     first = group[0]
     rows = []
     for result in group:
@@ -83,7 +84,7 @@ def _table(group: list[Result], gflops: dict[str, float]) -> Table:
                 f"{_show(objects[1])} ({_show(objects[0])})" if objects else "",
                 f"{gflops[result.case.name] / gflops[first.case.name]:.2f}",
                 f"{first.images_per_second() / result.images_per_second():.2f}",
-                f"{result.case.row.published:.1f}",
+                _published(result),
                 str(len(result.outcomes)),
             )
         )
@@ -91,13 +92,22 @@ def _table(group: list[Result], gflops: dict[str, float]) -> Table:
 
 
 def _order(group: list[Result]) -> str:
-    """The rows by accuracy at the end, and as published."""
+    """The rows by accuracy at the end, and as published where that is known."""
     ends = sorted(group, key=lambda result: -result.accuracy()[-1].value)
+    here = " > ".join(result.case.label for result in ends)
+    if not all(_published(result) for result in group):
+        return f"Order at the end: {here}."
     published = sorted(group, key=lambda result: -result.case.row.published)
-    here, there = (" > ".join(result.case.label for result in order) for order in (ends, published))
-    if here == there:
+    if ends == published:
         return f"At the end the order is the published one: {here}."
+    there = " > ".join(result.case.label for result in published)
     return f"Order at the end: {here}. Published: {there}."
+
+
+def _published(result: Result) -> str:
+    """Nothing for a keep ratio of which the paper says nothing."""
+    known = result.case.keep_ratio in PUBLISHED_RATIOS
+    return f"{result.case.row.published:.1f}" if known else ""
 
 
 def _differences(group: list[Result]) -> Table:
@@ -107,9 +117,9 @@ def _differences(group: list[Result]) -> Table:
         if better in by_row and worse in by_row:
             means = difference(by_row[better], by_row[worse])
             label = f"{by_row[better].case.label} - {by_row[worse].case.label}"
-            rows.append((label, *(_show(mean, "+") for mean in means)))
-    quarters = [f"{100 * quarter // QUARTERS} %" for quarter in range(1, QUARTERS + 1)]
-    return Table(["difference, seed by seed", *quarters], rows)
+            if means:
+                rows.append((label, *(_show(mean, "+") for mean in means)))
+    return Table(["difference, seed by seed", *QUARTER_TITLES], rows)
 
 
 def _curves(group: list[Result]) -> list[Line]:

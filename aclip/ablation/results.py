@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from aclip.ablation.rows import Case
 from aclip.ablation.runs import Run
+from aclip.errors import ConfigError
 from aclip.metrics import read_metrics
 
 QUARTERS = 4
@@ -68,7 +69,11 @@ class Result:
 
 
 def read_results(runs: list[Run]) -> list[Result]:
-    """The cases that have finished runs, in the order of the rows."""
+    """The cases that have finished runs, in the order of the rows.
+
+    Raises:
+        ConfigError: a run's metrics are not there, or not whole.
+    """
     results: dict[str, Result] = {}
     for run in runs:
         if run.is_finished:
@@ -89,13 +94,29 @@ def difference(better: Result, worse: Result) -> list[Mean]:
 
 
 def _read(run: Run) -> Outcome:
-    lines = read_metrics(run.folder)
+    try:
+        lines = read_metrics(run.folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{run.folder} can't be read ({error.strerror}); remove it, and the same command "
+            "trains it again"
+        ) from None
     evaluations = {
         name: [line for line in lines if line.get("evaluation") == name]
         for name in ("student", "mask")
     }
     students = evaluations["student"]
-    metric = next(name for name in METRICS if name in students[-1]["metrics"])
+    if len(students) != QUARTERS + 1:
+        raise ConfigError(
+            f"{run.folder} holds {len(students)} evaluations, not {QUARTERS + 1}; remove it, and "
+            "the same command trains it again"
+        )
+    metric = next((name for name in METRICS if name in students[-1]["metrics"]), None)
+    if metric is None:
+        raise ConfigError(
+            f"{run.folder} was evaluated without {' and '.join(METRICS)}; put captions, or class "
+            "names, beside the validation set"
+        )
     rates = [line["images_per_second"] for line in lines if "terms" in line]
     return Outcome(
         metric,

@@ -9,8 +9,12 @@ from aclip.config import Recipe
 from aclip.errors import ConfigError
 from aclip.recipe_file import load_recipe
 
-NO_TEACHER = ("teacher=null", "loss.simclr=0", "loss.byol=0")
-NO_AUXILIARY_LOSS = ("loss.simclr=0", "loss.byol=0")
+NO_AUXILIARY_LOSS = (
+    *("loss.simclr=0", "loss.byol=0", "loss.distill=0", "loss.mlm=0"),
+    "views.ssl=0",
+)
+NO_TEACHER = ("teacher=null", *NO_AUXILIARY_LOSS)
+TEACHER = ("teacher.resolution={full}", *NO_AUXILIARY_LOSS)
 NO_MASK = ("mask.policy=none", "mask.keep_ratio=1", "views.student=1")
 
 
@@ -22,7 +26,8 @@ class Row:
         name: on the command line. label: in tables; {keep} stands for the kept percentage.
         published: ImageNet-1K zero-shot accuracy, percent, of ViT-B/16 after 25 epochs of YFCC-15M
             (arXiv:2212.08653, tables 1 and 2; half of the patches is kept).
-        overrides: of the base recipe; {half} stands for half of its resolution.
+        overrides: of the base recipe, each key once more where a later one changes it; {full} and
+            {half} stand for its resolution and half of it.
         drops_patches: whether keep_ratio means something.
     """
 
@@ -51,19 +56,19 @@ MASKS = (
         "attentive_1x",
         "attentive, 1 x {keep} %",
         39.5,
-        ("mask.policy=attentive", "views.student=1", *NO_AUXILIARY_LOSS),
+        ("mask.policy=attentive", "views.student=1", *TEACHER),
     ),
     Row(
         "attentive_2x",
         "attentive, 2 x {keep} %",
         41.3,
-        ("mask.policy=attentive", "views.student=2", *NO_AUXILIARY_LOSS),
+        ("mask.policy=attentive", "views.student=2", *TEACHER),
     ),
     Row(
         "inverse_2x",
         "inverse, 2 x {keep} %",
         28.5,
-        ("mask.policy=inverse", "views.student=2", *NO_AUXILIARY_LOSS),
+        ("mask.policy=inverse", "views.student=2", *TEACHER),
     ),
 )
 SYSTEMS = (
@@ -71,33 +76,40 @@ SYSTEMS = (
         "slip",
         "SLIP",
         42.8,
-        (*NO_MASK, "teacher=null", "views.ssl=2", "loss.simclr=1", "loss.byol=0"),
+        (*NO_MASK, *NO_TEACHER, "views.ssl=2", "loss.simclr=1"),
         False,
     ),
     Row(
         "maskclip",
         "MaskCLIP",
         42.7,
-        (*NO_MASK, *NO_AUXILIARY_LOSS, "loss.distill=0.05", "loss.mlm=0.05"),
+        (*NO_MASK, *TEACHER, "loss.distill=0.05", "loss.mlm=0.05"),
         False,
     ),
     Row(
         "aclip",
         "A-CLIP, 2 x {keep} %",
         43.9,
-        ("mask.policy=attentive", "views.student=2", "loss.simclr=1", "loss.byol=2"),
+        (
+            *("mask.policy=attentive", "views.student=2", *TEACHER),
+            *("loss.simclr=1", "loss.byol=2"),
+        ),
     ),
     Row(
         "aclip_eff",
         "A-CLIP-eff, 2 x {keep} %",
         42.9,
         (
-            *("mask.policy=attentive", "views.student=2", "loss.simclr=1", "loss.byol=2"),
-            "teacher.resolution={half}",
+            *("mask.policy=attentive", "views.student=2", *TEACHER),
+            *("loss.simclr=1", "loss.byol=2", "teacher.resolution={half}"),
         ),
     ),
 )
 GROUPS = {"masks": MASKS, "systems": (MASKS[0], *SYSTEMS)}
+DECIDED_BY_ROWS = {
+    change.partition("=")[0] for row in (*MASKS, *SYSTEMS) for change in row.overrides
+}
+"""Keys of the recipe."""
 
 
 @dataclass(frozen=True)
@@ -159,11 +171,12 @@ def make_cases(
             f"--recipe is {base}, which has no teacher; take one with a teacher, whose towers, "
             "data and schedule all rows share, such as demo"
         )
-    half = base_recipe.model.image.resolution // 2
+    full = base_recipe.model.image.resolution
     cases = []
     for row in rows:
         for keep_ratio in keep_ratios if row.drops_patches else [None]:
-            changes = [*overrides, *(change.format(half=half) for change in row.overrides)]
+            of_row = (change.format(full=full, half=full // 2) for change in row.overrides)
+            changes = [*overrides, *of_row]
             if keep_ratio is not None:
                 changes.append(f"mask.keep_ratio={keep_ratio:g}")
             cases.append(Case(row, keep_ratio, tuple(changes), load_recipe(base, changes)))

@@ -14,11 +14,11 @@ from pathlib import Path
 from aclip.ablation.rows import Case
 from aclip.errors import ConfigError
 from aclip.files import write_whole
+from aclip.nodes.agent import PR_SET_PDEATHSIG
 
 STATE_FILE, LOG_FILE = "ablation.json", "log.txt"
 LOOK = 0.2
 """Seconds between two looks at the processes."""
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ class Run:
         return self._state().get("finished", False)
 
     def check(self) -> None:
-        """Raises ConfigError if the folder holds a run with other settings."""
-        settings = self._state().get("settings", self.settings)
-        if settings != self.settings:
+        """Raises ConfigError if the folder holds a run with other settings, or of somebody else."""
+        if not self.folder.is_dir():
+            return
+        if self._state().get("settings") != self.settings:
             raise ConfigError(
                 f"--output holds {self.folder}, which was trained with other settings; give "
                 "another --output, or the settings that it was started with"
@@ -53,7 +54,10 @@ class Run:
 
     def _state(self) -> dict:
         path = self.folder / STATE_FILE
-        return json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            return dict(json.loads(path.read_text())) if path.is_file() else {}
+        except (ValueError, TypeError):
+            raise ConfigError(f"{path} is damaged; remove {self.folder}") from None
 
 
 def make_runs(
@@ -95,6 +99,7 @@ class Runner:
         self._seconds: list[float] = []
         self._num_devices = len(devices)
         self._is_stopping = False
+        self._libc = ctypes.CDLL(None)  # not in the child, where loading could wait for a lock
 
     def run(self, runs: list[Run]) -> tuple[list[Run], bool]:
         """Returns the runs that failed, and whether a signal stopped the rest."""
@@ -116,6 +121,8 @@ class Runner:
                 failed += self._collect(len(waiting))
         finally:
             self._end_runs()
+            for process in self._running:
+                process.wait()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return failed, self._is_stopping
@@ -135,7 +142,7 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C comes to this process, which passes it on once
-                preexec_fn=_stop_with_parent,
+                preexec_fn=self._stop_with_parent,
             )
         self._running[process] = (run, device, time.monotonic())
 
@@ -168,22 +175,24 @@ class Runner:
     def _stop(self, number: int, frame) -> None:
         self._is_stopping = True
 
+    def _stop_with_parent(self) -> None:
+        """Asks the kernel for SIGTERM at the parent's death, so that no run stays behind it."""
+        self._libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
     def _end_runs(self) -> None:
         """Each saves a checkpoint and ends; the same command continues."""
-        for process in self._running.keys() - self._told:
+        running = self._running.keys() - self._told
+        if running:
+            print(f"stopping: {len(running)} runs save a checkpoint and end", flush=True)
+        for process in running:
             process.terminate()
-        self._told |= self._running.keys()
+        self._told |= running
 
 
 def _with_seed(case: Case, seed: int) -> dict:
     values = case.recipe.model_dump(mode="json")
     values["train"]["seed"] = seed
     return values
-
-
-def _stop_with_parent() -> None:
-    """Asks the kernel for SIGTERM at the parent's death, so that no run is left alone behind it."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _last_line(log: Path) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from aclip.config import Recipe
+from aclip.config import DataConfig, Recipe
 from aclip.data.batch import Batch, collate, join
 from aclip.data.lanes import LaneStream, cost_of_striding, resolve_lanes, resolve_workers
 from aclip.data.mixing import MixedLane
@@ -218,3 +218,14 @@ def _cores_per_rank() -> int:
     # torchrun and deepspeed tell how many ranks share the machine, each by its own name.
     ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
     return len(os.sched_getaffinity(0)) // max(1, int(ranks))
+
+
+def fingerprint(config: DataConfig, shards: list[Shard]) -> dict:
+    """What tells the training data of two runs apart, as far as counting can."""
+    values = {"shards": len(shards), "samples": sum(shard.num_samples for shard in shards)}
+    if config.sources:
+        sizes = Counter(shard.source for shard in shards)
+        values["sources"] = [
+            [sizes[index], source.weight] for index, source in enumerate(config.sources)
+        ]
+    return values

@@ -7,7 +7,7 @@ import pytest
 
 pytestmark = pytest.mark.e2e
 TINY = [
-    *("train.epochs=0.05", "train.warmup_epochs=0.01", "train.log_every=2"),
+    *("train.epochs=0.1667", "train.warmup_epochs=0.01", "train.log_every=5"),
     "model.image.kwargs={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}",
     "model.text={width: 16, heads: 2, layers: 1, context_length: 16}",
     "model.embed_dim=12",
@@ -28,8 +28,8 @@ def test_rows_are_trained_compared_and_not_trained_twice(launcher, tmp_path):
     rows = {row["row"]: row for row in json.loads((output / "ablation.json").read_text())}
     assert list(rows) == ["random_1x", "attentive_1x"]
     for row in rows.values():
-        # 12 steps of 32 samples.
-        assert row["seeds"]["0"]["samples"] == [0, 96, 192, 288, 384]
+        # 40 steps of 32 samples.
+        assert row["seeds"]["0"]["samples"] == [0, 320, 640, 960, 1280]
         assert len(row["seeds"]["0"]["objects"]) == 5
     row = r"\| random, 1 x 25 % \|( \d+\.\d \|){4} \d+\.\d \(\d+\.\d\) \| 1.00 \|"
     assert re.search(row, first.output)
@@ -53,7 +53,9 @@ def test_wrong_arguments_end_with_a_sentence(launcher, tmp_path):
         (["--seeds", "0"], "--seeds is 0; give 1 or more"),
         (["--rows", "all"], "--rows names all; take some of masks, systems, clip"),
         (["--keep_ratio", "0.5", "0.5"], "--keep_ratio is 0.5 0.5; give each ratio once"),
-        (["train.epochs=0.01"], "train.epochs is 0.01, which is 2 steps; give 10 or more"),
+        (["train.epochs=0.01"], "train.epochs is 0.01, which is 2 steps; give enough"),
+        (["mask.keep_ratio=0.1"], "override is mask.keep_ratio=0.1, but an ablation decides"),
+        (["loss.simclr=1"], "override is loss.simclr=1, but an ablation decides"),
         (["--recipe", "clip_vitb16"], "data.train is empty in clip_vitb16; give shards"),
         (["data.train=/nowhere/*.tar"], "data.train is /nowhere/*.tar"),
     ):

@@ -141,8 +141,11 @@ def test_sigterm_saves_and_the_same_command_continues(launcher, quick_evaluation
     state = _state(tmp_path)
     assert 0 < state["step"] < 2 * 7680 // 48
     epochs = f"train.epochs={(state['step'] + 2) * 48 / 7680}"
-    result = launcher.run(*options, "--output", str(tmp_path), epochs, ranks=1, launcher=False)
+    # An evaluation that was due where the run was stopped is made up for.
+    due = f"train.evaluate_every={state['samples']}"
+    result = launcher.run(*options, "--output", str(tmp_path), epochs, due, ranks=1, launcher=False)
     assert result.status == 0, result.output
+    assert f"evaluation of student at {state['samples']:,} samples" in result.output
     assert f"at {state['samples']:,} samples" in result.output
     assert sorted(_losses(tmp_path)) == list(range(1, state["step"] + 3))
 

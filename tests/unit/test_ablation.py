@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from ablation_runs import DATA, POINTS, cases_of, finished_runs
+from ablation_runs import DATA, POINTS, cases_of, finished_runs, write_metrics
 
 from aclip.ablation.report import write_report
 from aclip.ablation.results import Mean, difference, read_results
@@ -17,8 +17,18 @@ from aclip.ablation.runs import Runner, make_runs
 from aclip.errors import ConfigError
 
 
-def test_every_row_is_its_method():
-    cases = cases_of("masks", "systems", keep_ratios=[0.5, 0.25])
+@pytest.mark.parametrize(
+    "base, full",
+    [
+        ("demo", 64),
+        # Bases that are methods of their own leave nothing of it in the rows.
+        ("aclip_eff_vitb16", 224),
+        ("maskclip_vitb16", 224),
+    ],
+)
+def test_every_row_is_its_method(base, full):
+    rows = choose_rows(["masks", "systems"])
+    cases = make_cases(rows, base, [], [0.5, 0.25])
     seen = {
         case.name: (
             case.recipe.mask.policy,
@@ -36,16 +46,16 @@ def test_every_row_is_its_method():
     masked = {
         "random_1x": ("random", 1, 0, None, 0, 0),
         "random_2x": ("random", 2, 0, None, 0, 0),
-        "attentive_1x": ("attentive", 1, 0, 64, 0, 0),
-        "attentive_2x": ("attentive", 2, 0, 64, 0, 0),
-        "inverse_2x": ("inverse", 2, 0, 64, 0, 0),
-        "aclip": ("attentive", 2, 0, 64, 1, 2),
-        "aclip_eff": ("attentive", 2, 0, 32, 1, 2),
+        "attentive_1x": ("attentive", 1, 0, full, 0, 0),
+        "attentive_2x": ("attentive", 2, 0, full, 0, 0),
+        "inverse_2x": ("inverse", 2, 0, full, 0, 0),
+        "aclip": ("attentive", 2, 0, full, 1, 2),
+        "aclip_eff": ("attentive", 2, 0, full // 2, 1, 2),
     }
     expected = {
         "clip": ("none", 1, 1, 0, None, 0, 0, 0, 0),
         "slip": ("none", 1, 1, 2, None, 1, 0, 0, 0),
-        "maskclip": ("none", 1, 1, 0, 64, 0, 0, 0.05, 0.05),
+        "maskclip": ("none", 1, 1, 0, full, 0, 0, 0.05, 0.05),
     }
     for name, (policy, *rest) in masked.items():
         for ratio, percent in ((0.5, "50"), (0.25, "25")):
@@ -108,6 +118,28 @@ def test_the_page_shows_the_table_the_differences_and_the_order(tmp_path):
     assert (tmp_path / "accuracy-keep50.png").read_bytes()[1:4] == b"PNG"
     first = json.loads((tmp_path / "ablation.json").read_text())[0]
     assert first["seeds"]["1"]["points"] == POINTS["random_2x"][1]
+
+
+def test_a_run_with_an_evaluation_missing_is_named(tmp_path):
+    run = finished_runs(tmp_path)[0]
+    write_metrics(run.folder, POINTS["random_2x"][0][:-1])
+    with pytest.raises(ConfigError, match="random_2x-keep50-seed0 holds 4 evaluations, not 5"):
+        read_results([run])
+    (run.folder / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match="random_2x-keep50-seed0 can't be read"):
+        read_results([run])
+
+
+def test_rows_without_a_common_seed_have_no_difference(tmp_path):
+    runs = finished_runs(tmp_path)
+    chosen = [
+        run
+        for run in runs
+        if run.folder.name in ("random_2x-keep50-seed0", "attentive_2x-keep50-seed1")
+    ]
+    gflops = {"random_2x-keep50": 2.0, "attentive_2x-keep50": 3.0}
+    write_report(read_results(chosen), gflops, "Ablation", tmp_path)
+    assert "difference" not in (tmp_path / "ablation.md").read_text()
 
 
 def test_one_seed_has_no_error(tmp_path):
@@ -175,6 +207,10 @@ def test_a_folder_with_other_settings_is_refused(tmp_path):
     run.check()
     run.note(finished=True)
     run.check()
+    (tmp_path / "clip-seed0" / "ablation.json").write_text('{"settings"')
+    with pytest.raises(ConfigError, match="ablation.json is damaged; remove"):
+        run.check()
+    run.note(finished=True)
     for other in (
         make_runs(cases_of("clip", overrides=["optimizer.lr=2e-3"]), 1, tmp_path, {}, DATA),
         make_runs(cases_of("clip"), 1, tmp_path, {"gradient_clipping": 1.0}, DATA),
@@ -200,6 +236,7 @@ def end(*_):
     sys.exit(143)
 signal.signal(signal.SIGTERM, end)
 folder.joinpath("pid").write_text(str(os.getpid()))
+folder.joinpath("ready").touch()
 time.sleep(120)
 ''')
 runs = make_runs(make_cases(choose_rows(["masks"]), "demo", [], [0.5]), 1, out, {}, {})
@@ -212,8 +249,8 @@ sys.exit(143 if was_stopped and not failed else 1)
 def test_a_signal_ends_the_runs_and_starts_no_more(tmp_path, number):
     process = subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path)])
     folders = [tmp_path / "clip-seed0", tmp_path / "random_1x-keep50-seed0"]
-    wait_for(lambda: all((folder / "pid").is_file() for folder in folders))
-    pids = [int((folder / "pid").read_text() or 0) for folder in folders]
+    wait_for(lambda: all((folder / "ready").is_file() for folder in folders))
+    pids = [int((folder / "pid").read_text()) for folder in folders]
     process.send_signal(number)
     assert process.wait(timeout=30) == (143 if number != signal.SIGKILL else -signal.SIGKILL)
     wait_for(lambda: all((folder / "was_told").is_file() for folder in folders))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from aclip.data.convert.pool import end_with_parent
 from aclip.data.convert.report import write_json
 from aclip.data.convert.text_files import existing_folder
 from aclip.data.shard_counts import SIZES_FILE
@@ -41,7 +42,7 @@ def index_in_place(folder: str, processes: int) -> str:
     if not paths:
         raise ConfigError(f"FOLDER is {root}, which holds no .tar; give img2dataset's output")
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context) as pool:
+    with ProcessPoolExecutor(processes, context, end_with_parent) as pool:
         found = list(tqdm(pool.map(count_shard, paths), "counting", len(paths), unit=" shards"))
     samples = sum(facts.samples for facts in found)
     if samples == 0:

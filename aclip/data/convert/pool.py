@@ -102,13 +102,17 @@ _worker: _Worker | None = None
 
 def _start_worker(*arguments) -> None:
     global _worker
-    # Ctrl-C is for the main process; this one ends when that is gone, however it went.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _worker = _Worker(*arguments)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Ctrl-C is for the main process; this one ends when that is gone, however it went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
 
