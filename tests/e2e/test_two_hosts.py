@@ -162,7 +162,6 @@ def single_host(launcher, small_run, tmp_path_factory):
     return run
 
 
-@pytest.mark.soak  # five starts on each host: minutes
 def test_run_over_two_hosts_survives_every_fault_and_equals_a_single_host(
     hosts, small_run, single_host, tmp_path
 ):
