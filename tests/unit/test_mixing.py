@@ -9,7 +9,7 @@ from aclip.config import Recipe
 from aclip.data.lanes import LaneStream
 from aclip.data.mixing import MixedLane
 from aclip.data.shards import Shard, Skip
-from aclip.run import _find_data
+from aclip.run import find_data
 
 SIZES = ((40, 30, 35), (12,), (9, 8))
 """Samples of each shard, by source."""
@@ -159,7 +159,7 @@ def test_a_recipes_sources_are_found_in_their_order_and_few_shards_are_warned_of
         data={"sources": sources}, teacher={"resolution": 224}, train={"global_batch_size": 4}
     )
     said = []
-    shards, val = _find_data(recipe, lambda text, **_: said.append(text))
+    shards, val = find_data(recipe, lambda text, **_: said.append(text))
     assert val == [] and shards == [
         Shard(f"{tmp_path}/b.tar", 4, 0),
         Shard(f"{tmp_path}/a0.tar", 2, 1),
