@@ -21,7 +21,8 @@ OPTIONS = ("--shard-size", str(SHARD_SIZE), "--short-side", "48", "--processes",
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    """The script in a process group of its own."""
+    """The script in a process group of its own, where Ctrl-C means what it does in a terminal: a
+    shell that runs the tests in the background lets them, and what they start, ignore it."""
     return subprocess.Popen(
         [sys.executable, "launch/convert.py", *arguments],
         cwd=ROOT,
@@ -30,6 +31,7 @@ def start(*arguments: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -2,10 +2,7 @@
 
 import argparse
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from aclip.data.convert import conversion
@@ -33,28 +30,11 @@ def convert(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError: bad arguments, or a source or folder that can't be used.
     """
-    with _ending_on_interrupt():
-        _run(arguments)
-
-
-@contextmanager
-def _ending_on_interrupt() -> Iterator[None]:
-    """Ends the process at Ctrl-C. Not by KeyboardInterrupt, which Python drops where it can't be
-    raised, such as in what runs around a fork."""
-    main = os.getpid()
-
-    def end(number, frame):
-        if os.getpid() == main:  # the workers end by themselves
-            os.write(sys.stderr.fileno(), b"\nstopped; run the same command again to continue\n")
-            os._exit(EXIT_INTERRUPTED)
-
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, end)
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        _run(arguments)
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to continue", file=sys.stderr, flush=True)
+        os._exit(EXIT_INTERRUPTED)  # the workers end by themselves
 
 
 def _run(arguments: argparse.Namespace) -> None:
