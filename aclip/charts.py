@@ -1,6 +1,7 @@
 """Curves over samples as small PNG charts, readable on a narrow page."""
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 SIZE, DPI = (4.4, 2.8), 120  # inches
+MAX_LEGEND_INSIDE = 4
+LEGEND_ROW = 0.2  # inches
 MAX_MARKED = 20
 """Curves of fewer points show them: a single one would draw no line."""
 
@@ -27,11 +30,15 @@ class Line:
 
 
 def draw_chart(lines: list[Line]) -> bytes:
-    """A PNG of the curves, with a legend where there are several."""
-    figure = Figure(figsize=SIZE, dpi=DPI)
+    """A PNG of the curves, with a legend where there are several: above them if it is long."""
+    width, plot_height = SIZE
+    legend_rows = math.ceil(len(lines) / 2) if len(lines) > MAX_LEGEND_INSIDE else 0
+    height = plot_height + LEGEND_ROW * legend_rows
+    figure = Figure(figsize=(width, height), dpi=DPI)
     canvas = FigureCanvasAgg(figure)
     # Room for seven digits; a layout that measures the text takes twice the time.
-    axes = figure.add_axes((0.17, 0.18, 0.8, 0.78))
+    share = plot_height / height
+    axes = figure.add_axes((0.17, 0.18 * share, 0.8, 0.78 * share))
     for line in lines:
         axes.errorbar(
             line.samples,
@@ -50,7 +57,9 @@ def draw_chart(lines: list[Line]) -> bytes:
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.locator_params(nbins=5)
     if len(lines) > 1:
-        for text in axes.legend(fontsize=8).get_texts():
+        above = {"loc": "lower right", "bbox_to_anchor": (1.02, 1), "ncols": 2, "frameon": False}
+        legend = axes.legend(fontsize=8, **(above if legend_rows else {}))
+        for text in legend.get_texts():
             text.set_parse_math(False)
     buffer = io.BytesIO()
     canvas.print_png(buffer)
