@@ -44,6 +44,12 @@ def pretrain(arguments: argparse.Namespace) -> int:
     check_writable(run_folder)
     resume_from = checkpoint_folder.find(run_folder / "checkpoints", arguments.resume)
     say = print if os.environ["RANK"] == "0" else _silent
+    if recipe.data.train == DEMO:
+        say(
+            "This is the demo: a small model on built-in captioned scenes. For your own data: "
+            "--recipe aclip_vitb16 --train '/path/{00000..01499}.tar'",
+            flush=True,
+        )
     shards, val_shards = find_data(recipe, say)
     # Built once before anything costs time, since it checks lanes, ranks and workers.
     build_train_loader(recipe, shards, int(os.environ["RANK"]), num_ranks)
@@ -137,11 +143,6 @@ def find_data(recipe: Recipe, say) -> tuple[list[Shard], list[Shard]]:
     """
     train, val = recipe.data.train, recipe.data.val
     if train == DEMO:
-        say(
-            "This is the demo: a small model on built-in captioned scenes. For your own data: "
-            "--recipe aclip_vitb16 --train '/path/{00000..01499}.tar'",
-            flush=True,
-        )
         demo = ensure_demo_data(say)
         train, val = demo.train, val or demo.val
     remote = remote_shards(recipe.data)

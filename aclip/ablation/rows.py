@@ -148,6 +148,10 @@ def choose_rows(names: list[str]) -> list[Row]:
     known = {row.name: row for row in (*MASKS, *SYSTEMS)}
     chosen = set()
     for name in names:
+        if "=" in name:
+            raise ConfigError(
+                f"--rows names {name}; write key=value before --rows, or behind another option"
+            )
         if name not in known and name not in GROUPS:
             raise ConfigError(f"--rows names {name}; take some of {', '.join([*GROUPS, *known])}")
         chosen |= {row.name for row in GROUPS.get(name, ())} or {name}

@@ -68,6 +68,8 @@ def test_every_row_is_its_method(base, full):
 def test_rows_keep_the_papers_order_and_a_wrong_name_says_which_there_are():
     names = [row.name for row in choose_rows(["inverse_2x", "masks", "clip"])]
     assert names == ["clip", "random_1x", "random_2x", "attentive_1x", "attentive_2x", "inverse_2x"]
+    with pytest.raises(ConfigError, match="--rows names a.b=1; write key=value before --rows"):
+        choose_rows(["masks", "a.b=1"])
     with pytest.raises(ConfigError, match="--rows names randon_2x; take some of masks, systems"):
         choose_rows(["randon_2x"])
 
