@@ -194,15 +194,21 @@ def plan_memory(
     num_ranks: int,
     caption_tokens: float,
     longest_caption: float,
+    on_host: bool,
 ) -> float:
-    """Bytes of a rank at the ds_config's micro-batch, with what the recipe recomputes."""
+    """Bytes of a rank at the ds_config's micro-batch, with what the recipe recomputes.
+
+    Args:
+        caption_tokens, longest_caption: of a batch, the mean and the most.
+        on_host: ranks on CPUs.
+    """
     with torch.device("meta"):
         student = build_student(recipe)
     step = describe_step(recipe, student, caption_tokens, longest_caption)
     teacher = _count_teacher(student) if recipe.needs_teacher else 0
     counts = count_parameters(student, recipe.optimizer.weight_decay)
     run = Run(*counts, teacher, step, num_ranks, memory_bytes=UNLIMITED)
-    settings = zero_settings(ds_config, num_ranks)
+    settings = replace(zero_settings(ds_config, num_ranks), on_host=on_host)
     kept = activations(step, settings.dtype_bytes)
     return memory_row(run, settings).at(ds_config.micro_batch_size, kept)
 

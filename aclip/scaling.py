@@ -74,7 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{mode}: {ranks} ranks, {size} images a step", flush=True)
         found = _measure(hosts, ranks, size, name, overrides, arguments)
         lengths = caption_lengths(size // ranks, recipe.model.text.context_length)
-        planned = plan_memory(recipe, ds_config, ranks, sum(lengths) / len(lengths), max(lengths))
+        tokens = sum(lengths) / len(lengths), max(lengths)
+        on_host = not torch.cuda.is_available()
+        planned = plan_memory(recipe, ds_config, ranks, *tokens, on_host)
         speed = found["images_per_second"]
         first = next((row for row in rows if row.mode == mode), None)
         efficiency = speed / (ranks * first.images_per_second) if first else 1.0

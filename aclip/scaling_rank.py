@@ -17,6 +17,7 @@ def main() -> None:
 
     from aclip.ds_config import read_ds_config
     from aclip.engine import init_distributed
+    from aclip.peak_memory import own_pages, peak_bytes
     from aclip.recipe_file import load_recipe
     from aclip.stepper import Stepper
     from aclip.synthetic import synthetic_batch
@@ -31,30 +32,35 @@ def main() -> None:
     ds_config = read_ds_config(spec["ds_config"], global_batch_size, world_size)
     batch = synthetic_batch(recipe, global_batch_size // world_size)
     momentum = 1.0 if recipe.teacher is None else recipe.teacher.momentum
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    # From before the first weight, since the host's allocator counts only while it is profiled.
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+
+    def step() -> None:
+        stepper.step(batch, recipe.optimizer.lr, momentum)
+
+    with own_pages():
         stepper = Stepper(recipe, ds_config, device)
         for _ in range(WARM_UP):
-            stepper.step(batch, recipe.optimizer.lr, momentum)
-        _synchronise(device)
-        with torch.profiler.record_function(PROFILED):
-            stepper.step(batch, recipe.optimizer.lr, momentum)
-            _synchronise(device)
-    events = profile.profiler.kineto_results.events()
-    communication, peak = communication_share(events), peak_bytes(events)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    del profile, events
+            step()
+        peak = peak_bytes(step, device)
+    for _ in range(WARM_UP):
+        step()
+    _synchronise(device)
     dist.barrier()
     start = time.perf_counter()
     for _ in range(spec["steps"]):
-        stepper.step(batch, recipe.optimizer.lr, momentum)
+        step()
     _synchronise(device)
     dist.barrier()
     seconds = time.perf_counter() - start
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with (
+        torch.profiler.profile(activities=activities) as profile,
+        torch.profiler.record_function(PROFILED),
+    ):
+        step()
+        _synchronise(device)
+    communication = communication_share(profile.profiler.kineto_results.events())
     most = torch.tensor([float(peak), communication], device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
@@ -68,7 +74,8 @@ def main() -> None:
 
 def communication_share(events) -> float:
     """Share of the profiled step during which a collective ran: NCCL's kernels, or gloo's work."""
-    (begin, end) = _profiled(events)
+    step = next(event for event in events if event.name() == PROFILED)
+    begin, end = step.start_ns(), step.start_ns() + step.duration_ns()
     spans = []
     for event in events:
         name = event.name()
@@ -81,23 +88,6 @@ def communication_share(events) -> float:
         covered += max(0, last - max(first, reached))
         reached = max(reached, last)
     return covered / (end - begin)
-
-
-def peak_bytes(events) -> int:
-    """The most that tensors on the host held during the profiled step."""
-    begin, end = _profiled(events)
-    held = most = 0
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    for moment, change in sorted(changes):
-        held += change
-        if begin <= moment <= end:
-            most = max(most, held)
-    return most
-
-
-def _profiled(events) -> tuple[int, int]:
-    event = next(event for event in events if event.name() == PROFILED)
-    return event.start_ns(), event.start_ns() + event.duration_ns()
 
 
 def _synchronise(device) -> None:

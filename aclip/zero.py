@@ -24,6 +24,7 @@ class ZeroSettings:
         persistence_threshold: elements up to which ZeRO-3 keeps a parameter whole.
         bucket_size: elements of a reduction bucket. overlap: two buckets instead of one.
         max_live: elements that ZeRO-3 gathers at a time, at most.
+        on_host: ranks on CPUs, whose gloo reduce-scatters a copy of the gradients.
     """
 
     stage: int
@@ -35,6 +36,7 @@ class ZeroSettings:
     bucket_size: int = 500_000_000
     overlap: bool = False
     max_live: int = 1_000_000_000
+    on_host: bool = False
 
     @property
     def title(self) -> str:
@@ -51,8 +53,8 @@ class States:
         parameters: weights as they rest between two steps.
         gradients: as they stand between the backward pass and the optimizer's step.
         optimizer: fp32 masters, where they are apart from the weights, and Adam's moments.
-        buffers: what only the backward pass holds: reduction buckets, the weights that ZeRO-3
-            gathers.
+        buffers: what only the backward pass holds: reduction buckets and copies of them, the
+            weights that ZeRO-3 gathers.
         arriving: of the backward pass too, gradients before they are reduced: the largest one, or
             with ZeRO-1 all of them at its end.
         largest: the largest gradient alone.
@@ -143,7 +145,11 @@ def _partitioned(groups: list[list[int]], frozen: list[int], settings: ZeroSetti
         whole = sum(numel for numel in numels if numel <= settings.persistence_threshold)
         gathered = min(settings.max_live, sum(numels) - whole)
     gradients = shard * settings.accumulation_bytes
-    buffers = (settings.bucket_size + gathered) * width
+    trained = [numel for group in groups for numel in group]
+    # A bucket's gradients are joined in a copy; one that is larger than a bucket is not.
+    joined = min(settings.bucket_size, sum(trained))
+    copied = max(joined, *trained) if settings.on_host else 0
+    buffers = (settings.bucket_size + joined + copied + gathered) * width
     return (parts + whole) * width, gradients, shard, buffers
 
 

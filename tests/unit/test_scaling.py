@@ -6,7 +6,7 @@ import pytest
 
 from aclip.nodes.hostfile import Host
 from aclip.scaling import Measured, first_slots, format_table, rank_counts
-from aclip.scaling_rank import PROFILED, communication_share, peak_bytes
+from aclip.scaling_rank import PROFILED, communication_share
 
 
 @dataclass
@@ -16,7 +16,6 @@ class Event:
     text: str
     start: int
     duration: int = 0
-    size: int = 0
 
     def name(self):
         return self.text
@@ -26,9 +25,6 @@ class Event:
 
     def duration_ns(self):
         return self.duration
-
-    def nbytes(self):
-        return self.size
 
 
 @pytest.mark.parametrize(
@@ -55,21 +51,6 @@ def test_share_of_collectives_counts_overlaps_once_and_only_in_the_step():
         Event("gloo:barrier", 1950, 500),  # 50 inside
     ]
     assert communication_share(events) == pytest.approx(0.45)
-
-
-def test_peak_is_the_most_held_in_the_step_with_what_was_there_before():
-    events = [
-        Event(PROFILED, 1000, 1000),
-        Event("[memory]", 100, size=500),
-        Event("[memory]", 200, size=9000),
-        Event("[memory]", 300, size=-9000),
-        Event("[memory]", 1100, size=200),
-        Event("[memory]", 1200, size=300),
-        Event("[memory]", 1300, size=-450),
-        Event("[memory]", 1400, size=100),
-        Event("[memory]", 3000, size=10_000),
-    ]
-    assert peak_bytes(events) == 1000
 
 
 def test_table_shows_how_far_the_plan_is_off():

@@ -1,0 +1,67 @@
+"""The most memory that tensors take during a step, on a GPU or on the host."""
+
+import ctypes
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+OWN_PAGES = 64 * 1024
+"""Bytes from which an allocation on the host gets pages of its own, which go when it is freed."""
+MOST_IN_HEAP = 32 * 2**20  # up to which glibc raises that threshold by itself
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
+RESET_PEAK = "5"  # of proc(5), clear_refs
+
+
+@contextmanager
+def own_pages() -> Iterator[None]:
+    """Gives tensors on the host pages of their own, which makes allocating slow. Linux, glibc."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, OWN_PAGES)
+    yield
+    libc.mallopt(M_MMAP_THRESHOLD, MOST_IN_HEAP)
+    libc.mallopt(M_TRIM_THRESHOLD, 2 * MOST_IN_HEAP)
+
+
+def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
+    """The most bytes that tensors hold while `step` runs, with those that were there before.
+
+    On the host the kernel counts the pages. (torch's profiler does not see what another thread
+    frees, such as gloo's.) That is right within `own_pages`, begun before the first large tensor.
+
+    Args:
+        step: has run before, so that what it allocates once is there.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    resting, before = _bytes_of_tensors(), _process_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text(RESET_PEAK)
+    step()
+    return resting + _process_bytes("VmHWM") - before
+
+
+def _bytes_of_tensors() -> int:
+    """Of all tensors on the host that Python can reach, shared storage once."""
+    storages: dict[int, int] = {}
+    for found in gc.get_objects():
+        # Not isinstance(), which asks lazy modules and dead proxies for their class.
+        if not issubclass(type(found), torch.Tensor):
+            continue
+        for tensor in (found, found.grad if found.is_leaf else None):
+            if tensor is not None and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _process_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return int(kilobytes) * 1024
