@@ -50,7 +50,11 @@ def test_states_under_zero_3():
     assert states.parameters == (15 + 4 + 3 + 6 + 7 + 5) * 2
     assert states.gradients == (15 + 4 + 3) * 4
     assert states.optimizer == (15 + 4 + 3) * 12
-    assert states.buffers == (100 + 30 + 11) * 2
+    # All 42 elements fit into a bucket and are joined in a copy of it.
+    assert states.buffers == (100 + 42 + 30 + 11) * 2
+    on_host = settings(3, persistence_threshold=7, bucket_size=25, on_host=True)
+    # A bucket is full at 25; gloo copies the 30 that are reduced alone.
+    assert zero_states(GROUPS, FROZEN, on_host).buffers == (25 + 25 + 30 + 30 + 11) * 2
 
 
 def test_offloaded_states_are_on_the_host():
