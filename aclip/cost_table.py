@@ -7,11 +7,9 @@ other processes too; on a GPU it is between CUDA events.
 
 import argparse
 import contextlib
-import ctypes
 import gc
 import json
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ from aclip.engine import init_distributed
 from aclip.errors import ConfigError
 from aclip.flops import step_flops
 from aclip.open_clip_step import OpenClipStep
+from aclip.peak_memory import peak_growth
 from aclip.recipe_file import load_recipe
 from aclip.run import default_to_one_rank
 from aclip.step_shape import describe_step
@@ -171,9 +170,7 @@ def _measure(systems: list[System], rounds: int, device: torch.device) -> None:
     for system in systems:
         system.step()  # makes the optimizer's state
         gc.collect()
-        with _peak_memory(device) as peak:
-            system.step()
-        system.peak_bytes = peak[0]
+        system.peak_bytes = peak_growth(system.step, device)
     for index in range(rounds):
         for system in systems:
             gc.collect()
@@ -198,29 +195,6 @@ def _clock(device: torch.device) -> Iterator[list[float]]:
         before = time.process_time()
         yield result
         result.append(time.process_time() - before)
-
-
-@contextlib.contextmanager
-def _peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """Bytes at the peak on top of what was there before."""
-    result: list[int] = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield result
-        result.append(torch.cuda.max_memory_allocated(device) - before)
-    else:
-        # What was freed goes back to the system, or a step would reuse it unseen.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the process's peak so far
-        before = _resident("VmRSS")
-        yield result
-        result.append(_resident("VmHWM") - before)
-
-
-def _resident(name: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024
 
 
 def _state_bytes(stepper: Stepper) -> int:

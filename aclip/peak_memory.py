@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,23 +29,34 @@ def own_pages() -> Iterator[None]:
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
     """The most bytes that tensors hold while `step` runs, with those that were there before.
 
-    On the host the kernel counts the pages. (torch's profiler does not see what another thread
-    frees, such as gloo's.) That is right within `own_pages`, begun before the first large tensor.
+    On the host that is right within `own_pages`, begun before the first large tensor.
 
     Args:
         step: has run before, so that what it allocates once is there.
     """
+    gc.collect()
+    on_gpu = device.type == "cuda"
+    resting = torch.cuda.memory_allocated(device) if on_gpu else _bytes_of_tensors()
+    return resting + peak_growth(step, device)
+
+
+def peak_growth(step: Callable[[], None], device: torch.device) -> int:
+    """Bytes at the peak of `step` on top of what was there before.
+
+    On the host the kernel counts them: torch's profiler does not see what another thread frees,
+    such as gloo's.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    gc.collect()
+        return torch.cuda.max_memory_allocated(device) - before
+    # What was freed goes back to the system, or a step would reuse it unseen.
     ctypes.CDLL(None).malloc_trim(0)
-    resting, before = _bytes_of_tensors(), _process_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text(RESET_PEAK)
+    before = _process_bytes("VmRSS")
     step()
-    return resting + _process_bytes("VmHWM") - before
+    return _process_bytes("VmHWM") - before
 
 
 def _bytes_of_tensors() -> int:
@@ -62,6 +74,5 @@ def _bytes_of_tensors() -> int:
 
 
 def _process_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
-    return int(kilobytes) * 1024
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
