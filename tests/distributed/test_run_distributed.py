@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from processes import still_running
 
 pytestmark = pytest.mark.distributed
 
@@ -55,19 +56,5 @@ def test_timeout_kills_ranks_and_their_children(run_distributed, tmp_path):
         run_distributed(hang, 2, timeout=5)
     assert str(caught.value).count("in hang") == 2  # where each stood
     for path in tmp_path.iterdir():
-        assert _has_ended(int(path.read_text()))
+        assert not still_running([int(path.read_text())], 5)
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def _has_ended(pid: int) -> bool:
-    """True once the process is gone or a zombie that waits for init; SIGKILL takes a moment."""
-    for _ in range(100):
-        try:
-            with open(f"/proc/{pid}/stat") as file:
-                state = file.read().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return True
-        if state in "ZX":
-            return True
-        time.sleep(0.05)
-    return False

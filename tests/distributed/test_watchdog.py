@@ -15,6 +15,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from processes import still_running
 
 from aclip.watchdog import COMPUTING, EXIT_HANG, LOADING, SAVING, Standing, Watchdog, stalled_ranks
 
@@ -108,7 +109,7 @@ def test_data_worker_that_stands_still_is_ended_with_its_stack(tmp_path):
     assert "data worker, process" in logs[1]
     assert "waits_for_a_disk" in logs[1]
     worker = int(re.search(r"data worker, process (\d+)", logs[1])[1])
-    assert not _is_running(worker)
+    assert not still_running([worker], MOST_SECONDS)
 
 
 def test_rank_that_keeps_the_interpreter_is_ended_from_c_with_its_stack(tmp_path):
@@ -182,19 +183,8 @@ def test_rank_ends_when_its_launcher_is_gone(tmp_path):
     pid = pids.get(timeout=MOST_SECONDS)
     process.kill()
     process.join()
-    deadline = time.monotonic() + MOST_SECONDS
-    while _is_running(pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not _is_running(pid)
+    assert not still_running([pid], MOST_SECONDS)
     assert "the launcher of rank" in (tmp_path / "log").read_text()
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 
@@ -35,6 +36,16 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def still_running(pids, seconds: float) -> list[int]:
+    """Those that have not ended after at most so long; even SIGKILL takes a moment."""
+    deadline = time.monotonic() + seconds
+    while running := [pid for pid in pids if is_running(pid)]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return running
 
 
 def ranks(pid: int, local_rank: int | None = None) -> list[int]:

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from processes import children, descendants, is_running, ranks, signal_all
+from processes import children, descendants, ranks, signal_all, still_running
 
 pytestmark = pytest.mark.e2e
 
@@ -28,4 +28,4 @@ def test_stalled_data_worker_ends_the_run_on_every_rank(launcher, small_run, tmp
     assert stalled and stalled[1] == "rank 1", output
     assert int(stalled[2]) >= 3
     assert re.search(r"\[rank 1\] data worker, process \d+:\n(.*\n)+.*File", output), output
-    assert not [pid for pid in started if is_running(pid)]
+    assert not still_running(started, 5)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import descendants, is_running
+from processes import descendants, still_running
 
 from aclip import checkpoint_folder
 
@@ -56,7 +56,7 @@ def test_sigterm_even_twice_checkpoints_on_every_node_and_leaves_nothing(
     state = json.loads((run / "checkpoints" / latest / "state.json").read_text())
     assert state["step"] > 0
     assert checkpoint_folder.verify(run / "checkpoints" / latest) is None
-    assert not [pid for pid in started if is_running(pid)]
+    assert not still_running(started, 5)
     assert "stopped by SIGTERM" in (run / "logs" / "node-0-localhost.log").read_text()
 
 

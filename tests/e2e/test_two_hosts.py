@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import arguments_of, children, is_running, ranks, signal_all
+from processes import arguments_of, children, ranks, signal_all, still_running
 from two_hosts import TwoHosts, why_not
 
 WHY_NOT = why_not()
@@ -106,10 +106,8 @@ class Supervised:
         else:
             (rank,) = ranks(first if kind == "master" else second)
             signal_all([rank])
-        deadline = time.monotonic() + LONGEST
-        while left := [pid for pid in started if is_running(pid)]:
-            assert time.monotonic() < deadline, [arguments_of(pid) for pid in left]
-            time.sleep(0.1)
+        left = still_running(started, LONGEST)
+        assert not left, [arguments_of(pid) for pid in left]
         if kind == "link":
             self.hosts.set_link(up=True)
 

@@ -1,7 +1,6 @@
 """Ablations: what each row changes, which runs are started, and the figures of finished ones."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 
 import pytest
 from ablation_runs import DATA, POINTS, cases_of, finished_runs, write_metrics
+from processes import still_running
 
 from aclip.ablation.report import write_report
 from aclip.ablation.results import Mean, difference, read_results
@@ -256,7 +256,7 @@ def test_a_signal_ends_the_runs_and_starts_no_more(tmp_path, number):
     process.send_signal(number)
     assert process.wait(timeout=30) == (143 if number != signal.SIGKILL else -signal.SIGKILL)
     wait_for(lambda: all((folder / "was_told").is_file() for folder in folders))
-    wait_for(lambda: not any(is_alive(pid) for pid in pids))
+    assert not still_running(pids, 60)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
         folder.name for folder in folders
     ]
@@ -267,12 +267,3 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    with open(f"/proc/{pid}/stat") as file:  # one that nobody waits for is not alive
-        return file.read().rsplit(")", 1)[1].split()[0] != "Z"

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from processes import is_running, still_running
 
 LIMIT = 60.0
 # A launcher with a rank below it; both write their number, and the rank what it hears.
@@ -59,26 +60,11 @@ def start_agent():
         agent.wait()
 
 
-def _is_running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def _assert_gone(pids):
-    deadline = time.monotonic() + LIMIT
-    while any(map(_is_running, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not [pid for pid in pids if _is_running(pid)]
-
-
 def test_end_of_the_supervisor_ends_everything(start_agent):
     agent, pids = start_agent()
     agent.stdin.close()
     assert agent.wait(LIMIT) == 1
-    _assert_gone(pids.values())
+    assert not still_running(pids.values(), LIMIT)
     assert b"supervisor is gone" in agent.stdout.read()
 
 
@@ -88,15 +74,15 @@ def test_silence_of_the_supervisor_ends_everything(start_agent):
         time.sleep(0.25)
         agent.stdin.write(b"\n")
         agent.stdin.flush()
-    assert all(map(_is_running, pids.values()))
+    assert all(map(is_running, pids.values()))
     assert agent.wait(LIMIT) == 1
-    _assert_gone(pids.values())
+    assert not still_running(pids.values(), LIMIT)
 
 
 def test_kill_of_the_agent_ends_the_launcher(start_agent):
     agent, pids = start_agent()
     agent.kill()
-    _assert_gone([pids["launcher"]])  # its ranks end by their own watchdogs
+    assert not still_running([pids["launcher"]], LIMIT)  # its ranks end by their own watchdogs
     os.kill(pids["rank"], signal.SIGKILL)
 
 
@@ -104,7 +90,7 @@ def test_kill_of_a_launcher_ends_its_ranks(start_agent):
     agent, pids = start_agent()
     os.kill(pids["launcher"], signal.SIGKILL)
     assert agent.wait(LIMIT) == 128 + signal.SIGKILL
-    _assert_gone(pids.values())
+    assert not still_running(pids.values(), LIMIT)
 
 
 @pytest.mark.parametrize("end, status", [("sys.exit(0)", 0), ("sys.exit(3)", 3)])
@@ -118,12 +104,12 @@ def test_signals_reach_the_ranks_and_not_the_launcher(start_agent):
     agent.stdin.write(b"C")
     agent.stdin.flush()
     assert agent.stdout.readline() == b"saved\n"
-    assert all(map(_is_running, pids.values()))
+    assert all(map(is_running, pids.values()))
     agent.stdin.write(b"\nT\n")
     agent.stdin.flush()
     assert agent.stdout.readline() == b"leaving\n"
     assert agent.wait(LIMIT) == 143
-    _assert_gone(pids.values())
+    assert not still_running(pids.values(), LIMIT)
 
 
 def test_sigterm_to_the_agent_reaches_the_ranks(start_agent):
