@@ -151,7 +151,8 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
 
 def _describe(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
+    # Of a value that may be one of two types, pydantic names the type it tried behind the field.
+    field = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))
     if not field:
         return first["msg"].removeprefix("Value error, ")
     message = first["msg"][0].lower() + first["msg"][1:]
