@@ -1,29 +1,15 @@
 """The most memory that tensors take during a step, on a GPU or on the host."""
 
-import ctypes
 import gc
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-OWN_PAGES = 64 * 1024
-"""Bytes from which an allocation on the host gets pages of its own, which go when it is freed."""
-MOST_IN_HEAP = 32 * 2**20  # up to which glibc raises that threshold by itself
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
+from aclip.host_pages import give_back
+
 RESET_PEAK = "5"  # of proc(5), clear_refs
-
-
-@contextmanager
-def own_pages() -> Iterator[None]:
-    """Gives tensors on the host pages of their own, which makes allocating slow. Linux, glibc."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, OWN_PAGES)
-    yield
-    libc.mallopt(M_MMAP_THRESHOLD, MOST_IN_HEAP)
-    libc.mallopt(M_TRIM_THRESHOLD, 2 * MOST_IN_HEAP)
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
@@ -52,7 +38,7 @@ def peak_growth(step: Callable[[], None], device: torch.device) -> int:
         step()
         return torch.cuda.max_memory_allocated(device) - before
     # What was freed goes back to the system, or a step would reuse it unseen.
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back()
     Path("/proc/self/clear_refs").write_text(RESET_PEAK)
     before = _process_bytes("VmRSS")
     step()

@@ -17,7 +17,8 @@ def main() -> None:
 
     from aclip.ds_config import read_ds_config
     from aclip.engine import init_distributed
-    from aclip.peak_memory import own_pages, peak_bytes
+    from aclip.host_pages import own_pages
+    from aclip.peak_memory import peak_bytes
     from aclip.recipe_file import load_recipe
     from aclip.stepper import Stepper
     from aclip.synthetic import synthetic_batch

@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--batch_size",
         type=int,
-        help="images of a step (default: 4, on a GPU 128); with --scaling of a rank (on a GPU 64)",
+        help="images of a step (default: 8, on a GPU 128); with --scaling of a rank (on a GPU 64)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each system")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, where there is no GPU")

@@ -8,7 +8,8 @@ import pytest
 MEASURE = """
 import threading
 import torch
-from aclip.peak_memory import own_pages, peak_bytes
+from aclip.host_pages import own_pages
+from aclip.peak_memory import peak_bytes
 torch.set_num_threads(1)
 
 MIB = 2**20
