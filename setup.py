@@ -11,7 +11,7 @@ setup(
     version="0.1.0",
     description="Pre-trains CLIP-style models with attentive token removal (A-CLIP) on DeepSpeed",
     license="MIT",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["aclip", "aclip.*"])
     + ["aclip.kernels"]
     + [f"aclip.kernels.{name}" for name in find_packages("kernels")],

@@ -85,6 +85,14 @@ class ColorConfig(Part):
     solarize_prob: float = Field(0.2, ge=0, le=1)
 
 
+class SslColorConfig(ColorConfig):
+    """Colours of the SSL views, SLIP's."""
+
+    jitter: tuple[Strength, Strength, Strength, HueShift] = (0.4, 0.4, 0.4, 0.1)
+    blur_prob: float = Field(0.5, ge=0, le=1)
+    solarize_prob: float = Field(0.0, ge=0, le=1)
+
+
 class AugmentConfig(ColorConfig):
     """Colours of the student views (the teacher view keeps its own), and every view's scaling."""
 
@@ -135,24 +143,33 @@ class LossConfig(Part):
     """Weights of the loss terms; a term with weight 0 builds no module and costs nothing."""
 
     contrastive: float = Field(1.0, gt=0)
+    """InfoNCE of images and captions."""
     simclr: float = Field(1.0, ge=0)
+    """Between two views of an image; see views.ssl."""
     byol: float = Field(2.0, ge=0)
+    """Between the student's views and the teacher's."""
     distill: float = Field(0.0, ge=0)
+    """Masked self-distillation; see DistillConfig."""
     mlm: float = Field(0.0, ge=0)
+    """Masked language modelling; see MlmConfig."""
     simclr_temperature: float = Field(0.1, gt=0)
     simclr_widths: tuple[Width, Width, Width] = (4096, 4096, 256)
     """Hidden, hidden and output width of the SimCLR head."""
     byol_widths: tuple[Width, Width] = (4096, 256)
     """Hidden and output width of BYOL's projector and predictor."""
     max_logit_scale: float = Field(100.0, gt=1)
+    """What the inverse of the temperature, exp(logit_scale), is clamped to."""
 
 
 class OptimizerConfig(Part):
     """AdamW; biases, norms and other 1-d parameters get no weight decay."""
 
     lr: float = Field(5e-4, gt=0)
+    """At the end of the warm-up."""
     warmup_start_lr: float = Field(1e-6, ge=0)
+    """At the first step, from where it rises linearly."""
     final_lr: float = Field(1e-5, ge=0)
+    """At the last step, to where it falls on a cosine."""
     weight_decay: float = Field(0.5, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(1e-8, gt=0)
@@ -167,14 +184,15 @@ class SourceConfig(Part):
 
 class DataConfig(Part):
     train: str | list[str] = []
-    """Shards: path, glob or braces, /data/{00000..01499}.tar; `pipe:` and a command; an address
-    such as s3://bucket/{00000..01499}.tar; `demo` for the built-in scenes."""
+    """Shards: path, glob or braces, /data/*.tar or /data/{00000..01482}.tar; `pipe:` and a command;
+    an address such as s3://bucket/{00000..01482}.tar; `demo` for the built-in scenes."""
     sources: list[SourceConfig] = []
     """Several data sets in place of data.train: [{shards: ..., weight: 3}, ...]. An epoch is as
     many samples as all of them hold together; each gives its weight's share of it. One with more
     weight than its size comes several times, one with less in part, and goes on in the next."""
     val: str | list[str] = []
-    """Shards for evaluation; empty for none. Class names for zero-shot lie beside local ones."""
+    """Shards for evaluation; empty for none. For zero-shot accuracy, samples have a .cls and
+    classnames.txt lies beside the shards or one folder up."""
     on_shard_error: Literal["stop", "skip"] = "stop"
     """When a shard stays unreadable: end the run, or skip its samples, counted and named."""
     retries: int = Field(5, ge=0)
@@ -191,7 +209,7 @@ class DataConfig(Part):
     """Samples that a lane shuffles together."""
     crops: Literal["worker", "device"] = "worker"
     """Where views are cut: exactly as Pillow does, by the worker; or on the device, from the whole
-    decoded image, which costs the worker about a quarter of the time. Boxes are the same, pixels
+    decoded image, which costs the worker about a third of the time. Boxes are the same, pixels
     within 1 level of 255, but for images that max_slot_side reduces."""
     max_slot_side: int = Field(1024, ge=64)
     """With crops: device, an image with a longer side, pixels, is first reduced by the smallest
@@ -206,7 +224,9 @@ class TrainConfig(Part):
     epochs: float = Field(25, gt=0)
     """Passes over the data; the schedules end there."""
     warmup_epochs: float = Field(1, ge=0)
+    """Of them, those in which the learning rate rises."""
     seed: int = Field(0, ge=0)
+    """Of weights, order, views and masks."""
     log_every: int = Field(10, ge=1)
     """Steps between two progress lines."""
     checkpoint_every: int = Field(1_000_000, ge=1)
@@ -235,9 +255,7 @@ class Recipe(Part):
     model: ModelConfig = ModelConfig()
     views: ViewsConfig = ViewsConfig()
     augment: AugmentConfig = AugmentConfig()
-    ssl_augment: ColorConfig = ColorConfig(
-        jitter=(0.4, 0.4, 0.4, 0.1), blur_prob=0.5, solarize_prob=0
-    )
+    ssl_augment: SslColorConfig = SslColorConfig()
     mask: MaskConfig = MaskConfig()
     teacher: TeacherConfig | None = None
     distill: DistillConfig = DistillConfig()
@@ -272,6 +290,18 @@ class Recipe(Part):
         if self.teacher is not None:
             self._check_teacher(self.teacher)
         self._check_views()
+        train = self.train
+        if train.warmup_epochs >= train.epochs:
+            raise ValueError(
+                f"train.warmup_epochs is {train.warmup_epochs:g}, which leaves nothing of "
+                f"train.epochs {train.epochs:g}; set it lower, e.g. to {train.epochs / 25:g}"
+            )
+        for part in ("augment", "ssl_augment"):
+            low, high = getattr(self, part).blur_sigma
+            if low > high:
+                raise ValueError(
+                    f"{part}.blur_sigma is [{low:g}, {high:g}]; give the lower one first"
+                )
         if self.data.train and self.data.sources:
             raise ValueError(
                 f"data.train is {self.data.train} and data.sources holds "
@@ -283,7 +313,7 @@ class Recipe(Part):
         if not self.needs_teacher:
             raise ValueError(
                 f"teacher.resolution is {teacher.resolution}, but neither mask.policy "
-                f"{self.mask.policy} nor a loss uses a teacher; remove teacher from the recipe"
+                f"{self.mask.policy} nor a loss uses a teacher; set teacher=null"
             )
         if not self.needs_teacher_view and teacher.resolution != self.model.image.resolution:
             raise ValueError(

@@ -8,7 +8,7 @@ import json
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -70,7 +70,10 @@ def _read_yaml(name_or_path: str) -> dict:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise ConfigError(f"--recipe is {name_or_path}, which is not a text file") from None
+            raise ConfigError(
+                f"--recipe is {name_or_path}, which is not a text file; give a YAML file, "
+                "such as those in aclip/recipes/"
+            ) from None
     elif name_or_path in recipe_names():
         text = (resources.files("aclip") / "recipes" / f"{name_or_path}.yaml").read_text()
     else:
@@ -86,12 +89,20 @@ def _read_yaml(name_or_path: str) -> dict:
             f"--recipe is {name_or_path}, but it is not YAML: {_one_line(error)}"
         ) from None
     if not isinstance(values, dict):
-        raise ConfigError(f"--recipe is {name_or_path}, but it does not hold keys and values")
+        raise ConfigError(
+            f"--recipe is {name_or_path}, but it does not hold keys and values; give a YAML file "
+            "such as those in aclip/recipes/"
+        )
     return values
 
 
 def _apply_override(values: dict, override: str) -> None:
     key, separator, text = override.partition("=")
+    if not separator and Path(override).is_file():
+        raise ConfigError(
+            f"override is {override}, which is a file; put quotes around the pattern of --train or "
+            "--val"
+        )
     if not separator or not key:
         raise ConfigError(f"override is {override}; write it as key.sub=value")
     try:
@@ -126,14 +137,22 @@ def _refuse_unknown_keys(values: dict, part: type[BaseModel], prefix: str) -> No
         field = part.model_fields.get(key)
         if field is None:
             known = list(part.model_fields)
+            hint = _nearest(key, known, prefix)
+            if not prefix and key in _SECTIONS_OF_KEYS:
+                hint = f" (did you mean {_SECTIONS_OF_KEYS[key]}.{key}?)"
             raise ConfigError(
-                f"{prefix}{key} is not a key of the recipe{_nearest(key, known, prefix)}; "
+                f"{prefix}{key} is not a key of the recipe{hint}; "
                 f"known here: {', '.join(prefix + name for name in known)}"
             )
         section = _section_type(field.annotation)
         if section is None:
             continue
         if isinstance(value, dict):
+            if get_origin(field.annotation) is list:
+                raise ConfigError(
+                    f"{prefix}{key} is {value}, but it is a list; give it whole, as "
+                    f"{prefix}{key}=[...]"
+                )
             _refuse_unknown_keys(value, section, f"{prefix}{key}.")
         for index, item in enumerate(value if isinstance(value, list) else []):
             if isinstance(item, dict):
@@ -149,15 +168,26 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+_SECTIONS_OF_KEYS = {
+    key: name
+    for name, field in reversed(Recipe.model_fields.items())
+    if (section := _section_type(field.annotation))
+    for key in section.model_fields
+}
+"""The section of each key, the first that has it."""
+
+
 def _describe(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
     # Of a value that may be one of two types, pydantic names the type it tried behind the field.
     field = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))
     if not field:
         return first["msg"].removeprefix("Value error, ")
+    where = f"in {source} or on the command line"
+    if first["type"] == "missing":
+        return f"{field} is missing from {first['input']!r}; give it {where}"
     message = first["msg"][0].lower() + first["msg"][1:]
-    where = f"change it in {source} or on the command line"
-    return f"{field} is {first['input']!r}, but {message}; {where}"
+    return f"{field} is {first['input']!r}, but {message}; change it {where}"
 
 
 def _nearest(word: str, known: list[str], prefix: str = "") -> str:

@@ -47,7 +47,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     if recipe.data.train == DEMO:
         say(
             "This is the demo: a small model on built-in captioned scenes. For your own data: "
-            "--recipe aclip_vitb16 --train '/path/{00000..01499}.tar'",
+            "--recipe aclip_vitb16 --train '/path/*.tar'",
             flush=True,
         )
     shards, val_shards = find_data(recipe, say)
@@ -127,7 +127,7 @@ def _read_recipe(arguments: argparse.Namespace) -> Recipe:
     if not recipe.data.train and not recipe.data.sources:
         raise ConfigError(
             f"data.train is empty in {arguments.recipe}; give shards with --train, e.g. --train "
-            "'/data/yfcc15m/{00000..01499}.tar'"
+            "'/data/yfcc15m/*.tar'"
         )
     return recipe
 

@@ -29,12 +29,14 @@ def parse_arguments() -> argparse.Namespace:
         choices=["teacher", "student"],
         help="which of a run's two (default: the teacher if there is one)",
     )
-    parser.add_argument("--recipe", help="whose towers a file has that does not say it itself")
+    parser.add_argument("--recipe", help="whose towers a file has that does not record them")
     parser.add_argument(
         "--slip_checkout", help="checkout of facebookresearch/SLIP whose prompts are taken"
     )
     parser.add_argument(
-        "--linear_probe", action="store_true", help="also learn a linear probe where sets can"
+        "--linear_probe",
+        action="store_true",
+        help="also fit a linear probe on sets with a train split",
     )
     parser.add_argument("--batch_size", type=int, default=256, help="images of a call on a rank")
     parser.add_argument(

@@ -82,7 +82,7 @@ def _make_runs(arguments: argparse.Namespace) -> list[Run]:
     if not recipe.data.train and not recipe.data.sources:
         raise ConfigError(
             f"data.train is empty in {arguments.recipe}; give shards, such as "
-            "data.train='/data/{00000..01499}.tar'"
+            "data.train='/data/*.tar'"
         )
     train = recipe.train
     ds_config = read_ds_config(arguments.ds_config, train.global_batch_size, 1)

@@ -175,7 +175,8 @@ def open_torchvision(
             dataset = build(**arguments)
     except ImportError as error:
         raise ConfigError(
-            f"{name} needs a package that is not installed ({error}); pip install 'aclip[eval]'"
+            f"{name} needs a package that is not installed ({error}); pip install -e '.[eval]' in "
+            "the checkout"
         ) from None
     except (RuntimeError, OSError) as error:  # torchvision's "not found", and the network's
         if not download:

@@ -105,7 +105,7 @@ def _scipy_minimize() -> Callable:
     except ImportError:
         raise ConfigError(
             "--linear_probe needs the package scipy, which is not installed; pip install "
-            "'aclip[eval]'"
+            "-e '.[eval]' in the checkout"
         ) from None
     return minimize
 

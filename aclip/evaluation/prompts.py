@@ -140,7 +140,7 @@ def _shipped(file: str) -> dict:
     except ModuleNotFoundError:
         raise ConfigError(
             "the class prompts of --suite come from the package clip-benchmark, which is not "
-            "installed; pip install 'aclip[eval]', or give --slip_checkout"
+            "installed; pip install -e '.[eval]' in the checkout, or give --slip_checkout"
         ) from None
     return json.loads((folder / file).read_text(encoding="utf-8"))
 

@@ -1,5 +1,7 @@
 """Recipes: what ships loads, bad input is refused in one sentence, a dump reads back."""
 
+import re
+
 import pytest
 import yaml
 
@@ -142,6 +144,24 @@ def test_unknown_key_lists_the_known_ones_of_its_section():
         assert known in message
 
 
+@pytest.mark.parametrize(
+    "override, hint",
+    [
+        ("lr=1e-3", "did you mean optimizer.lr?"),
+        ("epochs=3", "did you mean train.epochs?"),
+        ("data.sources.0.weight=3", "data.sources is .* a list"),
+    ],
+)
+def test_key_without_its_section_and_item_of_a_list_are_refused_with_a_hint(override, hint):
+    assert re.search(hint, refusal(override))
+
+
+def test_pattern_that_the_shell_has_expanded_is_refused_with_a_hint(tmp_path):
+    shard = tmp_path / "b.tar"
+    shard.touch()
+    assert "quotes" in refusal(str(shard))
+
+
 def test_unknown_key_in_a_file_is_refused_like_one_in_an_override(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("loss: {simcrl: 0}\n")
@@ -210,8 +230,10 @@ def test_both_ends_of_the_keep_ratio_are_allowed(ratio):
     "recipe, overrides, named",
     [
         ("demo", ["teacher=null"], ["teacher", "attentive", "byol"]),
-        ("clip_vitb16", ["teacher.resolution=224"], ["teacher", "none", "remove"]),
+        ("clip_vitb16", ["teacher.resolution=224"], ["teacher", "none", "teacher=null"]),
         ("random_2x50_vitb16", ["loss.byol=2"], ["teacher", "random", "loss.byol 2"]),
+        ("aclip_vitb16", ["train.epochs=1"], ["train.warmup_epochs is 1", "train.epochs 1"]),
+        ("slip_vitb16", ["ssl_augment.blur_sigma=[2,1]"], ["ssl_augment.blur_sigma is [2, 1]"]),
         ("attentive_1x50_vitb16", ["loss.simclr=1"], ["loss.simclr", "views.student"]),
         ("demo", ["views.scale=[0.9, 0.5]"], ["views.scale", "0.9", "0.5"]),
         ("demo", ["views.scale=[0, 1]"], ["views.scale"]),

@@ -168,7 +168,7 @@ def test_part_without_weight_builds_no_module(overrides, names):
         ),
         (
             ["loss.distill=1", "distill.targets=pixels", "mask.policy=none"],
-            ["teacher.resolution", "remove teacher"],
+            ["teacher.resolution", "set teacher=null"],
         ),
     ],
 )

@@ -121,7 +121,8 @@ def _parquet(path: Path):
         from pyarrow import parquet
     except ImportError:
         raise ConfigError(
-            f"TABLE is {path}, but pyarrow is not installed; pip install 'aclip[convert]'"
+            f"TABLE is {path}, but pyarrow is not installed; pip install -e '.[convert]' "
+            "in the checkout"
         ) from None
     try:
         return parquet.ParquetFile(path)
