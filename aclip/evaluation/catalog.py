@@ -16,8 +16,10 @@ from aclip.errors import ConfigError
 from aclip.evaluation.image_sets import (
     Unavailable,
     Where,
+    check_same_classes,
     class_folders,
     karpathy_set,
+    list_classes,
     open_torchvision,
 )
 from aclip.evaluation.prompts import (
@@ -180,7 +182,10 @@ def _open_paper(
     """The test split, its own names of the classes, where it is, and what opens the other split."""
     test, train = (folder / entry.get(split, split) for split in ("test", "train"))
     if _has_class_folders(test):
-        return *class_folders(test), str(test), _train_folders(train)
+        # `order` places names that are sorted as text, as those of CLEVR are: 10 comes first.
+        by_number = "order" not in entry.get("clip_benchmark", {})
+        open_train = _train_folders(train, test, by_number)
+        return *class_folders(test, by_number), str(test), open_train
     layout = f"put its images into {test}/CLASS/, a folder for each class"
     if "torchvision" not in entry:
         raise Unavailable(f"{name} is not in {where.data}: {layout}")
@@ -261,14 +266,25 @@ def _find_folder(name: str, folder: Path) -> Task:
     if len(prompts.names) != len(class_names):
         raise ConfigError(
             f"{test} has {len(class_names)} folders of classes, but {prompts.source} names "
-            f"{len(prompts.names)}; give one name a line in the order of the folders"
+            f"{len(prompts.names)}; give one name a line in the order of the folders, by value "
+            "where all are numbers"
         )
-    train = _train_folders(folder / "train") if test != folder else None
+    train = _train_folders(folder / "train", test) if test != folder else None
     return Task(name, title, "top1", dataset, str(test), prompts, train)
 
 
-def _train_folders(folder: Path) -> Callable[[], EvaluationSet] | None:
-    return (lambda: class_folders(folder)[0]) if _has_class_folders(folder) else None
+def _train_folders(
+    folder: Path, test: Path, by_number: bool = True
+) -> Callable[[], EvaluationSet] | None:
+    """What opens the training split of the test split in `test`; None where there is none."""
+    if not _has_class_folders(folder):
+        return None
+
+    def open_train() -> EvaluationSet:
+        check_same_classes(folder, test)
+        return class_folders(folder, by_number)[0]
+
+    return open_train
 
 
 def _shards(folder: Path) -> list[str]:
@@ -282,6 +298,4 @@ def _by_number(path: str) -> tuple[int, str]:
 
 
 def _has_class_folders(folder: Path) -> bool:
-    return folder.is_dir() and any(
-        entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()
-    )
+    return folder.is_dir() and bool(list_classes(folder))

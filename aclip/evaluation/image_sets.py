@@ -8,7 +8,8 @@ from typing import Any
 
 import torchvision
 from filelock import FileLock
-from torchvision.datasets import ImageFolder, VisionDataset
+from torchvision.datasets import VisionDataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from aclip.data.shards import Skip
 from aclip.data.views import DECODE_ERRORS, decode_image, to_rgb
@@ -100,20 +101,56 @@ class TorchvisionSet:
         return Example(image, int(label), [])
 
 
-def class_folders(folder: Path) -> tuple[FileSet, list[str]]:
-    """A set with a folder of images for each class, sorted by name, and the folders' names.
+def list_classes(*folders: Path, by_number: bool = True) -> list[str]:
+    """The class folders that any of the folders holds, in the order of their labels.
+
+    Hidden ones, such as .ipynb_checkpoints, are no classes.
+
+    Args:
+        by_number: sort by value where all names are numbers, as lists of class names do;
+            otherwise as text, 10 before 2.
+    """
+    entries = [entry for folder in folders for entry in folder.iterdir() if entry.is_dir()]
+    names = sorted({entry.name for entry in entries if not entry.name.startswith(".")})
+    if by_number and all(name.isdecimal() for name in names):
+        names.sort(key=int)
+    return names
+
+
+def class_folders(folder: Path, by_number: bool = True) -> tuple[FileSet, list[str]]:
+    """A set with a folder of images for each class, and the folders' names by label.
+
+    Args:
+        folder: holds one class folder or more. by_number: see list_classes.
 
     Raises:
         ConfigError: there is no image in it.
     """
-    listing = ImageFolder(str(folder), allow_empty=True)
-    if not listing.samples:
+    class_names = list_classes(folder, by_number=by_number)
+    places = {name: label for label, name in enumerate(class_names)}
+    samples = make_dataset(str(folder), places, IMG_EXTENSIONS, allow_empty=True)
+    if not samples:
         raise ConfigError(
             f"{folder} holds no image in a folder of its class; write images as "
             f"{folder}/CLASS/NAME.jpg"
         )
-    paths, labels = zip(*listing.samples, strict=True)
-    return FileSet(str(folder), [Path(path) for path in paths], list(labels)), listing.classes
+    paths, labels = zip(*samples, strict=True)
+    return FileSet(str(folder), [Path(path) for path in paths], list(labels)), class_names
+
+
+def check_same_classes(train: Path, test: Path) -> None:
+    """Labels are places among a split's own folders: one too few would shift those behind it.
+
+    Raises:
+        ConfigError: a class is missing in one of the splits.
+    """
+    for name in list_classes(train, test):
+        for split, other in ((train, test), (test, train)):
+            if not (split / name).is_dir():
+                raise ConfigError(
+                    f"--linear_probe needs the same classes in both splits, but {split} has no "
+                    f"folder {name}, which {other} has; add it, or remove that one"
+                )
 
 
 def karpathy_set(file: Path, images: Path) -> FileSet:

@@ -8,6 +8,7 @@ with this clock's, until the input ends.
 import errno
 import hashlib
 import json
+import math
 import os
 import runpy
 import shutil
@@ -135,12 +136,19 @@ def _own_version() -> str:
 
 
 def gpus() -> list[dict]:
-    """Name and memory, MiB, of each GPU of this node."""
+    """Name and memory, MiB, of each GPU of this node; NaN, which counts as free, if unknown."""
     if shutil.which(QUERY[0]) is None:
         return []
     listed = subprocess.run(QUERY, capture_output=True, text=True)
     rows = [line.rsplit(",", 2) for line in listed.stdout.splitlines() if line.count(",") >= 2]
-    return [{"name": name, "used": float(used), "total": float(all_)} for name, used, all_ in rows]
+    return [{"name": name, "used": _mib(used), "total": _mib(all_)} for name, used, all_ in rows]
+
+
+def _mib(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:  # [N/A] where the memory is the CPU's, [Insufficient Permissions]
+        return math.nan
 
 
 def main() -> None:

@@ -169,6 +169,67 @@ def test_folder_of_classes_gives_labels_in_the_order_of_their_names(tmp_path):
         find_one("pets2", tmp_path)
 
 
+def labels_by_grey(dataset):
+    return {grey: label for grey, label, _ in read_all(dataset)}
+
+
+def test_class_folders_that_are_numbers_count_by_value(tmp_path):
+    numbers = [str(number) for number in range(43)]
+    for split in ("test", "train"):
+        write_classes(tmp_path / "gtsrb" / split, numbers[:25])  # greys end at 255
+        for number in numbers[25:]:
+            (tmp_path / "gtsrb" / split / number).mkdir()
+    task = find_one("gtsrb", tmp_path)
+    expected = {10 * number: number for number in range(25)}
+    assert labels_by_grey(task.dataset) == labels_by_grey(task.train()) == expected
+    assert task.prompts.names[14] == ["stop"]
+    write_classes(tmp_path / "mine" / "test", ["9", "10", "100"])
+    task = find_one("mine", tmp_path)
+    assert labels_by_grey(task.dataset) == {0: 0, 10: 1, 20: 2}
+    assert task.prompts.names == [["9"], ["10"], ["100"]]
+    write_classes(tmp_path / "mixed" / "test", ["9", "10", "x"])  # as text
+    assert labels_by_grey(find_one("mixed", tmp_path).dataset) == {10: 0, 0: 1, 20: 2}
+
+
+def test_class_folders_of_a_set_with_an_order_of_its_own_count_as_text(tmp_path):
+    for split in ("val", "train"):
+        write_classes(tmp_path / "clevr_counts" / split, [str(number) for number in range(3, 11)])
+    task = find_one("clevr_counts", tmp_path)
+    expected = {70: 0} | {10 * number: number + 1 for number in range(7)}  # 10, 3, 4, ..., 9
+    assert labels_by_grey(task.dataset) == labels_by_grey(task.train()) == expected
+    assert [name for (name,) in task.prompts.names[:2]] == ["ten", "three"]
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    for name, splits in (("mine", ("test", "train")), ("eurosat", ("val", "train"))):
+        for split in splits:
+            write_classes(tmp_path / name / split, [f"class{c}" for c in range(10)])
+        write_classes(tmp_path / name / splits[1], [".ipynb_checkpoints"])
+        task = find_one(name, tmp_path)
+        assert labels_by_grey(task.train()) == {10 * c: c for c in range(10)}
+        write_classes(tmp_path / name / splits[0], [".ipynb_checkpoints"])
+        task = find_one(name, tmp_path)
+        assert labels_by_grey(task.dataset) == {10 * c: c for c in range(10)}
+
+
+@pytest.mark.parametrize("name, test", [("mine", "test"), ("eurosat", "val")])
+def test_splits_with_other_classes_are_refused_once_the_probe_reads_them(name, test, tmp_path):
+    classes = [f"class{c}" for c in range(10)]
+    write_classes(tmp_path / name / test, classes)
+    write_classes(tmp_path / name / "train", classes[:4] + classes[5:7])
+    task = find_one(name, tmp_path)
+    with pytest.raises(
+        ConfigError, match=rf"{name}/train has no folder class4, which .*{name}/{test} has"
+    ):
+        task.train()
+    for missing in (4, 7, 8, 9):
+        (tmp_path / name / "train" / f"class{missing}").mkdir()
+    assert task.train().num_samples == 6
+    (tmp_path / name / "train" / "another").mkdir()
+    with pytest.raises(ConfigError, match=rf"{name}/{test} has no folder another, which"):
+        task.train()
+
+
 def test_shards_in_clip_benchmarks_layout_and_their_train_split(tmp_path):
     folder = tmp_path / "mine"
     for number in (10, 2, 0):  # read by number, not by name

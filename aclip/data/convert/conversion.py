@@ -4,6 +4,7 @@
 report.json. Until then .conversion/ holds the plan and a line for each finished shard.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from aclip.data.convert.entries import Source
+from aclip.data.convert.entries import Entry, Source
 from aclip.data.convert.images import ImageRule
 from aclip.data.convert.plan import Plan, shard_bounds, write_plan
 from aclip.data.convert.pool import Task, write_shards
@@ -50,17 +51,17 @@ class Job:
     out: Path
 
     def identity(self) -> dict[str, Any]:
-        """What a conversion must agree in to be continued."""
-        stamps = {path: path.stat() for path in self.source.files}
+        """What a conversion must agree in to be continued.
+
+        Raises:
+            ConfigError: a source without metadata can't be read.
+        """
         return {
             "format_version": FORMAT_VERSION,
             "arguments": self.arguments,
             "images": asdict(self.rule) | {"folder": str(self.source.images.absolute())},
             "shard_size": self.shard_size,
-            "files": {
-                str(path.absolute()): [status.st_size, status.st_mtime_ns]
-                for path, status in stamps.items()
-            },
+            "files": _stamps(self.source),
         }
 
 
@@ -76,7 +77,13 @@ def run(job: Job, processes: int) -> dict[str, Any]:
     """
     identity = job.identity()
     report = _finished_report(job.out, identity)
-    if report is None:
+    if report is not None:
+        print(
+            f"{job.out} is already finished, so nothing was read; give another --out, or delete "
+            "the folder, to convert again",
+            flush=True,
+        )
+    else:
         state = job.out / STATE_FOLDER
         try:
             _prepare(job.out, state)
@@ -98,6 +105,41 @@ def run(job: Job, processes: int) -> dict[str, Any]:
             f"no entry of the source became a sample; {job.out / REPORT_FILE} says why"
         )
     return report
+
+
+def _stamps(source: Source) -> dict[str, Any]:
+    """By path, what changes with the metadata; without any, with what is in the folder."""
+    if not source.files:
+        return {str(source.images.absolute()): _digest(source)}
+    stamps = {path: path.stat() for path in source.files}
+    return {
+        str(path.absolute()): [status.st_size, status.st_mtime_ns]
+        for path, status in stamps.items()
+    }
+
+
+def _digest(source: Source) -> str:
+    """Of path, size and time of every image and caption file, and of what is left out.
+
+    Not of the folders: --out may lie in one of them.
+    """
+    digest = hashlib.sha256()
+    for entry in tqdm(source.entries(), desc="looking for changes", unit=" entries"):
+        if isinstance(entry, Entry):
+            paths = (entry.image, entry.caption_file)
+            facts = [(path, _stamp(source.images / path)) for path in paths]
+        else:
+            facts = [entry.key, entry.kind]
+        digest.update(json.dumps(facts).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _stamp(path: Path) -> list[int] | None:
+    try:
+        status = path.stat()
+    except OSError:  # such as a link to nowhere, which is skipped and counted later
+        return None
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _finished_report(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

@@ -48,7 +48,8 @@ class Source:
 
     Attributes:
         images: folder that the entries' paths are relative to.
-        files: the metadata; a conversion is not continued after they have changed.
+        files: the metadata; a conversion is not continued after they have changed. Without any,
+            that holds for the images and captions themselves.
         entries: called to iterate over all entries, always in the same order.
     """
 

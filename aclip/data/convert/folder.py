@@ -14,7 +14,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 def folder_source(folder: str) -> Source:
     """The images of a folder in the order of their paths; NAME.txt is the caption of NAME.jpg.
 
-    Files of other kinds are passed over, links are followed.
+    Files of other kinds are passed over, links are followed. There is no metadata, so that a
+    conversion is not continued after one of these files has changed, come or gone.
 
     Raises:
         ConfigError: no such folder; while iterating, a folder in it can't be read.

@@ -1,0 +1,48 @@
+"""What a node says of its GPUs where nvidia-smi knows less than usual, and who reads it."""
+
+import json
+import math
+import os
+
+import pytest
+
+from aclip.ablation.ablate import _devices
+from aclip.nodes.doctor import Examined, _gpu_problems, format_table
+from aclip.nodes.hostfile import Host
+from aclip.nodes.probe import gpus
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """nvidia_smi(lines): what the command of that name prints."""
+
+    def install(lines: str) -> None:
+        script = tmp_path / "nvidia-smi"
+        script.write_text(f"#!/bin/sh\ncat <<END\n{lines}\nEND\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    return install
+
+
+def test_memory_is_in_mib(nvidia_smi):
+    nvidia_smi("NVIDIA A100, SXM, 3, 81920")
+    assert gpus() == [{"name": "NVIDIA A100, SXM", "used": 3.0, "total": 81920.0}]
+
+
+@pytest.mark.parametrize("value", ["[N/A]", "[Insufficient Permissions]"])
+def test_a_gpu_whose_memory_is_unknown_counts_as_free(nvidia_smi, value):
+    nvidia_smi(f"NVIDIA GB10, {value}, {value}\nNVIDIA GB10, 5000, {value}")
+    answer = json.loads(json.dumps({"gpus": gpus()}))  # as it comes to the doctor
+    first, second = answer["gpus"]
+    assert first["name"] == "NVIDIA GB10"
+    assert math.isnan(first["used"]) and math.isnan(first["total"])
+    assert second["used"] == 5000 and math.isnan(second["total"])
+    assert _gpu_problems(Examined(Host("a", 1), "token", answer), with_gpus=True) == []
+    (problem,) = _gpu_problems(Examined(Host("a", 2), "token", answer), with_gpus=True)
+    assert problem.startswith("GPU 1 is in use")
+    versions = dict.fromkeys(("python", "aclip", "torch", "deepspeed", "cuda"), "1")
+    answer |= {"versions": versions, "disk_bytes": 0, "shm_bytes": 0}
+    assert "2 NVIDIA GB10" in format_table([Examined(Host("a", 2), "token", answer)])
+    assert [device["CUDA_VISIBLE_DEVICES"] for device in _devices(None, 4)] == ["0"]
