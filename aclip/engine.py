@@ -1,6 +1,7 @@
 """Student to DeepSpeed engine: process group, parameter groups, optimizer."""
 
 import datetime
+import os
 import warnings
 
 import deepspeed
@@ -25,19 +26,20 @@ def init_distributed(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> torch.
         timeout: of the rendezvous and of each collective.
     """
     _avoid_shared_memory_build()
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        # Else this rank's first tensors would lie on the node's first device: the engine, which
+        # chooses the device too, is built last.
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     # DeepSpeed 0.19.8 calls torch's collectives by names that torch 2.14 warns about at every call.
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     deepspeed.init_distributed(
-        get_accelerator().communication_backend_name(),
+        accelerator.communication_backend_name(),
         auto_mpi_discovery=False,
         timeout=timeout,
         verbose=False,
     )
-    if get_accelerator().device_name() == "cpu":
-        return torch.device("cpu")
-    device = torch.device(get_accelerator().current_device_name())
-    get_accelerator().set_device(device.index)
-    return device
+    return torch.device(accelerator.current_device_name())
 
 
 def build_engine(student: Student, config: OptimizerConfig, ds_config: DsConfig):

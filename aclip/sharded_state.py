@@ -149,7 +149,8 @@ class ShardedState:
 
     def _new_step(self, flat: Tensor) -> Tensor | int:
         torch_adam = isinstance(self._base_optimizer(), torch.optim.Adam)
-        return torch.zeros((), dtype=torch.float32) if torch_adam else 0
+        # On the parameter's device, where the fused kernel wants it.
+        return torch.zeros((), dtype=torch.float32, device=flat.device) if torch_adam else 0
 
     def _optimizer_states(self) -> dict:
         return self._base_optimizer().state
