@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of a step was NaN or infinite; names the step, the terms and the samples."""
+    """The loss or gradient of a step was not finite; names the step, the terms and the samples."""
 
 
 class StepWatch:
@@ -26,7 +26,7 @@ class StepWatch:
     """
 
     def __init__(self):
-        self._received = 0
+        self._received: set[int] = set()
         self._step = 0
         self._names: list[str] = []
         self._keys: list[str] = []
@@ -38,7 +38,7 @@ class StepWatch:
         """Remembers SIGTERM and SIGUSR1 for the next step instead of dying of them."""
 
         def remember(number, frame):
-            self._received = number
+            self._received.add(number)
 
         previous = {number: signal.signal(number, remember) for number in SIGNALS}
         try:
@@ -49,11 +49,14 @@ class StepWatch:
 
     def put(self, step: int, terms: dict[str, Tensor], keys: list[str]) -> None:
         """Starts to watch a step: its scalar terms and its samples' keys on this rank."""
-        received, self._received = self._received, 0
+        received, self._received = self._received, set()
         self._step, self._names, self._keys = step, list(terms), keys
         sums = torch.stack([term.float() for term in terms.values()])
-        flags = torch.tensor([float(received == number) for number in SIGNALS])
-        self._sums = torch.cat([sums, flags.to(sums.device)])
+        flags = torch.zeros(len(SIGNALS), device=sums.device)
+        for place, number in enumerate(SIGNALS):
+            if number in received:
+                flags[place] = 1  # not copied from the host, which would wait for the device
+        self._sums = torch.cat([sums, flags])
         if world_size() > 1:
             dist.all_reduce(self._sums)
 
@@ -90,7 +93,6 @@ class StepWatch:
         listed = ", ".join(f"{name} {value:g}" for name, value in terms.items())
         samples = " ".join(key for keys in everyone for key in keys)
         return (
-            f"the loss of step {self._step} is not finite ({listed}); the last checkpoint is "
-            "intact; "
-            f"the batch's samples: {samples}"
+            f"the loss or the gradient of step {self._step} is not finite ({listed}); the last "
+            f"checkpoint is intact; the batch's samples: {samples}"
         )

@@ -58,6 +58,10 @@ def augment(
     Returns:
         (M, 3, R, R) in `dtype`, no gradient.
     """
-    mean = torch.tensor(config.mean, dtype=torch.float32, device=views.device)
-    std = torch.tensor(config.std, dtype=torch.float32, device=views.device)
+    mean, std = (_on_device(values, views.device) for values in (config.mean, config.std))
     return augment_views(views, params, mean, std, dtype)
+
+
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """fp32, filled there: a copy from plain memory would wait for what runs on the device."""
+    return torch.stack([torch.full((), value, device=device) for value in values])

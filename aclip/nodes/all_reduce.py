@@ -17,6 +17,8 @@ def main() -> None:
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else "cpu"
+    if on_gpu:
+        torch.cuda.set_device(device)  # which the barrier reads
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     ranks = dist.get_world_size()
     values = torch.ones(MEGABYTES * 2**20 // 4, device=device)

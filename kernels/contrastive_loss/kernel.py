@@ -28,6 +28,8 @@ def softmax_gradient_kernel(
     row = dots_ptr + i * N
     label = first_label + i
     scale = tl.load(scale_ptr)
+    # Before the reductions, whose barriers keep it from the gradient that overwrites it below.
+    positive = tl.load(row + label) * scale
     # Running maximum and sum per lane, merged once at the end: no reduction inside the loop.
     # The start is finite, since -inf - -inf would be NaN in lanes past the last column.
     highest = tl.full([BLOCK_N], LOWEST, tl.float32)
@@ -40,7 +42,6 @@ def softmax_gradient_kernel(
         highest = higher
     top = tl.max(highest, axis=0)
     total = tl.sum(total * tl.exp(highest - top), axis=0)
-    positive = tl.load(row + label) * scale
     tl.store(loss_ptr + i, tl.log(total) + (top - positive))
     share = inverse_num_rows / total
     for start in range(0, N, BLOCK_N):
