@@ -7,15 +7,28 @@ import time
 from collections.abc import Callable
 
 EXIT_BAD_INPUT = 2
+EXIT_UNREADABLE_DATA = 6
 WAIT_FOR_RANKS = datetime.timedelta(seconds=10)
 
 
 class ConfigError(ValueError):
-    """Bad input. The message is one sentence that names the field, the value and what to do."""
+    """Bad input. The message is one sentence that names the field, the value and what to do.
+
+    Attributes:
+        status: what a launch script exits with.
+    """
+
+    status = EXIT_BAD_INPUT
+
+
+class DataError(ConfigError):
+    """Data that can't be read while a run trains, which may have passed when it starts again."""
+
+    status = EXIT_UNREADABLE_DATA
 
 
 def run_reporting_errors(main: Callable[[], int | None]) -> None:
-    """Runs `main` and exits with its status; a ConfigError becomes one line on stderr and status 2.
+    """Runs `main` and exits with its status; a ConfigError becomes one line on stderr.
 
     `os._exit` ends the process at once after a ConfigError: data workers, collectives or a peer
     that has failed already must not keep a rank alive that has nothing left to do.
@@ -30,7 +43,7 @@ def run_reporting_errors(main: Callable[[], int | None]) -> None:
         sys.stderr.write(f"{prefix}error: {error}\n")
         sys.stderr.flush()
         _let_other_ranks_report()
-        os._exit(EXIT_BAD_INPUT)
+        os._exit(error.status)
     sys.exit(status or 0)
 
 

@@ -268,9 +268,10 @@ class LaneStream:
             self._last_unreadable = (self.epoch, error.url)
             self._unreadable_in_a_row += 1
         if self._unreadable_in_a_row > MAX_UNREADABLE:
-            raise ConfigError(
+            raise ShardError(
+                error.url,
                 f"data lane {self.lane} found {self._unreadable_in_a_row} shards in a row that "
-                f"can't be read, the last: {error}"
+                f"can't be read, the last: {error}",
             ) from None
         self.warnings.append(f"{error}; its samples are skipped")
 

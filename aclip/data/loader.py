@@ -24,9 +24,16 @@ from aclip.data.mixing import MixedLane
 from aclip.data.samples import SampleMaker, patch_grid
 from aclip.data.shards import Shard
 from aclip.data.slots import SlotBuffer
+from aclip.data.tar import ShardError
 from aclip.data.tokenizer import build_tokenizer
-from aclip.data.workers import end_when_told_by, run_ahead, signals_held, start_method
-from aclip.errors import ConfigError
+from aclip.data.workers import (
+    allow_many_open_files,
+    end_when_told_by,
+    run_ahead,
+    signals_held,
+    start_method,
+)
+from aclip.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +45,8 @@ class Part:
     batch: Batch | None
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
+    is_unreadable: bool = False
+    """Whether the error is a shard's that can't be read."""
 
 
 class LaneDataset(IterableDataset):
@@ -78,7 +87,7 @@ class LaneDataset(IterableDataset):
                 yield Part(batch, warnings)
         except ConfigError as error:
             # DataLoader would wrap the message in a traceback of the worker.
-            yield Part(None, error=str(error))
+            yield Part(None, error=str(error), is_unreadable=isinstance(error, ShardError))
 
     def _lane(self, maker: SampleMaker, index: int) -> LaneStream | MixedLane:
         lane, cursor = self.first + index, self.cursors[index].tolist()
@@ -144,7 +153,7 @@ class TrainLoader:
             for _ in range(max(1, self.num_workers)):
                 part = next(parts)
                 if part.error is not None:
-                    raise ConfigError(part.error)
+                    raise (DataError if part.is_unreadable else ConfigError)(part.error)
                 for warning in sorted(set(part.warnings) - warned):
                     logger.warning("%s", warning)
                     warned.add(warning)
@@ -171,6 +180,7 @@ def build_train_loader(
         ConfigError: lanes, batch, ranks and workers do not fit, or the cursors belong to other
             lanes or sources. While iterating: a shard can't be read or a lane holds nothing usable.
     """
+    allow_many_open_files()
     num_lanes = _num_lanes(recipe, shards)
     workers = resolve_workers(recipe.data.workers, num_lanes, world_size, _cores_per_rank())
     num_sources = max(1, len(recipe.data.sources))

@@ -118,10 +118,10 @@ def _open_locked(path: Path) -> io.BufferedReader | None:
 
 def _remove_unless_used(path: Path) -> bool:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb+") as file:  # NFS locks exclusively only what can be written
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
-    except (BlockingIOError, FileNotFoundError):
+    except OSError:  # in use, gone, or another user's
         return False
     return True
 

@@ -4,9 +4,11 @@ A position is the rank of a sample in its tar. Nothing here decodes an image or 
 """
 
 import glob
+import itertools
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +183,12 @@ def shard_names(urls: list[str]) -> list[str]:
 
 def _expand_braces(entry: str, field: str) -> list[str]:
     try:
+        if entry.startswith("pipe:"):
+            # Only ranges: a command has braces, commas and backslashes of its own.
+            parts = re.split(r"(\{\w+\.\.\w+\})", entry)
+            parts[1::2] = map(braceexpand, parts[1::2])
+            parts[::2] = ([text] for text in parts[::2])
+            return ["".join(chosen) for chosen in itertools.product(*parts)]
         return list(braceexpand(entry))
     except ValueError as error:
         raise ConfigError(f"{field} holds {entry}, whose braces do not match: {error}") from None

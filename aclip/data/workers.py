@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import queue
+import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,13 @@ SECONDS_BETWEEN_LOOKS = 2.0
 """How long a worker may outlive a main process that was killed."""
 ITEMS_AHEAD = 2
 """Batches that lie ready in pinned memory before a CUDA device asks for them."""
+
+
+def allow_many_open_files() -> None:
+    """Raises this process's limit, and its workers', as far as it may: each sample that waits in a
+    block keeps its shard open, and a lane that shares shards reads a block from many."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def start_method() -> multiprocessing.context.BaseContext:

@@ -1,5 +1,7 @@
 """Shards over HTTP and from commands, by servers that fail in every way; the cache they go into."""
 
+import errno
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -15,12 +17,13 @@ import pytest
 
 from aclip.config import Recipe
 from aclip.data import remote as remote_module
+from aclip.data import shard_cache
 from aclip.data.loader import build_train_loader
 from aclip.data.remote import RemoteShards
 from aclip.data.shard_cache import ShardCache
 from aclip.data.shards import Shard, index_shards, list_shards, read_shard
 from aclip.data.tar import ShardError
-from aclip.errors import ConfigError
+from aclip.errors import ConfigError, DataError
 
 NUM_SAMPLES = 6
 
@@ -193,7 +196,7 @@ def test_the_policy_decides_whether_a_run_outlives_a_lost_shard(
         str({f"s{i}.tar": NUM_SAMPLES for i in range(4)}).replace("'", '"')
     )
     server.failures["s2.tar"] = [f"always {failure}"]
-    with pytest.raises(ConfigError, match=r"^shard \S*/s2\.tar can't be read: [^\n]*$"):
+    with pytest.raises(DataError, match=r"^shard \S*/s2\.tar can't be read: [^\n]*$"):
         run(make_recipe(workers=workers), addresses(server), 6)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
@@ -279,6 +282,14 @@ def test_a_command_that_fails_or_hangs_is_named_with_its_reason(server, remote, 
         keys(Shard(f"pipe:{command}", 1, remote=remote))
 
 
+def test_braces_of_a_command_are_its_own_unless_they_are_a_range():
+    command = r"pipe:cat {0..1}/{08..10}.tar | awk '{print $1,$2}' | tr '\n' x"
+    listed = list_shards(command, "data.train")
+    assert len(listed) == 6
+    assert listed[0] == r"pipe:cat 0/08.tar | awk '{print $1,$2}' | tr '\n' x"
+    assert listed[-1].startswith("pipe:cat 1/10.tar | awk")
+
+
 def test_any_protocol_of_fsspec_is_read(remote, write_shard):
     import fsspec
 
@@ -315,6 +326,24 @@ def test_a_shard_that_is_read_stays_and_an_overfull_cache_is_said(tmp_path, capl
         assert "beyond its limit" in caplog.text
     cache.open("c", fill(100)).close()
     assert [cache.holds(name) for name in "abc"] == [False, False, True]
+
+
+def test_the_cache_works_where_locks_want_a_file_that_can_be_written(tmp_path, monkeypatch):
+    real = fcntl.flock
+
+    def flock_over_nfs(file, operation):
+        if operation & fcntl.LOCK_EX and not getattr(file, "writable", lambda: True)():
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        return real(file, operation)
+
+    monkeypatch.setattr(shard_cache.fcntl, "flock", flock_over_nfs)
+    (tmp_path / f"killed.1{shard_cache.PARTIAL}").write_bytes(b"half")
+    cache = ShardCache(tmp_path, 10)
+    for url in ("a", "b", "c"):
+        with cache.open(url, lambda path: path.write_bytes(bytes(8))) as file:
+            assert len(file.read()) == 8
+    left = {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"}
+    assert len(left) == 1 and cache.holds("c")
 
 
 def test_a_failed_or_killed_transfer_leaves_no_shard_and_is_cleared_away(tmp_path):
