@@ -1,6 +1,7 @@
 """What the masks keep of given samples: for pictures, and measured against objects whose pixels are
 known."""
 
+import io
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -225,6 +226,8 @@ def _coverage_of(raw: RawSample, sample: Sample, grid: int) -> np.ndarray | Skip
     mask = decode_image(raw.read(OBJECT_MASK))
     if isinstance(mask, Skip):
         return Skip("unreadable_object_mask")
+    if mask.size != Image.open(io.BytesIO(read_image_bytes(raw))).size:
+        return Skip("object_mask_of_another_size")
     return object_coverage(mask, boxes, grid)
 
 

@@ -198,6 +198,8 @@ def _unsupported(vit: nn.Module, resolution: int) -> str | None:
         return "has blocks of another kind"
     if vit.blocks[0].attn.gate is not None:
         return "has gated attention"
+    if not isinstance(vit.patch_drop, nn.Identity) or vit.head_drop.p:
+        return "drops patches or features, which mask and heads do here"
     patch_height, patch_width = vit.patch_embed.patch_size
     if patch_height != patch_width or resolution % patch_height:
         return f"cuts {resolution} px into patches of {patch_height} x {patch_width} px"

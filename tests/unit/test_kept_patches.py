@@ -89,6 +89,18 @@ def test_policies_keep_the_object_as_the_attention_on_it_says(scenes):
     assert len({tuple(ids) for ids in random.flatten(0, 1).tolist()}) > 10
 
 
+def test_mask_of_another_size_than_the_image_is_counted(write_tar):
+    members = []
+    for number, side in enumerate((64, 32, 128)):
+        members.append((f"{number}.png", png(np.zeros((64, 64, 3)))))
+        members.append((f"{number}.mask.png", png(np.full((side, side), 255))))
+        members.append((f"{number}.txt", str(number).encode()))
+    samples = TarShard(write_tar("masks.tar", members)).walk()
+    pictured = read_picture_set(load_recipe("demo", TINY), samples, num_measured=10)
+    assert pictured.captions == ["0"]
+    assert pictured.skipped == {"object_mask_of_another_size": 2}
+
+
 def test_eight_are_read_where_no_object_is_known(write_tar):
     members = [(f"{n:02d}.png", png(np.zeros((32, 32, 3)))) for n in range(12)]
     recipe = load_recipe("demo", TINY)

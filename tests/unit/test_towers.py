@@ -305,6 +305,8 @@ def test_text_tower_in_bf16_stays_near_fp32():
         ("vit_small_patch16_224", {"reg_tokens": 4}, "prefix tokens"),
         ("vit_small_patch16_224", {"no_such_argument": 4}, "no_such_argument"),
         ("vit_small_patch16_224", {"patch_size": 7}, "patches of 7"),
+        ("vit_small_patch16_224", {"patch_drop_rate": 0.5}, "drops patches"),
+        ("vit_small_patch16_224", {"drop_rate": 0.1}, "drops patches"),
     ],
 )
 def test_unsupported_tower_is_refused_in_one_sentence(name, kwargs, words):
