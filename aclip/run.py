@@ -1,17 +1,21 @@
 """One pre-training run: checks the inputs, prepares the run folder, trains, prints the results."""
 
 import argparse
+import hashlib
 import json
 import os
 import platform
+import signal
 import socket
 import subprocess
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from aclip import checkpoint_folder
 from aclip.config import Recipe
@@ -20,7 +24,7 @@ from aclip.data.loader import build_train_loader, striding_warnings
 from aclip.data.shards import Shard, index_shards, list_shards, remote_shards
 from aclip.ds_config import read_ds_config
 from aclip.errors import ConfigError
-from aclip.files import check_writable
+from aclip.files import check_writable, write_whole
 from aclip.gather import rank, world_size
 from aclip.metrics import picture_path
 from aclip.recipe_file import dump_recipe
@@ -35,6 +39,8 @@ EXIT_STOPPED_BY_SIGNAL = 143
 
 def pretrain(arguments: argparse.Namespace) -> int:
     """Runs `launch/pretrain.py` with its parsed arguments; returns the exit status."""
+    # Until training listens for it: a request for a checkpoint must not end a run that starts.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     default_to_one_rank()
     num_ranks = int(os.environ["WORLD_SIZE"])
     recipe = _read_recipe(arguments)
@@ -60,7 +66,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     from aclip.report import PAGE
     from aclip.trainer import Trainer
     from aclip.watch import NonFiniteLoss
-    from aclip.watchdog import Watchdog
+    from aclip.watchdog import SAVING, Watchdog
 
     watchdog = Watchdog(recipe.train.hang_timeout)
     watchdog.start()
@@ -68,6 +74,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     collective_timeout = timedelta(seconds=2 * watchdog.slow_limit)
     device = init_distributed(collective_timeout)
     watchdog.connect()
+    _check_same_shards([*shards, *val_shards])
     trainer = Trainer(
         recipe,
         ds_config,
@@ -82,17 +89,25 @@ def pretrain(arguments: argparse.Namespace) -> int:
     if rank() == 0:
         _record(run_folder, recipe, ds_config.values, trainer.stepper.init_report)
     say(_headline(recipe, trainer, ds_config, resume_from, run_folder), flush=True)
+    status = None
     try:
-        finished = trainer.train()
+        status = 0 if trainer.train() else EXIT_STOPPED_BY_SIGNAL
     except (NonFiniteLoss, checkpoint.CheckpointError) as error:
         print(f"[rank {rank()}] error: {error}", flush=True)
-        return EXIT_NON_FINITE if isinstance(error, NonFiniteLoss) else EXIT_NOT_SAVED
+        status = EXIT_NON_FINITE if isinstance(error, NonFiniteLoss) else EXIT_NOT_SAVED
     finally:
+        watchdog.enter(SAVING, trainer.step)
         trainer.close()
+        if status is not None and world_size() > 1:
+            # Rank 0 may have uploaded; the launcher ends it as soon as another rank ends with an
+            # error's status.
+            with suppress(RuntimeError):
+                dist.barrier()
         watchdog.stop()
-    if not finished:
+    if status == EXIT_STOPPED_BY_SIGNAL:
         say(f"stopped by SIGTERM at {trainer.samples:,} samples; the same command continues")
-        return EXIT_STOPPED_BY_SIGNAL
+    if status:
+        return status
     if trainer.evaluations:
         say(results_table(trainer.evaluations), flush=True)
     say(f"the run is complete: {run_folder}", flush=True)
@@ -163,6 +178,28 @@ def find_data(recipe: Recipe, say) -> tuple[list[Shard], list[Shard]]:
     return shards, find(val, "data.val") if val else []
 
 
+def _check_same_shards(shards: list[Shard]) -> None:
+    """Refuses data that differ between ranks: they would take samples twice and leave out others.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+    if world_size() == 1:
+        return
+    content = "\n".join(f"{s.url} {s.num_samples} {s.source}" for s in shards)
+    samples = sum(shard.num_samples for shard in shards)
+    mine = (hashlib.sha256(content.encode()).hexdigest(), len(shards), samples)
+    every: list[tuple[str, int, int]] = [mine] * world_size()
+    dist.all_gather_object(every, mine)
+    for other, seen in enumerate(every):
+        if seen[0] != every[0][0]:
+            raise ConfigError(
+                f"data.train and data.val give {every[0][1]} shards with {every[0][2]} samples on "
+                f"rank 0, but {seen[1]} with {seen[2]} on rank {other}; let all nodes see the same "
+                "shards and sizes.json"
+            )
+
+
 def _record(run_folder: Path, recipe: Recipe, ds_values: dict, init_report) -> None:
     """Writes what the run was made of: recipe, ds_config, versions, git commit, first weights."""
     packages = ("torch", "deepspeed", "timm", "transformers", "open_clip_torch", "triton")
@@ -173,12 +210,12 @@ def _record(run_folder: Path, recipe: Recipe, ds_values: dict, init_report) -> N
         "packages": {name: version(name) for name in packages},
         "git_commit": _git_commit(),
     }
-    (run_folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    (run_folder / "ds_config.json").write_text(json.dumps(ds_values, indent=2))
-    (run_folder / "environment.json").write_text(json.dumps(environment, indent=2))
+    records = {"ds_config.json": ds_values, "environment.json": environment}
     if init_report is not None:
-        report = json.dumps(init_report.to_dict(), indent=2)
-        (run_folder / "init_report.json").write_text(report)
+        records["init_report.json"] = init_report.to_dict()
+    write_whole(run_folder / "recipe.yaml", dump_recipe(recipe).encode())
+    for name, values in records.items():
+        write_whole(run_folder / name, json.dumps(values, indent=2).encode())
 
 
 def _git_commit() -> str | None:

@@ -10,6 +10,7 @@ from aclip.config import Recipe
 from aclip.data.batch import Batch
 from aclip.ds_config import DsConfig
 from aclip.engine import build_engine
+from aclip.gather import rank
 from aclip.initial_weights import load_initial_weights
 from aclip.losses import StudentOutput
 from aclip.models.student import Student, build_student, kept_blocks
@@ -62,6 +63,8 @@ class Stepper:
         self._sharded_state = ShardedState(self.engine)
         for name, weights in exact.items():
             self._sharded_state.load(name, MASTER, weights)
+        # Weights are drawn alike on all ranks, dropout is not.
+        torch.manual_seed(recipe.train.seed + rank())
 
     def set_exact_logit_scale(self) -> None:
         """Clamps the logit scale's fp32 master and hands its value on; also after loading."""
@@ -134,6 +137,7 @@ class Stepper:
     def _backward_through_towers(self, make_inputs, features, rng_states) -> None:
         """Runs the towers again on all micro-batches but the last, with their gradients."""
         num_again = len(make_inputs) - 1
+        drawn_so_far = get_random_state()
         for index in range(num_again):
             # The same dropout as in the pass whose features the losses saw.
             set_random_state(rng_states[index])
@@ -143,6 +147,7 @@ class Stepper:
                 for name, part in parts.items()
             )
             self._backward(surrogate, last=index == num_again - 1)
+        set_random_state(drawn_so_far)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         # Offload copies gradients to the host at the boundary, and only those of its own backward

@@ -26,6 +26,8 @@ from aclip.upload import Uploader
 from aclip.watch import StepWatch
 from aclip.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
 
+GRADIENT_NORM = "gradient_norm"
+
 
 class Trainer:
     """Trains one recipe from its data to its last sample.
@@ -120,7 +122,11 @@ class Trainer:
                     return False
             self.watch.settle()
             if "end" not in self.evaluations:
+                # First what was trained, since an evaluation can fail.
+                self._save(required=True, uploads=self.evaluator is None)
                 self._evaluate("end")
+                if self.evaluator is not None:
+                    self._saved_at = None
             self._save(required=True)
             return True
 
@@ -154,7 +160,7 @@ class Trainer:
         """Logs, evaluates and saves what is due; returns whether a signal asks to stop."""
         self.watch.settle()
         signals = self.watch.take_signals()
-        self.watch.put(self.step, terms, batch.keys)
+        self.watch.put(self.step, terms | self._gradient_norm(), batch.keys)
         self._local_cursors = batch.cursors
         self._recent_skips.update(batch.skipped)
 
@@ -183,17 +189,29 @@ class Trainer:
 
     def _log(self, timer: StepTimer) -> None:
         self._join_skips()
+        terms = self.watch.mean_terms()
+        gradient_norm = terms.pop(GRADIENT_NORM, None)
         self.logger.log(
             self.step,
             self.samples,
-            self.watch.mean_terms(),
+            terms,
             learning_rate=self.learning_rate,
             momentum=self.momentum,
             logit_scale=self.stepper.engine.module.logit_scale.exact.exp().item(),
-            gradient_norm=_to_float(self.stepper.engine.get_global_grad_norm()),
+            gradient_norm=gradient_norm,
             skipped=dict(self.skipped),
             **timer.summary(),
         )
+
+    def _gradient_norm(self) -> dict[str, Tensor]:
+        """Of the whole gradient, before clipping; where it is not finite, DeepSpeed has skipped
+        the update."""
+        norm = self.stepper.engine.get_global_grad_norm()
+        if norm is None:  # without ZeRO
+            return {}
+        if not torch.is_tensor(norm):
+            norm = torch.full((), norm, device=self.device)
+        return {GRADIENT_NORM: norm.to(self.device)}
 
     def _join_skips(self) -> None:
         """Adds the samples skipped since the last call, of all ranks, to the run's total."""
@@ -225,8 +243,9 @@ class Trainer:
         except Exception as error:
             print(f"the report was not written: {type(error).__name__}: {error}", flush=True)
 
-    def _save(self, required: bool = False) -> None:
-        """Writes a checkpoint of this moment unless there is one.
+    def _save(self, required: bool = False, uploads: bool = True) -> None:
+        """Writes a checkpoint of this moment unless there is one, and uploads it if the recipe and
+        `uploads` say so.
 
         Raises:
             CheckpointError: on every rank, if it could not be written and is `required`; without,
@@ -264,7 +283,7 @@ class Trainer:
             self._say(f"{error}; the run goes on, and the checkpoint before is intact")
             return
         self._say(f"checkpoint {folder.name} in {time.perf_counter() - start:.2f} s")
-        if uploader is not None:
+        if uploader is not None and uploads:
             uploader.put(folder)
         self._saved_at = self.samples
 
@@ -295,8 +314,6 @@ class Trainer:
         self.cursors = torch.tensor(state["cursors"])
         self.skipped.update(state["skipped"])
         self.evaluations = state["evaluations"]
+        if self.step < self.num_steps:
+            self.evaluations.pop("end", None)  # of a shorter schedule
         self.wandb_id = state.get("wandb_id", "")
-
-
-def _to_float(value) -> float | None:
-    return None if value is None else float(value)

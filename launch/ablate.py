@@ -5,13 +5,14 @@ import argparse
 from pathlib import Path
 
 from aclip.errors import run_reporting_errors
+from aclip.help_text import DefaultsShown
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train the rows of the paper's tables with several seeds on the same data, one "
         "process per free device, and write tables and curves.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsShown,
     )
     parser.add_argument(
         "--rows",

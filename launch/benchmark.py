@@ -4,6 +4,7 @@ the data: `python launch/benchmark.py --loader`."""
 import argparse
 
 from aclip.errors import run_reporting_errors
+from aclip.help_text import DefaultsShown
 
 LARGE = ["aclip_vitl16"]
 PAPER = ["clip_vitb16", "slip_vitb16", "maskclip_vitb16", "aclip_vitb16", "aclip_eff_vitb16"]
@@ -13,7 +14,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Time and memory of one training step of each recipe, interleaved in one run; "
         "or, with --loader, of loading.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsShown,
     )
     parser.add_argument(
         "recipes",

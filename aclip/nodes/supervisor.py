@@ -16,6 +16,7 @@ from pathlib import Path
 
 from aclip import checkpoint_folder
 from aclip.errors import ConfigError, run_reporting_errors
+from aclip.help_text import DefaultsShown
 from aclip.nodes import agent, doctor
 from aclip.nodes.hostfile import Host, environment_for_nodes, read_hostfile
 from aclip.nodes.node import CONNECTION_LOST, Node
@@ -176,7 +177,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/multinode.sh",
         description="Pre-train on the nodes of a hostfile; starts again after a failure.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsShown,
     )
     parser.add_argument("--script", required=True, help=argparse.SUPPRESS)
     parser.add_argument(

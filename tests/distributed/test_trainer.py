@@ -7,20 +7,26 @@ import os
 import signal
 import subprocess
 import tarfile
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from aclip import checkpoint, checkpoint_folder
+from aclip import checkpoint, checkpoint_folder, stepper
+from aclip import run as run_module
 from aclip.data.shards import index_shards
 from aclip.ds_config import read_ds_config
 from aclip.engine import init_distributed
 from aclip.errors import ConfigError
 from aclip.recipe_file import load_recipe
+from aclip.run_arguments import parse
 from aclip.trainer import Trainer
+from aclip.upload import Uploader
 from aclip.watch import NonFiniteLoss
 
 pytestmark = pytest.mark.distributed
@@ -103,6 +109,7 @@ def _train(
     stop_at=None,
     on_step=None,
     notes=None,
+    evaluator=None,
 ):
     """Runs a trainer on this rank to its end; called inside run_distributed.
 
@@ -125,7 +132,7 @@ def _train(
     recipe = load_recipe("demo", [*RECIPE, *overrides])
     ds_config = read_ds_config(str(path), BATCH, ranks)
     resume_from = checkpoint_folder.find(run / "checkpoints", "auto")
-    trainer = Recorder(recipe, ds_config, shards, run, resume_from, device)
+    trainer = Recorder(recipe, ds_config, shards, run, resume_from, device, evaluator)
     trainer.record = notes / f"record-{os.environ['RANK']}-of-{ranks}.jsonl"
     trainer.kill_at, trainer.on_step = kill_at, on_step
     if stop_at is not None:
@@ -312,6 +319,132 @@ def test_loss_that_is_not_finite_stops_every_rank_and_keeps_the_checkpoint(
         assert message.count("/0") >= BATCH // 2, "the samples' keys are listed"
     folder = checkpoint_folder.find(run / "checkpoints", "auto")
     assert checkpoint.read_state(folder)["step"] == 4
+
+
+class Overflow(torch.autograd.Function):
+    """The identity with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("inf")
+
+
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_gradient_that_is_not_finite_stops_every_rank_too(run_distributed, shards, tmp_path, stage):
+    run = tmp_path / "run"
+
+    def overflow_in_step_3():
+        total, losses = stepper.losses.total, []
+
+        def with_overflow(*args):
+            loss, terms = total(*args)
+            losses.append(loss)
+            return (Overflow.apply(loss) if len(losses) == 3 else loss), terms
+
+        stepper.losses.total = with_overflow
+        with pytest.raises(NonFiniteLoss) as caught:
+            _train(run, shards, stage=stage, overrides=[f"train.checkpoint_every={2 * BATCH}"])
+        return str(caught.value)
+
+    for message in run_distributed(overflow_in_step_3, 2):
+        assert "gradient of step 3" in message and "gradient_norm inf" in message
+    folder = checkpoint_folder.find(run / "checkpoints", "auto")
+    assert checkpoint.read_state(folder)["step"] == 2
+
+
+def test_dropout_never_repeats_its_random_numbers(run_distributed, shards, tmp_path):
+    def draw():
+        states, get = [], stepper.get_random_state
+
+        def remember():
+            states.append(get()["cpu"])
+            return get()
+
+        stepper.get_random_state = remember
+        dropping = (
+            "model.image.kwargs={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2, "
+            "proj_drop_rate: 0.1}"
+        )
+        after = []
+        _train(
+            tmp_path / "run",
+            shards,
+            micro_batch=4,
+            overrides=[dropping],
+            stop_at=1,
+            on_step=lambda step: after.append(torch.get_rng_state()),
+        )
+        before_micro_batches = states[: BATCH // 2 // 4]
+        assert len({bytes(state.numpy()) for state in [*before_micro_batches, *after]}) == 3
+        return torch.initial_seed()
+
+    assert run_distributed(draw, 2) == [0, 1], "ranks drop different places"
+
+
+def test_evaluation_that_fails_at_the_end_costs_nothing_that_was_trained(
+    run_distributed, shards, tmp_path
+):
+    def fail(trainer):
+        if trainer.step:
+            raise RuntimeError("no memory")
+        return {"student": {"step": 0}}
+
+    run, overrides = tmp_path / "run", ["train.epochs=2"]
+    with pytest.raises(RuntimeError, match="no memory"):
+        run_distributed(_train_in(run, shards, overrides=overrides, evaluator=fail), 2)
+    folder = checkpoint_folder.find(run / "checkpoints", "auto")
+    assert checkpoint.read_state(folder)["step"] == 10
+
+
+def test_ranks_end_after_rank_0_has_uploaded(run_distributed, shards, tmp_path):
+    words = ["--ds_config", str(tmp_path / "ds.json"), "--output", str(tmp_path / "run")]
+    words += ["--train", str(Path(shards[0].url).parent / "*.tar"), *RECIPE, "train.epochs=2"]
+    words += ["data.val=[]", f"train.upload_to=file://{tmp_path}/remote"]
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    last = tmp_path / "remote" / checkpoint_folder.LATEST
+
+    def pretrain():
+        upload = Uploader._upload
+
+        def slow(*args):
+            time.sleep(2)
+            upload(*args)
+
+        Uploader._upload = slow
+        return run_module.pretrain(parse(words)), last.is_file()
+
+    assert run_distributed(pretrain, 2) == [(0, True), (0, True)]
+
+
+def test_ranks_that_see_other_data_are_refused(run_distributed, shards):
+    def check(odd_one):
+        mine = list(shards)
+        if os.environ["RANK"] == "1":
+            mine[2] = odd_one
+        try:
+            run_module._check_same_shards(mine)
+        except ConfigError as error:
+            return str(error)
+
+    assert run_distributed(check, 2, shards[2]) == [None, None]
+    for message in run_distributed(check, 2, replace(shards[2], num_samples=SHARD_SIZE - 1)):
+        assert "80 samples on rank 0, but 4 with 79 on rank 1" in message
+
+
+def test_run_that_is_made_longer_is_evaluated_at_its_new_end(run_distributed, shards, tmp_path):
+    def evaluate(trainer):
+        return {"student": {"step": trainer.step}}
+
+    run = tmp_path / "run"
+    for epochs, end in ((2, 10), (2, 10), (3, 15)):
+        overrides = [f"train.epochs={epochs}"]
+        run_distributed(_train_in(run, shards, overrides=overrides, evaluator=evaluate), 1)
+        state = checkpoint.read_state(checkpoint_folder.find(run / "checkpoints", "auto"))
+        assert state["evaluations"]["end"] == {"student": {"step": end}}
 
 
 def test_resumed_run_keeps_its_wandb_id_and_a_report_that_fails_ends_no_run(
