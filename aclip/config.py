@@ -290,12 +290,6 @@ class Recipe(Part):
         if self.teacher is not None:
             self._check_teacher(self.teacher)
         self._check_views()
-        train = self.train
-        if train.warmup_epochs >= train.epochs:
-            raise ValueError(
-                f"train.warmup_epochs is {train.warmup_epochs:g}, which leaves nothing of "
-                f"train.epochs {train.epochs:g}; set it lower, e.g. to {train.epochs / 25:g}"
-            )
         for part in ("augment", "ssl_augment"):
             low, high = getattr(self, part).blur_sigma
             if low > high:

@@ -56,6 +56,13 @@ def pretrain(arguments: argparse.Namespace) -> int:
             "--recipe aclip_vitb16 --train '/path/*.tar'",
             flush=True,
         )
+    train = recipe.train
+    if train.warmup_epochs >= train.epochs:
+        say(
+            f"train.warmup_epochs is {train.warmup_epochs:g}, as long as the run: the learning "
+            f"rate only rises; set it lower, e.g. to {train.epochs / 25:g}",
+            flush=True,
+        )
     shards, val_shards = find_data(recipe, say)
     # Built once before anything costs time, since it checks lanes, ranks and workers.
     build_train_loader(recipe, shards, int(os.environ["RANK"]), num_ranks)

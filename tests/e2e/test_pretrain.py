@@ -67,6 +67,7 @@ def test_shipped_ds_config_trains_the_demo(launcher, quick_evaluation, tmp_path,
         arguments += quick_evaluation
     # The launcher treats them all alike and takes seconds of CPU: one goes through it.
     result = launcher.run(*arguments, *SHORT, *SMALL, launcher=name == "zero2")
+    assert "the learning rate only rises" in result.output  # 0.05 epochs, 0.25 of warm-up
     _assert_trained_the_demo(result, tmp_path)
 
 
