@@ -11,8 +11,9 @@ demo: $(VENV)/.installed
 	PATH=$(abspath $(BIN)):$$PATH deepspeed $(if $(RANKS),--num_accelerators $(RANKS)) \
 		launch/pretrain.py --ds_config ds_configs/zero2.json --output runs/demo
 
-# The tests of the launch scripts run last: they start processes of their own and measure limits.
-PYTEST := OMP_NUM_THREADS=1 PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest -n auto --maxprocesses 8 --durations 10
+# The tests of the launch scripts run last: they start processes of their own and measure limits. All are for the CPU, also
+# where there is a GPU.
+PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest -n auto --maxprocesses 8 --durations 10
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not e2e and not soak"
 	$(PYTEST) -m "e2e and not soak" --dist worksteal

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from aclip.config import Recipe
+from aclip.data.batch import join
 from aclip.ds_config import read_ds_config
 from aclip.engine import init_distributed
 from aclip.errors import ConfigError
@@ -143,7 +144,7 @@ def _build(name: str, recipe: Recipe, batch_size: int, device: torch.device) -> 
         path.write_text(json.dumps(values))
         ds_config = read_ds_config(str(path), batch_size, 1)
     stepper = Stepper(recipe, ds_config, device)
-    batch = synthetic_batch(recipe, batch_size)
+    batch = join([synthetic_batch(recipe, batch_size)], pin=on_gpu)  # as the loader hands it over
     momentum = 1.0 if recipe.teacher is None else recipe.teacher.momentum
     lengths = caption_lengths(batch_size, recipe.model.text.context_length)
     shape = describe_step(

@@ -110,6 +110,8 @@ class DsConfig:
         values["train_micro_batch_size_per_gpu"] = self.micro_batch_size
         values["gradient_accumulation_steps"] = 1
         values.setdefault("steps_per_print", 2**31)
+        # DeepSpeed's own timer waits for the device in every forward pass and step (0.19.8).
+        values.setdefault("timers", {"throughput": {"enabled": False}})
         values["zero_force_ds_cpu_optimizer"] = False
         return values
 

@@ -2,7 +2,9 @@
 
 import datetime
 import os
+import sys
 import warnings
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -97,6 +99,8 @@ def _build_optimizer(student: Student, config: OptimizerConfig, ds_config: DsCon
     groups = parameter_groups(student, config.weight_decay)
     settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if ds_config.offloads_optimizer and get_accelerator().device_name() != "cpu":
+        # DeepSpeed builds it with ninja, which lies beside Python and may not be on the path.
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
 

@@ -32,6 +32,8 @@ class OpenClipStep:
         self._views = batch.student_views[:, 0]
         missing = CONTEXT_LENGTH - batch.tokens.shape[1]
         self._tokens = F.pad(batch.tokens, (0, missing))
+        if device.type == "cuda":
+            self._views, self._tokens = self._views.pin_memory(), self._tokens.pin_memory()
         with torch.device("meta"):
             vit = ImageTower(**recipe.model.image.model_dump()).vit
         text = recipe.model.text

@@ -15,6 +15,7 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
+    from aclip.data.batch import join
     from aclip.ds_config import read_ds_config
     from aclip.engine import init_distributed
     from aclip.host_pages import own_pages
@@ -32,6 +33,7 @@ def main() -> None:
     device = init_distributed()
     ds_config = read_ds_config(spec["ds_config"], global_batch_size, world_size)
     batch = synthetic_batch(recipe, global_batch_size // world_size)
+    batch = join([batch], pin=device.type == "cuda")  # as the loader hands it over
     momentum = 1.0 if recipe.teacher is None else recipe.teacher.momentum
 
     def step() -> None:

@@ -183,8 +183,10 @@ class StepInputs:
     def _to_device(self, tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        if self._device.type == "cuda" and tensor.is_cpu and not tensor.is_pinned():
-            tensor = tensor.pin_memory()  # a copy from pageable memory would wait for the device
+        copies = self._device.type == "cuda" and tensor.is_cpu
+        if copies and not (tensor.is_pinned() and tensor.is_contiguous()):
+            # A copy from pageable or scattered memory would wait for the device.
+            tensor = tensor.contiguous().pin_memory()
         return tensor.to(self._device, non_blocking=True)
 
 

@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -51,10 +52,13 @@ def examine(question: dict) -> dict:
     for field, pattern in question["shards"]:
         problems += _check_shards(field, pattern)
     problems += _check_master(question)
+    found = gpus()
+    if found:
+        problems += _check_compiler()
     room = next(path for path in (output, *output.absolute().parents) if path.exists())
     return {
         "versions": _versions(),
-        "gpus": gpus(),
+        "gpus": found,
         "disk_bytes": shutil.disk_usage(room).free,
         "shm_bytes": shutil.disk_usage("/dev/shm").free,
         "seen": seen,
@@ -109,6 +113,17 @@ def _check_master(question: dict) -> list[str]:
                 raise
             return [f"port {port} is in use; stop what listens there or give another --master_port"]
     return []
+
+
+def _check_compiler() -> list[str]:
+    """What Triton needs to build its launcher when the first kernel starts."""
+    problems = []
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        problems.append("no C compiler is found, which Triton needs; install gcc or set CC")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not header.is_file():
+        problems.append(f"{header} is missing, which Triton needs; install python3-dev")
+    return problems
 
 
 def _versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from aclip.ablation.ablate import _devices
+from aclip.nodes import probe
 from aclip.nodes.doctor import Examined, _gpu_problems, format_table
 from aclip.nodes.hostfile import Host
 from aclip.nodes.probe import gpus
@@ -46,3 +47,15 @@ def test_a_gpu_whose_memory_is_unknown_counts_as_free(nvidia_smi, value):
     answer |= {"versions": versions, "disk_bytes": 0, "shm_bytes": 0}
     assert "2 NVIDIA GB10" in format_table([Examined(Host("a", 2), "token", answer)])
     assert [device["CUDA_VISIBLE_DEVICES"] for device in _devices(None, 4)] == ["0"]
+
+
+def test_what_triton_compiles_with_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(probe.shutil, "which", lambda name: None)
+    monkeypatch.setattr(probe.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    no_compiler, no_header = probe._check_compiler()
+    assert "install gcc or set CC" in no_compiler
+    assert no_header.startswith(f"{tmp_path}/Python.h is missing")
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CC", "clang")
+    assert probe._check_compiler() == []
