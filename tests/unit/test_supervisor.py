@@ -1,10 +1,16 @@
 """When a run is started again, with what, and when not."""
 
 import argparse
+import multiprocessing
 
 import pytest
 
-from aclip.errors import ConfigError
+from aclip.errors import (
+    EXIT_UNREADABLE_DATA,
+    ConfigError,
+    DataError,
+    run_reporting_errors,
+)
 from aclip.nodes.hostfile import Host
 from aclip.nodes.supervisor import Supervisor, check_options
 
@@ -53,6 +59,18 @@ def test_new_checkpoint_counts_as_progress(tmp_path):
     run = Scripted(tmp_path, ends, max_restarts=2)
     assert run.supervise() == 0
     assert run.pauses == [1.0, 2.0, 1.0, 1.0]
+
+
+def test_data_that_could_not_be_read_are_tried_again(tmp_path):
+    def read():
+        raise DataError("shard s3://a.tar can't be read: timeout; check the address")
+
+    process = multiprocessing.get_context("fork").Process(target=run_reporting_errors, args=[read])
+    process.start()
+    process.join()
+    assert process.exitcode == EXIT_UNREADABLE_DATA
+    run = Scripted(tmp_path, [(1, process.exitcode, 0), (0, 0, 0)])
+    assert run.supervise() == 0
 
 
 @pytest.mark.parametrize("status", [2, 3])
