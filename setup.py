@@ -16,7 +16,7 @@ setup(
     + ["aclip.kernels"]
     + [f"aclip.kernels.{name}" for name in find_packages("kernels")],
     package_dir={"aclip.kernels": "kernels"},
-    package_data={"aclip": ["recipes/*.yaml", "evaluation/*.yaml"]},
+    package_data={"aclip": ["recipes/*.yaml", "evaluation/*.yaml", "evaluation/sets/*.yaml"]},
     install_requires=[
         "torch==2.14.1",
         "torchvision==0.29.1",

@@ -4,8 +4,8 @@ and compares them. The same command continues."""
 import argparse
 from pathlib import Path
 
+from aclip.cli import DefaultsShown
 from aclip.errors import run_reporting_errors
-from aclip.help_text import DefaultsShown
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -3,8 +3,8 @@ the data: `python launch/benchmark.py --loader`."""
 
 import argparse
 
+from aclip.cli import DefaultsShown
 from aclip.errors import run_reporting_errors
-from aclip.help_text import DefaultsShown
 
 LARGE = ["aclip_vitl16"]
 PAPER = ["clip_vitb16", "slip_vitb16", "maskclip_vitb16", "aclip_vitb16", "aclip_eff_vitb16"]
@@ -71,11 +71,11 @@ def main() -> int:
     arguments = parse_arguments()
     # Imported here so that --help answers at once.
     if arguments.loader:
-        from aclip.loader_benchmark import run
+        from aclip.benchmarks.loading import run
     elif arguments.scaling:
-        from aclip.scaling import run
+        from aclip.benchmarks.scaling import run
     else:
-        from aclip.cost_table import run
+        from aclip.benchmarks.step_cost import run
 
     return run(arguments)
 

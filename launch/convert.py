@@ -83,7 +83,7 @@ def _add_images(parser: argparse.ArgumentParser, text: str) -> None:
 def main() -> None:
     arguments = parse_arguments()
     # Imported here so that --help answers at once.
-    from aclip.data.convert.commands import convert
+    from aclip.data.convert.convert import convert
 
     convert(arguments)
 

@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Imported here so that --help answers at once.
-    from aclip.evaluate import evaluate_checkpoint
+    from aclip.evaluation.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(arguments)
 

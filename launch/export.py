@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Imported here so that --help answers at once.
-    from aclip.export import export
+    from aclip.weights.export import export
 
     export(arguments)
 

@@ -46,8 +46,8 @@ def main() -> None:
     # A plan is arithmetic: DeepSpeed need not look for a GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Imported here so that --help answers at once.
-    from aclip.planner import plan_run
-    from aclip.planner_report import report
+    from aclip.planning.plan import plan_run
+    from aclip.planning.plan_report import report
 
     print(report(plan_run(arguments)))
 

@@ -4,11 +4,11 @@ from aclip.errors import run_reporting_errors
 
 
 def main() -> int:
-    from aclip.run_arguments import parser
+    from aclip.config.arguments import parser
 
     arguments = parser().parse_intermixed_args()
     # Imported here so that --help answers at once.
-    from aclip.run import pretrain
+    from aclip.training.pretrain import pretrain
 
     return pretrain(arguments)
 

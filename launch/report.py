@@ -19,7 +19,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Imported here so that --help answers at once.
-    from aclip.report import report
+    from aclip.reports.report import report
 
     report(arguments)
 

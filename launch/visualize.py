@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Imported here so that --help answers at once.
-    from aclip.figure import visualize
+    from aclip.reports.visualize import visualize
 
     visualize(arguments)
 

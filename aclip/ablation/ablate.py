@@ -13,17 +13,17 @@ from aclip.ablation.report import MARKDOWN, PAGE, write_report
 from aclip.ablation.results import QUARTERS, read_results
 from aclip.ablation.rows import DECIDED_BY_ROWS, Case, choose_rows, make_cases
 from aclip.ablation.runs import Run, Runner, make_runs
+from aclip.config.ds_config import read_ds_config
+from aclip.config.recipe_file import load_recipe
 from aclip.data.loader import fingerprint
-from aclip.ds_config import read_ds_config
 from aclip.errors import ConfigError
 from aclip.files import check_writable
-from aclip.flops import step_flops
+from aclip.method.schedules import count_steps
 from aclip.models.student import build_student
 from aclip.nodes.probe import BUSY_MIB, gpus
-from aclip.recipe_file import load_recipe
-from aclip.run import EXIT_STOPPED_BY_SIGNAL, find_data
-from aclip.schedules import count_steps
-from aclip.step_shape import describe_step
+from aclip.planning.flops import step_flops
+from aclip.planning.step_shape import describe_step
+from aclip.training.pretrain import EXIT_STOPPED_BY_SIGNAL, find_data
 
 CAPTION_TOKENS = 17
 """Of a caption on average, start and end included, for the table's FLOPs."""

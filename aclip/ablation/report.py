@@ -7,10 +7,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 from aclip.ablation.results import QUARTERS, Mean, Result, difference
-from aclip.charts import Line, draw_chart
-from aclip.document import Block, Gallery, Heading, Picture, Table, Text, to_html, to_markdown
 from aclip.files import write_whole
-from aclip.report import SHARES
+from aclip.reports.charts import Line, draw_chart
+from aclip.reports.document import (
+    Block,
+    Gallery,
+    Heading,
+    Picture,
+    Table,
+    Text,
+    to_html,
+    to_markdown,
+)
+from aclip.reports.report import SHARES
 
 PAGE, MARKDOWN, FIGURES = "ablation.html", "ablation.md", "ablation.json"
 COMPARED = (

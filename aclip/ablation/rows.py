@@ -5,9 +5,9 @@ Towers, data, colours, optimizer and schedule are the base's, equal in every row
 
 from dataclasses import dataclass
 
-from aclip.config import Recipe
+from aclip.config.recipe import Recipe
+from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
-from aclip.recipe_file import load_recipe
 
 NO_AUXILIARY_LOSS = (
     *("loss.simclr=0", "loss.byol=0", "loss.distill=0", "loss.mlm=0"),

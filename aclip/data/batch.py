@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aclip.data.samples import Sample
-from aclip.data.slots import SlotBuffer, Slots, join_slots, stack_slots
 from aclip.data.tokenizer import Tokenizer
+from aclip.data.whole_images import SlotBuffer, Slots, join_slots, stack_slots
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from aclip.data.shard_counts import SIZES_FILE, cache_folder
+from aclip.data.shards.counts import SIZES_FILE, cache_folder
 from aclip.errors import ConfigError
 
 IMAGE_SIDE = 80

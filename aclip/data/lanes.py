@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from aclip.data.shards import RawSample, Shard, Skip, read_shard
-from aclip.data.tar import ShardError
+from aclip.data.shards.listing import Shard, Skip, read_shard
+from aclip.data.shards.tar import RawSample, ShardError
 from aclip.errors import ConfigError
 
 logger = logging.getLogger(__name__)

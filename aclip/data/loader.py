@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from aclip.config import DataConfig, Recipe
+from aclip.config.recipe import DataConfig, Recipe
 from aclip.data.batch import Batch, collate, join
 from aclip.data.lanes import LaneStream, cost_of_striding, resolve_lanes, resolve_workers
 from aclip.data.mixing import MixedLane
 from aclip.data.samples import SampleMaker, patch_grid
-from aclip.data.shards import Shard
-from aclip.data.slots import SlotBuffer
-from aclip.data.tar import ShardError
+from aclip.data.shards.listing import Shard
+from aclip.data.shards.tar import ShardError
 from aclip.data.tokenizer import build_tokenizer
+from aclip.data.whole_images import SlotBuffer
 from aclip.data.workers import (
     allow_many_open_files,
     end_when_told_by,

@@ -5,18 +5,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from aclip.config import Recipe
+from aclip.config.recipe import Recipe
 from aclip.data.augment import draw_augment_params
 from aclip.data.lanes import sample_rng
-from aclip.data.shards import (
-    RawSample,
+from aclip.data.shards.listing import (
     Shard,
     Skip,
     read_captions,
     read_image_bytes,
     shard_names,
 )
-from aclip.data.slots import Slot, SlotBuffer, make_slot
+from aclip.data.shards.tar import RawSample
 from aclip.data.views import (
     Views,
     cut_ssl_views,
@@ -25,6 +24,7 @@ from aclip.data.views import (
     draw_boxes,
     draw_ssl_boxes,
 )
+from aclip.data.whole_images import Slot, SlotBuffer, make_slot
 from aclip.errors import ConfigError
 
 

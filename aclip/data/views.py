@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from aclip.data.shards import Skip
+from aclip.data.shards.listing import Skip
 
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10

@@ -3,14 +3,14 @@
 import hashlib
 import json
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from aclip.evaluation.prompts import ClassPrompts
+from aclip import distributed
+from aclip.evaluation.sets.prompts import ClassPrompts
 from aclip.evaluation.texts import Progress, Towers, embed_classes
 from aclip.files import write_whole
 from aclip.models.student import Student
@@ -43,20 +43,19 @@ class ClassCache:
         self,
         towers: Towers,
         batch_size: int,
-        gather: ModuleType,
         prompts: ClassPrompts,
         progress: Progress | None = None,
     ) -> Tensor:
         """As `embed_classes`; rank 0's file counts, so that ranks need not share a disk."""
         path = self._path(prompts)
-        stored = _read(path, len(prompts.names)) if gather.rank() == 0 else None
+        stored = _read(path, len(prompts.names)) if distributed.rank() == 0 else None
         width = torch.tensor([0 if stored is None else stored.shape[1]], device=towers.device)
-        width = int(gather.all_gather_rows(width).max())
+        width = int(distributed.all_gather_rows(width).max())
         if width:
             stored = torch.zeros(0, width) if stored is None else stored
-            return gather.all_gather_rows(stored.to(towers.device))
-        embeds = embed_classes(towers, batch_size, gather, prompts, progress)
-        if gather.rank() == 0:
+            return distributed.all_gather_rows(stored.to(towers.device))
+        embeds = embed_classes(towers, batch_size, prompts, progress)
+        if distributed.rank() == 0:
             write_whole(path, save({"class_embeds": embeds.cpu().contiguous()}))
         return embeds
 

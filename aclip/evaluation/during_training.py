@@ -5,24 +5,24 @@ from pathlib import Path
 
 import numpy as np
 
-from aclip import gather
-from aclip.config import Recipe
+from aclip import distributed
+from aclip.config.recipe import Recipe
 from aclip.data.augment import augment
-from aclip.data.shards import Shard, read_shard
+from aclip.data.shards.listing import Shard, read_shard
 from aclip.data.tokenizer import build_tokenizer
-from aclip.evaluation.kept_patches import (
+from aclip.evaluation.evaluate_set import evaluate
+from aclip.evaluation.sets.evaluation_set import ShardSet
+from aclip.evaluation.sets.prompts import find_class_prompts
+from aclip.evaluation.texts import Towers
+from aclip.files import write_whole
+from aclip.reports.kept_patches import (
     PictureSet,
     kept_object_patches,
     kept_object_share,
     read_picture_set,
 )
-from aclip.evaluation.prompts import find_class_prompts
-from aclip.evaluation.suite import evaluate
-from aclip.evaluation.texts import Towers
-from aclip.evaluation.validation import ShardSet
-from aclip.files import write_whole
-from aclip.metrics import picture_path
-from aclip.visualize import draw_figure, encode
+from aclip.reports.mask_pictures import draw_figure, encode
+from aclip.training.metrics_logger import picture_path
 
 BATCH_SIZE = 256
 NUM_MEASURED = 256
@@ -65,7 +65,7 @@ class Evaluator:
         if teacher is not None:
             results["teacher"] = self._score(trainer, teacher.encode_image, teacher.encode_text)
         results["chance"] = chance(results["student"])
-        if gather.rank() == 0 and self._recipe.mask.policy != "none":
+        if distributed.rank() == 0 and self._recipe.mask.policy != "none":
             self._inspect_mask(trainer, results)
         return results
 
@@ -81,7 +81,7 @@ class Evaluator:
             augmentation.mean,
             augmentation.std,
         )
-        return evaluate(towers, ShardSet(self._shards), self._prompts, BATCH_SIZE, gather)
+        return evaluate(towers, ShardSet(self._shards), self._prompts, BATCH_SIZE)
 
     def _inspect_mask(self, trainer, results: dict) -> None:
         """Draws and measures the mask on the same validation samples and views every time."""

@@ -8,7 +8,6 @@ iterations at most, the penalty chosen on held-out samples between 1e-6 and 1e6.
 """
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from aclip import distributed
 from aclip.errors import ConfigError
-from aclip.evaluation import zero_shot
-from aclip.evaluation.ranking import MAX_SCORES
-from aclip.evaluation.suite import image_encoder
+from aclip.evaluation.evaluate_set import image_encoder
+from aclip.evaluation.metrics import zero_shot
+from aclip.evaluation.metrics.ranking import MAX_SCORES
+from aclip.evaluation.sets.evaluation_set import NO_LABEL, EvaluationSet, read_validation
 from aclip.evaluation.texts import Progress, Towers
-from aclip.evaluation.validation import NO_LABEL, EvaluationSet, read_validation
 
 STEPS_PER_DECADE = 8
 LOWEST, HIGHEST = -6, 6
@@ -38,7 +38,6 @@ def fit(
     labels: Tensor,
     num_classes: int,
     penalty: float,
-    gather: ModuleType,
     start: Tensor | None = None,
 ) -> Tensor:
     """Minimises the sum of cross-entropies + penalty / 2 * |W|^2 over the samples of all ranks.
@@ -50,7 +49,6 @@ def fit(
     Args:
         features: (n, D) float, of this rank. labels: (n,) int64.
         num_classes: K. penalty: above 0.
-        gather: the module aclip.gather.
         start: (K, D + 1) float64, where to begin; zeros if empty.
 
     Returns:
@@ -62,39 +60,39 @@ def fit(
     minimize = _scipy_minimize()
     shape, device = (num_classes, features.shape[1] + 1), features.device
     size = torch.tensor([len(features)], dtype=torch.float64, device=device)
-    num_samples = _sum(size, gather).item()
+    num_samples = _sum(size).item()
 
     def evaluate(weights: Tensor) -> Tensor:
         """(1 + K * (D + 1),): the mean loss of all ranks' samples and its gradient."""
-        summed = _sum(_loss_and_gradient(features, labels, weights), gather) / num_samples
+        summed = _sum(_loss_and_gradient(features, labels, weights)) / num_samples
         scale = penalty / num_samples
         summed[0] += scale / 2 * weights[:, :-1].square().sum()
         summed[1:].view(shape)[:, :-1] += scale * weights[:, :-1]
         return summed
 
     def ask(x: np.ndarray) -> tuple[float, np.ndarray]:
-        weights = _from_rank_0(torch.from_numpy(x).to(device).view(shape), True, gather)[0]
+        weights = _from_rank_0(torch.from_numpy(x).to(device).view(shape), True)[0]
         summed = evaluate(weights).cpu().numpy()
         return float(summed[0]), summed[1:]
 
     if start is None:
         start = torch.zeros(shape, dtype=torch.float64, device=device)
-    if gather.rank() == 0:
+    if distributed.rank() == 0:
         result = minimize(ask, start.flatten().cpu().numpy(), jac=True, method="L-BFGS-B",
                           options=OPTIONS)  # fmt: skip
         solution = torch.from_numpy(result.x).to(device).view(shape)
-        return _from_rank_0(solution, False, gather)[0]
+        return _from_rank_0(solution, False)[0]
     while True:
-        weights, goes_on = _from_rank_0(start, True, gather)
+        weights, goes_on = _from_rank_0(start, True)
         if not goes_on:
             return weights
         evaluate(weights)
 
 
-def _from_rank_0(weights: Tensor, goes_on: bool, gather: ModuleType) -> tuple[Tensor, bool]:
+def _from_rank_0(weights: Tensor, goes_on: bool) -> tuple[Tensor, bool]:
     """Rank 0's weights, and whether it asks for more."""
     message = torch.cat([weights.flatten(), weights.new_tensor([float(goes_on)])])
-    if gather.world_size() > 1:
+    if distributed.world_size() > 1:
         dist.broadcast(message, 0)
     return message[:-1].view_as(weights), bool(message[-1])
 
@@ -126,8 +124,8 @@ def _loss_and_gradient(features: Tensor, labels: Tensor, weights: Tensor) -> Ten
     return total
 
 
-def _sum(x: Tensor, gather: ModuleType) -> Tensor:
-    if gather.world_size() > 1:
+def _sum(x: Tensor) -> Tensor:
+    if distributed.world_size() > 1:
         dist.all_reduce(x)
     return x
 
@@ -168,7 +166,6 @@ def linear_probe(
     train: EvaluationSet,
     test: EvaluationSet,
     batch_size: int,
-    gather: ModuleType,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Learns from one split, scores the other.
@@ -178,7 +175,6 @@ def linear_probe(
         encode_features: (n, 3, R, R) normalised pixels -> (n, D), in eval mode.
         train, test: sets with labels.
         batch_size: images of one call on one rank.
-        gather: the module aclip.gather.
         progress: is told now and then.
 
     Returns:
@@ -190,12 +186,12 @@ def linear_probe(
     """
 
     def features_of(dataset: EvaluationSet, words: str) -> tuple[Tensor, Tensor, Tensor]:
-        return _features(towers, encode_features, dataset, batch_size, gather, words, progress)
+        return _features(towers, encode_features, dataset, batch_size, words, progress)
 
     features, labels, places = features_of(train, "training images")
     test_features, test_labels, _ = features_of(test, "test images")
     highest = torch.stack([t.max() if len(t) else t.new_tensor(-1) for t in (labels, test_labels)])
-    num_classes = int(gather.all_gather_rows(highest).max()) + 1
+    num_classes = int(distributed.all_gather_rows(highest).max()) + 1
     held_out = places % HELD_OUT == 0
     fits: list[Tensor] = []
 
@@ -203,24 +199,22 @@ def linear_probe(
         """Accuracy on the held-out samples; of equal ones the smaller loss is better."""
         # The last solution is near this one's, since penalties come from large to small.
         start = fits[-1] if fits else None
-        fits.append(
-            fit(features[~held_out], labels[~held_out], num_classes, penalty, gather, start)
-        )
+        fits.append(fit(features[~held_out], labels[~held_out], num_classes, penalty, start))
         kept = features[held_out], labels[held_out]
-        ranks, classes = _ranks(*kept, fits[-1], gather)
+        ranks, classes = _ranks(*kept, fits[-1])
         share = zero_shot.accuracy(ranks, classes)["top1"]
-        loss = _sum(_loss_and_gradient(*kept, fits[-1])[:1], gather).item()
+        loss = _sum(_loss_and_gradient(*kept, fits[-1])[:1]).item()
         if progress is not None:
             progress(f"penalty {penalty:.2g} gives {100 * share:.1f} on held-out samples", 1, 1)
         return share, -loss
 
     penalty = choose_penalty(score)
-    weights = fit(features, labels, num_classes, penalty, gather, fits[-1])
-    ranks, classes = _ranks(test_features, test_labels, weights, gather)
+    weights = fit(features, labels, num_classes, penalty, fits[-1])
+    ranks, classes = _ranks(test_features, test_labels, weights)
     metrics = zero_shot.accuracy(ranks, classes)
     if num_classes == 2 and classes.unique().numel() == 2:
         own = zero_shot.margins(_with_one(test_features), weights)
-        metrics["roc_auc"] = zero_shot.roc_auc(gather.all_gather_rows(own), classes)
+        metrics["roc_auc"] = zero_shot.roc_auc(distributed.all_gather_rows(own), classes)
     metrics["penalty"] = penalty
     return {f"linear_probe_{name}": value for name, value in metrics.items()}
 
@@ -230,12 +224,10 @@ def _with_one(features: Tensor) -> Tensor:
     return F.pad(features, (0, 1), value=1.0)
 
 
-def _ranks(
-    features: Tensor, labels: Tensor, weights: Tensor, gather: ModuleType
-) -> tuple[Tensor, Tensor]:
+def _ranks(features: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Ranks of the right classes and the labels of all ranks' samples."""
     ranks = zero_shot.rank_classes(_with_one(features), weights, labels)
-    return gather.all_gather_rows(ranks), gather.all_gather_rows(labels)
+    return distributed.all_gather_rows(ranks), distributed.all_gather_rows(labels)
 
 
 @torch.no_grad()
@@ -244,12 +236,11 @@ def _features(
     encode_features: Callable[[Tensor], Tensor],
     dataset: EvaluationSet,
     batch_size: int,
-    gather: ModuleType,
     words: str,
     progress: Progress | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features (n, D) fp32, labels (n,) and places in the set (n,) of this rank's samples."""
-    rank, world_size = gather.rank(), gather.world_size()
+    rank, world_size = distributed.rank(), distributed.world_size()
     mine = len(range(rank, dataset.num_samples, world_size))
     run, parts, done = image_encoder(towers, encode_features), [], 0
     for batch in read_validation(
@@ -264,7 +255,7 @@ def _features(
         if progress is not None:
             progress(words, done, mine)
     features, labels, places = (torch.cat(part) for part in zip(*parts, strict=True))
-    if not int(_sum(torch.tensor([len(labels)], device=towers.device), gather)):
+    if not int(_sum(torch.tensor([len(labels)], device=towers.device))):
         raise ConfigError(
             f"{dataset.name} has no sample with a label, which a linear probe learns from; give "
             "images in folders of their classes, or shards with .cls"

@@ -4,16 +4,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from aclip import distributed
 from aclip.data.tokenizer import Tokenizer
-from aclip.evaluation.prompts import ClassPrompts
-from aclip.evaluation.zero_shot import PromptMeans
+from aclip.evaluation.metrics.zero_shot import PromptMeans
+from aclip.evaluation.sets.prompts import ClassPrompts
 
 Encoder = Callable[[Tensor], Tensor]
 """A batch to raw_embeds (n, E)."""
@@ -46,14 +46,13 @@ class Towers:
 
 
 def embed_captions(
-    towers: Towers, batch_size: int, gather: ModuleType, texts: list[str], keys: Tensor
+    towers: Towers, batch_size: int, texts: list[str], keys: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Embeds the texts of all ranks with equally many calls on each.
 
     Args:
         towers: whose text encoder.
         batch_size: texts of one call on one rank.
-        gather: the module aclip.gather.
         texts: this rank's; may be none as long as another rank has some.
         keys: (len(texts),) int64, unique over the ranks: the order of all texts.
 
@@ -62,20 +61,19 @@ def embed_captions(
         (m,) sorted keys.
     """
     count = torch.tensor([len(texts)], device=towers.device)
-    largest = int(gather.all_gather_rows(count).max())
+    largest = int(distributed.all_gather_rows(count).max())
     batch_size = min(batch_size, largest)
     embeds = []
     for start in range(0, largest, batch_size):
         raw_embeds = _encode(towers, texts[start : start + batch_size])
         embeds.append(F.normalize(raw_embeds.float(), dim=-1))
-    keys, order = gather.all_gather_rows(keys.to(towers.device)).sort()
-    return gather.all_gather_rows(torch.cat(embeds))[order], keys
+    keys, order = distributed.all_gather_rows(keys.to(towers.device)).sort()
+    return distributed.all_gather_rows(torch.cat(embeds))[order], keys
 
 
 def embed_classes(
     towers: Towers,
     batch_size: int,
-    gather: ModuleType,
     prompts: ClassPrompts,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -86,7 +84,7 @@ def embed_classes(
     Returns:
         (C, E) fp32, L2-normalised, equal on every rank.
     """
-    rank, world_size, num_classes = gather.rank(), gather.world_size(), len(prompts.names)
+    rank, world_size, num_classes = distributed.rank(), distributed.world_size(), len(prompts.names)
     num_texts = [
         sum(prompts.num_texts(label) for label in range(r, num_classes, world_size))
         for r in range(world_size)
@@ -101,8 +99,8 @@ def embed_classes(
         means.add(raw_embeds, places.to(towers.device))
         if progress is not None:
             progress("prompts", min(num_texts[rank], (number + 1) * batch_size), num_texts[rank])
-    labels = gather.all_gather_rows(torch.tensor(own, dtype=torch.int64, device=towers.device))
-    return gather.all_gather_rows(means.class_embeds())[labels.argsort()]
+    labels = distributed.all_gather_rows(torch.tensor(own, dtype=torch.int64, device=towers.device))
+    return distributed.all_gather_rows(means.class_embeds())[labels.argsort()]
 
 
 def _encode(towers: Towers, texts: list[str]) -> Tensor:

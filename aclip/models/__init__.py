@@ -1,0 +1,1 @@
+"""The student: towers, projections, heads."""

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from aclip.gather import sum_with_grad, world_size
+from aclip.distributed import sum_with_grad, world_size
 
 
 class GlobalBatchNorm(nn.Module):

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from aclip import losses
-from aclip.config import Recipe
+from aclip.config.recipe import Recipe
 from aclip.errors import ConfigError
-from aclip.masking import Selection, count_kept_blocks
-from aclip.models.decoder import Codewords, PatchDecoder, TextDecoder
+from aclip.method import losses
+from aclip.method.masking import Selection, count_kept_blocks
+from aclip.models.decoders import Codewords, PatchDecoder, TextDecoder
 from aclip.models.heads import LogitScale, mlp_head
 from aclip.models.text import VOCAB_SIZE, TextTower
 from aclip.models.vit import ImageTower

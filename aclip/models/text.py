@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from aclip.config import Recompute
-from aclip.models.attention import one_query_attention
+from aclip.config.recipe import Recompute
+from aclip.models.one_query_attention import one_query_attention
 from aclip.models.recompute import applied, run_block
 
 VOCAB_SIZE = 49408

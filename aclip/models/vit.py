@@ -15,10 +15,10 @@ from timm.layers import Attention, resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from aclip.config import Recompute
+from aclip.config.recipe import Recompute
 from aclip.errors import ConfigError
 from aclip.kernels.attentive_pack import attentive_pack
-from aclip.masking import Selection
+from aclip.method.masking import Selection
 from aclip.models.recompute import run_block
 from aclip.models.vit_block import cls_only_block, full_block
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from aclip.config.arguments import DEMO, parse, read_recipe, run_folder
 from aclip.nodes.hostfile import Host, check_hostfile, environment_for_nodes
 from aclip.nodes.node import Node
 from aclip.nodes.probe import BUSY_MIB
-from aclip.nodes.remote import LOCAL, SSH, check_remote_shell, open_python
-from aclip.run_arguments import DEMO, parse, read_recipe, run_folder
+from aclip.nodes.remote_shell import LOCAL, SSH, check_remote_shell, open_python
 
 EXIT_UNFIT = 2
 ANSWER_SECONDS = 60.0

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from aclip.nodes.hostfile import Host
-from aclip.nodes.remote import open_python
+from aclip.nodes.remote_shell import open_python
 
 CONNECTION_LOST = 255
 """ssh's own status."""

@@ -21,9 +21,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from aclip.data.remote import check_readable, is_remote
-from aclip.data.shards import list_shards
-from aclip.data.tar import unreadable
+from aclip.data.shards.listing import list_shards
+from aclip.data.shards.remote import check_readable, is_remote
+from aclip.data.shards.tar import unreadable
 from aclip.errors import ConfigError
 
 PACKAGES = ("torch", "deepspeed", "timm", "transformers")

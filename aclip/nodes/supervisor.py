@@ -14,14 +14,14 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from aclip import checkpoint_folder
+from aclip.cli import DefaultsShown
+from aclip.config.arguments import parse, run_folder
 from aclip.errors import ConfigError, run_reporting_errors
-from aclip.help_text import DefaultsShown
 from aclip.nodes import agent, doctor
 from aclip.nodes.hostfile import Host, environment_for_nodes, read_hostfile
 from aclip.nodes.node import CONNECTION_LOST, Node
-from aclip.nodes.remote import LOCAL, SSH, ssh_options
-from aclip.run_arguments import parse, run_folder
+from aclip.nodes.remote_shell import LOCAL, SSH, ssh_options
+from aclip.run_folder import checkpoint_folder
 
 LOOK = 0.5
 SECONDS_TO_END = 15.0

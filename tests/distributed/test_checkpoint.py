@@ -10,8 +10,9 @@ import tiny_run
 import torch
 import torch.distributed as dist
 
-from aclip import checkpoint, checkpoint_folder
 from aclip.errors import ConfigError
+from aclip.run_folder import checkpoint_folder
+from aclip.training import checkpoint
 
 pytestmark = pytest.mark.distributed
 

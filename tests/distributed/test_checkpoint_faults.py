@@ -9,8 +9,9 @@ import time
 import pytest
 import tiny_run
 
-from aclip import checkpoint, checkpoint_folder
 from aclip.errors import ConfigError
+from aclip.run_folder import checkpoint_folder
+from aclip.training import checkpoint
 
 pytestmark = pytest.mark.distributed
 

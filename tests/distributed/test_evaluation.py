@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from grey_images import Greys, probe
 from PIL import Image
 
-from aclip import gather
-from aclip.data.shards import index_shards
+from aclip import distributed
+from aclip.data.shards.listing import index_shards
 from aclip.data.tokenizer import build_tokenizer
+from aclip.evaluation.evaluate_set import evaluate
 from aclip.evaluation.linear_probe import fit
-from aclip.evaluation.prompts import find_class_prompts
-from aclip.evaluation.suite import evaluate
+from aclip.evaluation.sets.evaluation_set import ShardSet
+from aclip.evaluation.sets.prompts import find_class_prompts
 from aclip.evaluation.texts import Towers
-from aclip.evaluation.validation import ShardSet
 
 pytestmark = pytest.mark.distributed
 
@@ -78,7 +78,7 @@ def evaluate_with_random_towers(shards, batch_size):
         std=(0.25, 0.25, 0.25),
     )
     prompts = find_class_prompts(Path(shards[0].url).parent)
-    return evaluate(towers, ShardSet(shards), prompts, batch_size, gather), calls
+    return evaluate(towers, ShardSet(shards), prompts, batch_size), calls
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_ranks_together_fit_the_probe_of_one(run_distributed):
     features = torch.eye(5, 9)[labels] + torch.randn(123, 9, generator=generator)
 
     def fit_share():
-        rank, world_size = gather.rank(), gather.world_size()
-        return fit(features[rank::world_size], labels[rank::world_size], 5, 0.1, gather)
+        rank, world_size = distributed.rank(), distributed.world_size()
+        return fit(features[rank::world_size], labels[rank::world_size], 5, 0.1)
 
     expected = fit_share()
     for world_size in (2, 3):

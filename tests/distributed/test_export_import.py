@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from aclip import checkpoint_folder
-from aclip.checkpoint_weights import load_checkpoint_weights
-from aclip.data.shards import index_shards
-from aclip.ds_config import read_ds_config
-from aclip.engine import init_distributed
-from aclip.export import export
-from aclip.figure import attention
-from aclip.recipe_file import dump_recipe, load_recipe
-from aclip.sharded_state import ShardedState
-from aclip.trainer import Trainer
+from aclip.config.ds_config import read_ds_config
+from aclip.config.recipe_file import dump_recipe, load_recipe
+from aclip.data.shards.listing import index_shards
+from aclip.engine.build import init_distributed
+from aclip.engine.sharded_state import ShardedState
+from aclip.reports.visualize import attention
+from aclip.run_folder import checkpoint_folder
+from aclip.training.trainer import Trainer
+from aclip.weights.checkpoint_weights import load_checkpoint_weights
+from aclip.weights.export import export
 
 pytestmark = pytest.mark.distributed
 

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from aclip import gather, losses
-from aclip.losses import StudentOutput
+from aclip import distributed
+from aclip.method import losses
+from aclip.method.losses import StudentOutput
 from aclip.models.heads import GlobalBatchNorm
 
 pytestmark = pytest.mark.distributed
@@ -210,10 +211,15 @@ def test_rows_are_gathered_in_rank_order_whatever_their_number(run_distributed):
         for numbers in counts:
             rows = torch.arange(numbers[rank] * 4).view(-1, 2, 2) + 100 * rank
             results.append(
-                (gather.all_gather_rows(rows), gather.all_gather_rows(rows[:, 0, 0] / 7))
+                (distributed.all_gather_rows(rows), distributed.all_gather_rows(rows[:, 0, 0] / 7))
             )
         flags = torch.tensor([rank == 1] * rank, dtype=torch.bool)
-        return results, gather.all_gather_rows(flags), gather.rank(), gather.world_size()
+        return (
+            results,
+            distributed.all_gather_rows(flags),
+            distributed.rank(),
+            distributed.world_size(),
+        )
 
     for rank, (results, flags, own_rank, size) in enumerate(run_distributed(gather_all, 3)):
         assert (own_rank, size) == (rank, 3)
@@ -229,8 +235,12 @@ def test_rows_are_gathered_in_rank_order_whatever_their_number(run_distributed):
 
 def test_without_a_process_group_everything_is_the_identity():
     x = torch.randn(3, 2, requires_grad=True)
-    assert (gather.rank(), gather.world_size()) == (0, 1)
-    for function in (gather.gather_with_grad, gather.sum_with_grad, gather.all_gather_rows):
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    for function in (
+        distributed.gather_with_grad,
+        distributed.sum_with_grad,
+        distributed.all_gather_rows,
+    ):
         assert torch.equal(function(x), x)
 
 
@@ -238,12 +248,12 @@ def test_gradient_of_a_gathered_or_summed_tensor_adds_up_over_the_ranks(run_dist
     def run_both():
         rank = dist.get_rank()
         x = torch.full((2, 3), float(rank)).requires_grad_()
-        gathered = gather.gather_with_grad(x)
+        gathered = distributed.gather_with_grad(x)
         # Rank r weighs row i with (r + 1) * (i + 1).
         weights = (rank + 1) * torch.arange(1.0, 5.0)[:, None].expand(4, 3)
         (gathered * weights).sum().backward()
         y = torch.tensor([1.0 + rank]).requires_grad_()
-        total = gather.sum_with_grad(y)
+        total = distributed.sum_with_grad(y)
         (total * (rank + 5)).sum().backward()
         return gathered.detach(), x.grad, total.detach(), y.grad
 
@@ -256,4 +266,7 @@ def test_gradient_of_a_gathered_or_summed_tensor_adds_up_over_the_ranks(run_dist
 
 
 def test_gathering_no_rows_at_all_gives_no_rows(run_distributed):
-    assert run_distributed(lambda: gather.all_gather_rows(torch.zeros(0, 3)).shape, 2)[0] == (0, 3)
+    assert run_distributed(lambda: distributed.all_gather_rows(torch.zeros(0, 3)).shape, 2)[0] == (
+        0,
+        3,
+    )

@@ -4,8 +4,8 @@ import pytest
 import tiny_run
 import torch
 
-from aclip.planner import count_parameters
-from aclip.zero import ZeroSettings, zero_states
+from aclip.planning.plan import count_parameters
+from aclip.planning.zero_memory import ZeroSettings, zero_states
 
 pytestmark = pytest.mark.distributed
 

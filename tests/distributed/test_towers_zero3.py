@@ -4,7 +4,7 @@ import pytest
 import tiny_run
 import torch
 
-from aclip.masking import Selection
+from aclip.method.masking import Selection
 from aclip.models.student import Student, StudentInput
 from aclip.models.text import real_token_ids
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from trainer_run import BATCH, SHARD_SIZE, STEPS, read_losses, run_trainer, train_in, write_shards
 
-from aclip import run as run_module
-from aclip import stepper
 from aclip.errors import ConfigError
+from aclip.training import pretrain as run_module
+from aclip.training import stepper
 
 pytestmark = pytest.mark.distributed
 

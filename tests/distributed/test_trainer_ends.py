@@ -11,11 +11,12 @@ import pytest
 import torch
 from trainer_run import BATCH, RECIPE, STEPS, run_trainer, train_in, write_shards
 
-from aclip import checkpoint, checkpoint_folder, stepper
-from aclip import run as run_module
-from aclip.run_arguments import parse
-from aclip.upload import Uploader
-from aclip.watch import NonFiniteLoss
+from aclip.config.arguments import parse
+from aclip.run_folder import checkpoint_folder
+from aclip.training import checkpoint, stepper
+from aclip.training import pretrain as run_module
+from aclip.training.step_watch import NonFiniteLoss
+from aclip.training.upload import Uploader
 
 pytestmark = pytest.mark.distributed
 

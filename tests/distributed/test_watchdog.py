@@ -17,7 +17,15 @@ import torch
 import torch.distributed as dist
 from processes import still_running
 
-from aclip.watchdog import COMPUTING, EXIT_HANG, LOADING, SAVING, Standing, Watchdog, stalled_ranks
+from aclip.training.watchdog import (
+    COMPUTING,
+    EXIT_HANG,
+    LOADING,
+    SAVING,
+    Standing,
+    Watchdog,
+    stalled_ranks,
+)
 
 pytestmark = pytest.mark.distributed
 

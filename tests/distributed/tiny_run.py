@@ -6,16 +6,16 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from aclip import losses, masking
-from aclip.ds_config import read_ds_config
-from aclip.engine import build_engine, init_distributed
-from aclip.gather import rank, world_size
-from aclip.losses import StudentOutput
+from aclip.config.ds_config import read_ds_config
+from aclip.config.recipe_file import load_recipe
+from aclip.distributed import rank, world_size
+from aclip.engine.build import build_engine, init_distributed
+from aclip.engine.sharded_state import ShardedState
+from aclip.method import losses, masking
+from aclip.method.losses import StudentOutput
 from aclip.models.student import StudentInput, build_student
 from aclip.models.text import END_TOKEN, START_TOKEN, real_token_ids
-from aclip.recipe_file import load_recipe
-from aclip.sharded_state import ShardedState
-from aclip.teacher import Teacher
+from aclip.training.teacher import Teacher
 
 BATCH = 8
 SIDE = 32  # pixels of a view, 4 x 4 patches

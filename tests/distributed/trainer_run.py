@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from aclip import checkpoint_folder
-from aclip.data.shards import Shard, index_shards
-from aclip.ds_config import read_ds_config
-from aclip.engine import init_distributed
-from aclip.recipe_file import load_recipe
-from aclip.trainer import Trainer
+from aclip.config.ds_config import read_ds_config
+from aclip.config.recipe_file import load_recipe
+from aclip.data.shards.listing import Shard, index_shards
+from aclip.engine.build import init_distributed
+from aclip.run_folder import checkpoint_folder
+from aclip.training.trainer import Trainer
 
 NUM_SHARDS, SHARD_SIZE, BATCH = 4, 20, 16
 STEPS = 20  # five epochs of eighty samples

@@ -19,7 +19,7 @@ from pathlib import Path
 from clip_benchmark_venv import ROOT, clip_benchmark_arguments, ensure_command, write_layout
 
 from aclip.data.demo import ensure_demo_data
-from aclip.export import export
+from aclip.weights.export import export
 
 
 def cpu_seconds(*commands: list[str]) -> float:

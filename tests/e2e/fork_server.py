@@ -19,9 +19,9 @@ import time
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 import aclip.evaluation.during_training
-import aclip.report
-import aclip.run
-import aclip.trainer  # noqa: F401
+import aclip.reports.report
+import aclip.training.pretrain
+import aclip.training.trainer  # noqa: F401
 
 
 def main() -> None:

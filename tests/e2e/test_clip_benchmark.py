@@ -52,8 +52,8 @@ def write_shard(path, num_samples):
 @pytest.fixture(scope="module")
 def export_folder(tmp_path_factory):
     """An open_clip export of a tiny run whose weights are random, so that embeddings spread."""
-    from aclip.export import export
-    from aclip.recipe_file import load_recipe
+    from aclip.config.recipe_file import load_recipe
+    from aclip.weights.export import export
 
     folder = tmp_path_factory.mktemp("model")
     run, *_ = write_run(folder / "run", load_recipe("demo"), has_teacher=False)

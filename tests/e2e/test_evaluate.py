@@ -14,8 +14,8 @@ SMALL = ["model.image.kwargs={patch_size: 16, embed_dim: 24, depth: 1, num_heads
 
 
 def test_two_ranks_print_and_write_what_one_does(launcher, tmp_path, monkeypatch):
-    from aclip.evaluate import evaluate_checkpoint
-    from aclip.recipe_file import load_recipe
+    from aclip.config.recipe_file import load_recipe
+    from aclip.evaluation.evaluate import evaluate_checkpoint
 
     run, *_ = write_run(tmp_path / "run", load_recipe("demo", SMALL))
     # 960 images in calls of at most 90 leave a last one that is not full, and the captions too.

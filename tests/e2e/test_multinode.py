@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from processes import descendants, still_running
 
-from aclip import checkpoint_folder
+from aclip.run_folder import checkpoint_folder
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]

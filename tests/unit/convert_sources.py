@@ -14,14 +14,14 @@ import pyarrow
 from PIL import Image
 from pyarrow import parquet
 
-from aclip.data.convert.coco import coco_source
-from aclip.data.convert.conceptual import conceptual_source
 from aclip.data.convert.conversion import Job
-from aclip.data.convert.folder import folder_source
 from aclip.data.convert.images import ImageRule
-from aclip.data.convert.redcaps import redcaps_source
-from aclip.data.convert.table import table_source
-from aclip.data.convert.yfcc import yfcc_source
+from aclip.data.convert.sources.coco import coco_source
+from aclip.data.convert.sources.conceptual import conceptual_source
+from aclip.data.convert.sources.folder import folder_source
+from aclip.data.convert.sources.redcaps import redcaps_source
+from aclip.data.convert.sources.table import table_source
+from aclip.data.convert.sources.yfcc import yfcc_source
 
 CAPTION = "Ünïcode &amp; <b>html</b> 猫 no. {}"
 

@@ -28,12 +28,12 @@ BLOCK = tarfile.BLOCKSIZE
 
 def main(folder: Path, first: int, count: int) -> None:
     """Reads shards `first` to `first + count` and prints a JSON object of what was seen."""
-    from aclip.config import Recipe
+    from aclip.config.recipe import Recipe
     from aclip.data.batch import collate
-    from aclip.data.remote import RemoteShards
     from aclip.data.samples import SampleMaker
-    from aclip.data.shard_counts import _scan_shard
-    from aclip.data.shards import Shard, Skip, read_shard
+    from aclip.data.shards.counts import _scan_shard
+    from aclip.data.shards.listing import Shard, Skip, read_shard
+    from aclip.data.shards.remote import RemoteShards
     from aclip.data.tokenizer import build_tokenizer
 
     remote = RemoteShards(folder / "cache", 2**20, retries=0)

@@ -3,10 +3,9 @@
 import torch
 from PIL import Image
 
-from aclip import gather
 from aclip.evaluation.linear_probe import linear_probe
+from aclip.evaluation.sets.evaluation_set import Example
 from aclip.evaluation.texts import Towers
-from aclip.evaluation.validation import Example
 
 
 class Greys:
@@ -32,4 +31,4 @@ def probe(train, test):
     def encode(pixels):
         return pixels[:, :2, 0, 0]
 
-    return linear_probe(towers, encode, train, test, 7, gather)
+    return linear_probe(towers, encode, train, test, 7)

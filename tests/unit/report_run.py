@@ -4,7 +4,7 @@ import json
 
 from PIL import Image
 
-from aclip.recipe_file import dump_recipe, load_recipe
+from aclip.config.recipe_file import dump_recipe, load_recipe
 
 TERMS = {"loss": 2.34567, "contrastive": 1.5, "byol": None}
 

@@ -6,12 +6,17 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from aclip.activations import activations, local_activations, logits, tower_activations
-from aclip.masking import Selection
+from aclip.config.recipe_file import load_recipe
+from aclip.method.masking import Selection
 from aclip.models.student import DistillInput, MlmInput, StudentInput, build_student, kept_blocks
 from aclip.models.text import END_TOKEN, START_TOKEN
-from aclip.recipe_file import load_recipe
-from aclip.step_shape import BlockShape, StepShape, TowerPass, describe_step
+from aclip.planning.activation_memory import (
+    activations,
+    local_activations,
+    logits,
+    tower_activations,
+)
+from aclip.planning.step_shape import BlockShape, StepShape, TowerPass, describe_step
 
 BATCH = 8
 SHORTEST, CAPTION, LONGEST = 5, 17, 29  # tokens: of every other caption, the mean, of the others

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from aclip.config import Recipe
+from aclip.config.recipe import Recipe
 from aclip.data.augment import augment
 from aclip.data.batch import Batch, join
 from aclip.data.loader import LaneDataset, build_train_loader, striding_warnings
 from aclip.data.samples import patch_grid
-from aclip.data.shards import Shard
+from aclip.data.shards.listing import Shard
 from aclip.data.tokenizer import build_tokenizer
 from aclip.data.workers import run_ahead
 from aclip.errors import ConfigError

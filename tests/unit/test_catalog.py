@@ -10,10 +10,10 @@ import torchvision
 from PIL import Image
 
 from aclip.errors import ConfigError
-from aclip.evaluation import image_sets
-from aclip.evaluation.catalog import catalog, find_tasks, is_retrieval
-from aclip.evaluation.prompts import clip_benchmark_prompts, slip_prompts
-from aclip.evaluation.report import METRICS, published_results
+from aclip.evaluation.results import METRICS, published_results
+from aclip.evaluation.sets import image_sets
+from aclip.evaluation.sets.catalog import catalog, find_tasks, is_retrieval
+from aclip.evaluation.sets.prompts import clip_benchmark_prompts, slip_prompts
 
 
 @pytest.fixture(autouse=True)

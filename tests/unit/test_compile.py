@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from aclip.config import OptimizerConfig
-from aclip.ds_config import DsConfig
-from aclip.engine import build_engine
+from aclip.config.ds_config import DsConfig
+from aclip.config.recipe import OptimizerConfig
+from aclip.config.recipe_file import load_recipe
+from aclip.engine.build import build_engine
 from aclip.errors import ConfigError
-from aclip.masking import Selection
+from aclip.method.masking import Selection
 from aclip.models.student import build_student
 from aclip.models.text import END_TOKEN, START_TOKEN, TextTower, real_token_ids
 from aclip.models.vit import ImageTower
-from aclip.recipe_file import load_recipe
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import re
 import pytest
 import yaml
 
-from aclip.config import Recipe
+from aclip.config.recipe import Recipe
+from aclip.config.recipe_file import dump_recipe, load_recipe, recipe_names
 from aclip.errors import ConfigError
-from aclip.recipe_file import dump_recipe, load_recipe, recipe_names
 
 SHIPPED = [
     "aclip_eff_vitb16",

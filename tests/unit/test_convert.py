@@ -16,13 +16,13 @@ from convert_sources import (
     write_file,
 )
 
-from aclip.config import Recipe
+from aclip.config.recipe import Recipe
 from aclip.data.convert.conversion import run
 from aclip.data.convert.entries import make_key
-from aclip.data.convert.folder import folder_source
 from aclip.data.convert.images import ImageRule
+from aclip.data.convert.sources.folder import folder_source
 from aclip.data.loader import build_train_loader
-from aclip.data.shards import Shard, index_shards, read_captions, read_shard
+from aclip.data.shards.listing import Shard, index_shards, read_captions, read_shard
 from aclip.errors import ConfigError
 
 

@@ -15,17 +15,17 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from aclip.data.convert.conceptual import conceptual_source
 from aclip.data.convert.entries import Entry, Rejected
-from aclip.data.convert.img2dataset import index_in_place
-from aclip.data.convert.json_stream import iterate_objects
-from aclip.data.convert.pickle_stream import iterate_pickled_list
 from aclip.data.convert.plan import Plan, shard_bounds, write_plan
-from aclip.data.convert.redcaps import redcaps_source
-from aclip.data.convert.table import table_source
-from aclip.data.convert.yfcc import yfcc_source
-from aclip.data.convert.yfcc_list import clean_text, write_yfcc_list
-from aclip.data.shards import index_shards
+from aclip.data.convert.sources.conceptual import conceptual_source
+from aclip.data.convert.sources.img2dataset import index_in_place
+from aclip.data.convert.sources.json_stream import iterate_objects
+from aclip.data.convert.sources.pickle_stream import iterate_pickled_list
+from aclip.data.convert.sources.redcaps import redcaps_source
+from aclip.data.convert.sources.table import table_source
+from aclip.data.convert.sources.yfcc import yfcc_source
+from aclip.data.convert.sources.yfcc_list import clean_text, write_yfcc_list
+from aclip.data.shards.listing import index_shards
 from aclip.errors import ConfigError
 
 

@@ -11,11 +11,11 @@ from statistics import mean, median
 import pytest
 import torch
 
-from aclip.cost_table import System, format_table, make_row, run
+from aclip.benchmarks.open_clip_step import OpenClipStep
+from aclip.benchmarks.step_cost import System, format_table, make_row, run
+from aclip.benchmarks.synthetic import caption_lengths, synthetic_batch, synthetic_tokens
+from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
-from aclip.open_clip_step import OpenClipStep
-from aclip.recipe_file import load_recipe
-from aclip.synthetic import caption_lengths, synthetic_batch, synthetic_tokens
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

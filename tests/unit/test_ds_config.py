@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aclip.ds_config import read_ds_config
+from aclip.config.ds_config import read_ds_config
 from aclip.errors import ConfigError
 
 SHIPPED = Path(__file__).parents[2] / "ds_configs"

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from aclip import engine
-from aclip.sharded_state import MOMENTS, ShardedState
+from aclip.engine import build
+from aclip.engine.sharded_state import MOMENTS, ShardedState
 
 
 class TwoGpus:
@@ -31,13 +31,13 @@ class TwoGpus:
 def test_each_rank_takes_its_own_device_before_anything_is_made(monkeypatch):
     accelerator, at_start = TwoGpus(), []
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(engine, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(build, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(
-        engine.deepspeed,
+        build.deepspeed,
         "init_distributed",
         lambda *args, **kwargs: at_start.append(accelerator.current),
     )
-    assert engine.init_distributed() == torch.device("cuda:1")
+    assert build.init_distributed() == torch.device("cuda:1")
     assert at_start == [1]
 
 

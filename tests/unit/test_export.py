@@ -17,13 +17,13 @@ from transformers import (
     VisionTextDualEncoderProcessor,
 )
 
+from aclip.config.recipe_file import load_recipe
 from aclip.data.tokenizer import Tokenizer
 from aclip.data.views import center_crop
 from aclip.errors import ConfigError
-from aclip.export import export
-from aclip.interop import huggingface
 from aclip.models.student import build_student
-from aclip.recipe_file import load_recipe
+from aclip.weights.export import export
+from aclip.weights.formats import huggingface
 
 SHORT_TEXT = "model.text.layers=2"
 TOWERS = {

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
-from aclip.figure import visualize
-from aclip.recipe_file import load_recipe
+from aclip.reports.visualize import visualize
 
 TINY = [
     "model.image.resolution=32",
@@ -80,7 +80,7 @@ def test_any_recipe_gives_pictures_and_a_page(
 def test_attention_is_the_teachers_of_the_checkpoint(write_run, photos, monkeypatch):
     seen = {}
     monkeypatch.setattr(
-        "aclip.evaluation.kept_patches.picture_columns",
+        "aclip.reports.kept_patches.picture_columns",
         lambda images, scores, *rest: seen.update(images=images, scores=scores) or [],
     )
     run, _, teacher = write_run(load_recipe("demo", [*TINY, AT_32]))

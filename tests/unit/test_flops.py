@@ -10,8 +10,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from aclip import flops, losses
-from aclip.masking import Selection
+from aclip.config.recipe_file import load_recipe, recipe_names
+from aclip.method import losses
+from aclip.method.masking import Selection
 from aclip.models.student import (
     DistillInput,
     MlmInput,
@@ -20,8 +21,8 @@ from aclip.models.student import (
     kept_blocks,
 )
 from aclip.models.text import END_TOKEN, START_TOKEN
-from aclip.recipe_file import load_recipe, recipe_names
-from aclip.step_shape import (
+from aclip.planning import flops
+from aclip.planning.step_shape import (
     BlockShape,
     HeadShape,
     PatchEmbedShape,
@@ -29,7 +30,7 @@ from aclip.step_shape import (
     TowerPass,
     describe_step,
 )
-from aclip.teacher import Teacher
+from aclip.training.teacher import Teacher
 
 BATCH = 2
 SHORTEST, CAPTION, LONGEST = 5, 17, 29  # tokens: of the first caption, the mean, the second

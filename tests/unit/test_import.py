@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
+from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
-from aclip.export import export
-from aclip.initial_weights import load_initial_weights
 from aclip.models.student import build_student
-from aclip.recipe_file import load_recipe
+from aclip.weights.export import export
+from aclip.weights.initial_weights import load_initial_weights
 
 DEMO_RECIPE = ["model.text.context_length=77"]
 SMALL_RECIPE = ["model.image.kwargs={num_heads: 12, depth: 2}", "model.text.layers=1"]

@@ -6,9 +6,9 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from aclip import checkpoint_folder
 from aclip.errors import ConfigError
-from aclip.upload import Uploader
+from aclip.run_folder import checkpoint_folder
+from aclip.training.upload import Uploader
 
 LIMIT = 30.0
 

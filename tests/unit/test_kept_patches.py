@@ -8,16 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from aclip.data.shards import Skip
-from aclip.data.tar import TarShard
-from aclip.evaluation.kept_patches import (
+from aclip.config.recipe_file import load_recipe
+from aclip.data.shards.listing import Skip
+from aclip.data.shards.tar import TarShard
+from aclip.reports.kept_patches import (
     kept_object_patches,
     kept_object_share,
     loose_sample,
     object_coverage,
     read_picture_set,
 )
-from aclip.recipe_file import load_recipe
 
 TINY = ["model.image.resolution=32", "mask.block_size=1", "teacher.resolution=32"]
 

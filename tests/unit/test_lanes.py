@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aclip.data.lanes import LaneStream, cost_of_striding, resolve_lanes, resolve_workers
-from aclip.data.shards import Shard, Skip
+from aclip.data.shards.listing import Shard, Skip
 from aclip.data.workers import allow_many_open_files
 from aclip.errors import ConfigError
 

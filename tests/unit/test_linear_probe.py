@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from grey_images import Greys, probe
 from sklearn.linear_model import LogisticRegression
 
-from aclip import gather
 from aclip.errors import ConfigError
 from aclip.evaluation.linear_probe import choose_penalty, fit
-from aclip.evaluation.validation import NO_LABEL
+from aclip.evaluation.sets.evaluation_set import NO_LABEL
 
 
 def problem(num_samples, width, num_classes, seed=0):
@@ -35,7 +34,7 @@ def loss(weights, features, labels, penalty):
 )
 def test_fit_is_scikit_learns_optimum(num_samples, width, num_classes, penalty):
     features, labels = problem(num_samples, width, num_classes)
-    ours = fit(features, labels, num_classes, penalty, gather)
+    ours = fit(features, labels, num_classes, penalty)
     judge = LogisticRegression(C=1 / penalty, max_iter=10_000, tol=1e-9)
     judge.fit(features.double().numpy(), labels.numpy())
     theirs = torch.from_numpy(np.column_stack([judge.coef_, judge.intercept_]))
@@ -49,7 +48,7 @@ def test_fit_is_scikit_learns_optimum(num_samples, width, num_classes, penalty):
 def test_fit_of_two_classes_is_scikit_learns_with_the_margin_halved():
     """It fits one weight vector w for two classes; ours are -w/2 and w/2, at half the penalty."""
     features, labels = problem(200, 5, 2)
-    ours = fit(features, labels, 2, 1.0, gather)
+    ours = fit(features, labels, 2, 1.0)
     judge = LogisticRegression(C=2.0, max_iter=10_000, tol=1e-9)
     judge.fit(features.double().numpy(), labels.numpy())
     torch.testing.assert_close(
@@ -59,8 +58,8 @@ def test_fit_of_two_classes_is_scikit_learns_with_the_margin_halved():
 
 def test_a_start_elsewhere_ends_at_the_same_optimum():
     features, labels = problem(200, 10, 4)
-    cold = fit(features, labels, 4, 1.0, gather)
-    warm = fit(features, labels, 4, 1.0, gather, fit(features, labels, 4, 100.0, gather))
+    cold = fit(features, labels, 4, 1.0)
+    warm = fit(features, labels, 4, 1.0, fit(features, labels, 4, 100.0))
     assert loss(warm, features, labels, 1.0) == pytest.approx(
         loss(cold, features, labels, 1.0), rel=1e-9
     )

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from released_model import DEMO, SMALL, inputs, released_model, save_released
 
+from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
 from aclip.evaluation.class_cache import ClassCache
-from aclip.evaluation.load import load_model
-from aclip.export import export
-from aclip.recipe_file import load_recipe
+from aclip.evaluation.load_model import load_model
+from aclip.weights.export import export
 
 
 @torch.no_grad()
@@ -132,8 +132,7 @@ def test_what_is_no_model_is_refused_in_one_sentence(tmp_path, write_run):
 
 
 def test_class_embeddings_are_cached_by_weights_and_prompts(tmp_path, write_run):
-    from aclip import gather
-    from aclip.evaluation.prompts import ClassPrompts
+    from aclip.evaluation.sets.prompts import ClassPrompts
 
     run, *_ = write_run(load_recipe("demo"))
     calls = []
@@ -145,7 +144,7 @@ def test_class_embeddings_are_cached_by_weights_and_prompts(tmp_path, write_run)
         encode = towers.encode_text
         object.__setattr__(towers, "encode_text", lambda t: (calls.append(1), encode(t))[1])
         with torch.no_grad():
-            return cache.embed(towers, 4, gather, prompts)
+            return cache.embed(towers, 4, prompts)
 
     prompts = ClassPrompts("a test", [["cat"], ["dog", "hound"]], ["a {c}.", "the {c}."])
     first = embed("teacher", prompts)

@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-from aclip import loader_benchmark
-from aclip.errors import ConfigError
-from aclip.loader_benchmark import (
+from aclip.benchmarks import loading
+from aclip.benchmarks.loading import (
     EXACT,
     OPEN_CLIP,
     PLAIN,
@@ -17,6 +16,7 @@ from aclip.loader_benchmark import (
     format_table,
     make_rows,
 )
+from aclip.errors import ConfigError
 
 
 def test_rows_are_medians_and_medians_of_ratios():
@@ -60,14 +60,14 @@ def arguments(**changes) -> argparse.Namespace:
 @pytest.mark.parametrize("name", ["rounds", "images", "gpu_rate"])
 def test_numbers_that_can_not_be_are_refused_by_name(name):
     with pytest.raises(ConfigError, match=f"--{name} is 0"):
-        loader_benchmark.run(arguments(**{name: 0}))
+        loading.run(arguments(**{name: 0}))
 
 
 def test_all_loaders_read_the_same_shards_and_are_timed(
     tmp_path, monkeypatch, capsys, write_tar, encode_image
 ):
     monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(loader_benchmark, "BATCH_SIZE", 8)
+    monkeypatch.setattr(loading, "BATCH_SIZE", 8)
     for shard in range(2):
         members = []
         for index in range(6):
@@ -77,7 +77,7 @@ def test_all_loaders_read_the_same_shards_and_are_timed(
     small = ["model.image.resolution=32", "teacher.resolution=32"]
     path = tmp_path / "figures.json"
     changes = {"shards": f"{tmp_path}/[01].tar", "set": small, "json": str(path)}
-    assert loader_benchmark.run(arguments(**changes)) == 0
+    assert loading.run(arguments(**changes)) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [row["name"] for row in rows] == [EXACT, SLOTS, OPEN_CLIP, PLAIN]
     assert all(row["images_per_second"] > 0 for row in rows)
@@ -87,5 +87,5 @@ def test_all_loaders_read_the_same_shards_and_are_timed(
 def test_generated_pictures_weigh_what_a_photo_does(tmp_path):
     import numpy as np
 
-    sizes = [len(loader_benchmark._picture(np.random.default_rng(seed))) for seed in range(3)]
+    sizes = [len(loading._picture(np.random.default_rng(seed))) for seed in range(3)]
     assert all(69_000 < size < 77_000 for size in sizes)

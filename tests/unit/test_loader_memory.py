@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from aclip.config import Recipe
+from aclip.config.recipe import Recipe
 from aclip.data.loader import build_train_loader
-from aclip.data.shards import Shard
+from aclip.data.shards.listing import Shard
 
 NUM_SHARDS, SHARD_SIZE, BATCH = 8, 64, 50
 SAMPLES, EVERY = 50_000, 5_000

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aclip import losses
-from aclip.losses import StudentOutput
+from aclip.method import losses
+from aclip.method.losses import StudentOutput
 
 
 def vectors(*rows):

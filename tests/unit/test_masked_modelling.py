@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from aclip import losses, masking
+from aclip.config.recipe_file import load_recipe
 from aclip.data import samples, views
 from aclip.data.samples import SampleMaker
-from aclip.data.shards import Shard
-from aclip.data.tar import TarShard
+from aclip.data.shards.listing import Shard
+from aclip.data.shards.tar import TarShard
 from aclip.errors import ConfigError
-from aclip.models.decoder import Codewords, PatchDecoder, TextDecoder
+from aclip.method import losses, masking
+from aclip.models.decoders import Codewords, PatchDecoder, TextDecoder
 from aclip.models.student import build_student
-from aclip.recipe_file import load_recipe
-from aclip.step_inputs import normalised_patches
+from aclip.training.step_inputs import normalised_patches
 
 START, END = 49406, 49407
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from aclip.kernels.attentive_pack import attentive_pack
-from aclip.masking import count_kept_blocks, select
+from aclip.method.masking import count_kept_blocks, select
 
 
 def kept_patches(selection, batch, num_views, grid):

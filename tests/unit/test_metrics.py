@@ -7,8 +7,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from aclip import gather
-from aclip.metrics import MetricsLogger, StepTimer, show_duration
+from aclip import distributed
+from aclip.training.metrics_logger import MetricsLogger, StepTimer, show_duration
 
 
 class Clock:
@@ -117,7 +117,7 @@ def test_an_evaluation_made_again_replaces_the_first(tmp_path):
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gather, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     logger = MetricsLogger(tmp_path, 1000)
     log_steps(logger, [1])
     logger.log_evaluation(100, "student", {"zero_shot_top1": 0.1})

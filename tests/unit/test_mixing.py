@@ -5,11 +5,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from aclip.config import Recipe
+from aclip.config.recipe import Recipe
 from aclip.data.lanes import LaneStream
 from aclip.data.mixing import MixedLane
-from aclip.data.shards import Shard, Skip
-from aclip.run import find_data
+from aclip.data.shards.listing import Shard, Skip
+from aclip.training.pretrain import find_data
 
 SIZES = ((40, 30, 35), (12,), (9, 8))
 """Samples of each shard, by source."""

@@ -8,8 +8,9 @@ leave a process in which a fork cannot run a backward pass.)
 import pytest
 import torch
 
-from aclip import losses, masking
-from aclip.losses import StudentOutput
+from aclip.config.recipe_file import load_recipe
+from aclip.method import losses, masking
+from aclip.method.losses import StudentOutput
 from aclip.models.student import (
     DistillInput,
     MlmInput,
@@ -18,8 +19,7 @@ from aclip.models.student import (
     kept_blocks,
 )
 from aclip.models.text import real_token_ids
-from aclip.recipe_file import load_recipe
-from aclip.teacher import Teacher
+from aclip.training.teacher import Teacher
 
 RECIPE = [
     "model.image.resolution=64",

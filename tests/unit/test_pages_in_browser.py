@@ -13,9 +13,9 @@ from report_run import write_run
 
 from aclip.ablation.report import write_report as write_ablation
 from aclip.ablation.results import read_results
-from aclip.document import Gallery, Heading, Picture, Table, Text, to_html
-from aclip.report import write_report
-from aclip.visualize import encode
+from aclip.reports.document import Gallery, Heading, Picture, Table, Text, to_html
+from aclip.reports.mask_pictures import encode
+from aclip.reports.report import write_report
 
 BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
 BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)

@@ -8,8 +8,8 @@ import pytest
 MEASURE = """
 import threading
 import torch
-from aclip.host_pages import own_pages
-from aclip.peak_memory import peak_bytes
+from aclip.benchmarks.host_pages import own_pages
+from aclip.benchmarks.peak_memory import peak_bytes
 torch.set_num_threads(1)
 
 MIB = 2**20

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from aclip.errors import ConfigError
-from aclip.gpus import GPUS, find_gpu
-from aclip.planner import MODES, embedding_bytes, largest_divisor, plan_run
-from aclip.planner_report import report
-from aclip.step_shape import StepShape
-from aclip.zero import States, ZeroSettings, sent_bytes, zero_states
+from aclip.planning.gpus import GPUS, find_gpu
+from aclip.planning.plan import MODES, embedding_bytes, largest_divisor, plan_run
+from aclip.planning.plan_report import report
+from aclip.planning.step_shape import StepShape
+from aclip.planning.zero_memory import States, ZeroSettings, sent_bytes, zero_states
 
 GROUPS, FROZEN = [[30, 7], [5]], [11]  # elements
 

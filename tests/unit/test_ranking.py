@@ -2,7 +2,7 @@
 
 import torch
 
-from aclip.evaluation.ranking import UNANSWERED, rank_answers, share_within
+from aclip.evaluation.metrics.ranking import UNANSWERED, rank_answers, share_within
 
 
 def test_query_without_a_right_candidate_is_answered_by_no_k():

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from saved_activations import saved_activation_bytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aclip.benchmarking import saved_activation_bytes
-from aclip.masking import Selection
+from aclip.config.recipe_file import load_recipe
+from aclip.method.masking import Selection
 from aclip.models.recompute import applied
 from aclip.models.student import build_student
 from aclip.models.text import END_TOKEN, START_TOKEN, TextTower
 from aclip.models.vit import ImageTower
-from aclip.recipe_file import load_recipe
 
 MODES = ("none", "elementwise", "blocks")
 

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from aclip.config import Recipe
-from aclip.data import remote as remote_module
+from aclip.config.recipe import Recipe
 from aclip.data.loader import build_train_loader
-from aclip.data.remote import RemoteShards
-from aclip.data.shards import Shard, index_shards, list_shards, read_shard
-from aclip.data.tar import ShardError
+from aclip.data.shards.listing import Shard, index_shards, list_shards, read_shard
+from aclip.data.shards.listing import remote as remote_module
+from aclip.data.shards.remote import RemoteShards
+from aclip.data.shards.tar import ShardError
 from aclip.errors import ConfigError, DataError
 
 NUM_SAMPLES = 6

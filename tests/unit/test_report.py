@@ -11,7 +11,7 @@ from PIL import Image
 from report_run import LINES, evaluation, log_step, write_run
 
 from aclip.errors import ConfigError
-from aclip.report import report, write_report
+from aclip.reports.report import report, write_report
 
 
 def tables_of(page):
@@ -76,7 +76,7 @@ def test_every_value_equals_the_metrics_file(tmp_path):
 
 def test_curves_are_the_values_over_samples(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("aclip.report.draw_chart", lambda lines: drawn.append(lines) or b"")
+    monkeypatch.setattr("aclip.reports.report.draw_chart", lambda lines: drawn.append(lines) or b"")
     run = write_run(tmp_path / "run")
     write_report([run], run)
     points = {

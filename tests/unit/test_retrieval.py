@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aclip.evaluation.retrieval import retrieval_recall
+from aclip.evaluation.metrics.retrieval import retrieval_recall
 
 
 def recall_of(similarities, image_of_text, **kwargs):

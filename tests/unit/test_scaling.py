@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from aclip.benchmarks.scaling import Measured, first_slots, format_table, rank_counts
+from aclip.benchmarks.scaling_rank import PROFILED, communication_share
 from aclip.nodes.hostfile import Host
-from aclip.scaling import Measured, first_slots, format_table, rank_counts
-from aclip.scaling_rank import PROFILED, communication_share
 
 
 @dataclass

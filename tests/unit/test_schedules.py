@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from aclip.schedules import ema_momentum, learning_rate
+from aclip.method.schedules import ema_momentum, learning_rate
 
 # 100 samples of warm-up from 0.1 to 0.5, then 800 of cosine down to 0.02.
 SCHEDULE = {"total": 900, "warmup": 100, "start": 0.1, "peak": 0.5, "final": 0.02}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from aclip.data import shard_cache
-from aclip.data.shard_cache import ShardCache
+from aclip.data.shards import cache as shard_cache
+from aclip.data.shards.cache import ShardCache
 
 
 def fill(size: int):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from aclip.data.shards import (
+from aclip.data.shards.listing import (
     Shard,
     Skip,
     index_shards,
@@ -19,7 +19,7 @@ from aclip.data.shards import (
     read_shard,
     shard_names,
 )
-from aclip.data.tar import RawSample
+from aclip.data.shards.tar import RawSample
 from aclip.errors import ConfigError
 
 
@@ -120,7 +120,7 @@ def test_counts_are_cached_until_the_file_changes(write_tar, monkeypatch):
     url = write_tar("x.tar", numbered(5))
     assert index_shards([url]) == [Shard(url, 5)]
     scans = []
-    scan = "aclip.data.shard_counts._scan_shard"
+    scan = "aclip.data.shards.counts._scan_shard"
     monkeypatch.setattr(scan, lambda url, remote: scans.append(url) or 8)
     assert index_shards([url]) == [Shard(url, 5)] and scans == []
     os.utime(url, ns=(0, 0))

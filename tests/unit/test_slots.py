@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from aclip.config import Recipe
-from aclip.data import slots as slots_module
+from aclip.config.recipe import Recipe
+from aclip.data import whole_images as slots_module
 from aclip.data.batch import Batch, join
 from aclip.data.loader import build_train_loader
-from aclip.data.shards import Shard, Skip
-from aclip.data.slots import cut_views, make_slot, stack_slots
+from aclip.data.shards.listing import Shard, Skip
 from aclip.data.views import crop, random_box
-from aclip.step_inputs import StepInputs
+from aclip.data.whole_images import cut_views, make_slot, stack_slots
+from aclip.training.step_inputs import StepInputs
 
 SIZES = [(64, 64), (91, 47), (47, 91), (200, 33), (33, 200), (120, 160)]
 NOT_VIEWS = ["student_boxes", "teacher_box", "augment_params", "ssl_params", "tokens", "cursors"]

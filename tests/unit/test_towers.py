@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPTextModel
 
 from aclip.errors import ConfigError
-from aclip.masking import Selection
+from aclip.method.masking import Selection
 from aclip.models.text import END_TOKEN, START_TOKEN, TextTower, real_token_ids
 from aclip.models.vit import ImageTower
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from aclip.errors import ConfigError
-from aclip.metrics import MetricsLogger
-from aclip.tracker import WandbTracker, check_wandb
+from aclip.training.metrics_logger import MetricsLogger
+from aclip.training.wandb_tracker import WandbTracker, check_wandb
 
 wandb = pytest.importorskip("wandb")
 

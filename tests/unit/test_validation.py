@@ -11,14 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from aclip import gather
-from aclip.data.shards import Shard, index_shards
+from aclip.data.shards.listing import Shard, index_shards
 from aclip.data.tokenizer import build_tokenizer
 from aclip.errors import ConfigError
-from aclip.evaluation.prompts import find_class_prompts
-from aclip.evaluation.suite import evaluate
+from aclip.evaluation.evaluate_set import evaluate
+from aclip.evaluation.sets.evaluation_set import NO_LABEL, ShardSet, read_validation
+from aclip.evaluation.sets.prompts import find_class_prompts
 from aclip.evaluation.texts import Towers
-from aclip.evaluation.validation import NO_LABEL, ShardSet, read_validation
 
 TOKENIZER = build_tokenizer(16)
 
@@ -180,7 +179,7 @@ def evaluate_here(shards, **kwargs):
         std=(1.0, 1.0, 1.0),
     )
     prompts = find_class_prompts(Path(shards[0].url).parent)
-    return evaluate(replace(towers, **kwargs), ShardSet(shards), prompts, 2, gather)
+    return evaluate(replace(towers, **kwargs), ShardSet(shards), prompts, 2)
 
 
 def test_the_suite_scores_what_the_set_allows(tmp_path):

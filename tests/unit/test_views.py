@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
-from aclip.data.shards import Skip
+from aclip.data.shards.listing import Skip
 from aclip.data.views import (
     center_crop,
     crop,

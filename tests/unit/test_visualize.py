@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aclip import visualize
 from aclip.files import write_whole
-from aclip.visualize import draw_figure, encode, picture_columns
+from aclip.reports import mask_pictures
+from aclip.reports.mask_pictures import draw_figure, encode, picture_columns
 
 R, G = 96, 4
 CELL = 192
@@ -42,9 +42,9 @@ def kept_patches_figure(captions, **arrays):
 
 
 def cell_at(figure, column, row=0):
-    height = CELL + 2 * visualize.GAP + visualize.CAPTION_LINES * visualize.LINE_HEIGHT
-    top = visualize.MARGIN + visualize.TITLE_HEIGHT + row * height
-    left = visualize.MARGIN + column * (CELL + visualize.GAP)
+    height = CELL + 2 * mask_pictures.GAP + mask_pictures.CAPTION_LINES * mask_pictures.LINE_HEIGHT
+    top = mask_pictures.MARGIN + mask_pictures.TITLE_HEIGHT + row * height
+    left = mask_pictures.MARGIN + column * (CELL + mask_pictures.GAP)
     return figure[top : top + CELL, left : left + CELL]
 
 
@@ -55,7 +55,7 @@ def is_white(pixels):
 def test_columns_are_image_attention_and_each_student_view():
     figure = kept_patches_figure(**inputs(num_samples=2))
     assert figure.dtype == np.uint8
-    assert figure.shape[1] == 2 * visualize.MARGIN + 4 * CELL + 3 * visualize.GAP
+    assert figure.shape[1] == 2 * mask_pictures.MARGIN + 4 * CELL + 3 * mask_pictures.GAP
     for row in range(2):
         assert (cell_at(figure, 0, row) == (255, 0, 0)).all()
         for column in (2, 3):
@@ -97,7 +97,7 @@ def test_scores_that_are_not_finite_or_all_equal_can_be_drawn(value):
 def test_without_a_teacher_there_is_no_attention_column():
     data = inputs(num_views=1) | {"scores": None}
     figure = kept_patches_figure(**data)
-    assert figure.shape[1] == 2 * visualize.MARGIN + 2 * CELL + visualize.GAP
+    assert figure.shape[1] == 2 * mask_pictures.MARGIN + 2 * CELL + mask_pictures.GAP
     assert (cell_at(figure, 1)[: CELL // G, : CELL // 2] == (0, 255, 0)).all()
 
 
@@ -124,8 +124,8 @@ def test_at_most_eight_samples_are_drawn():
 )
 def test_any_caption_stays_on_the_page_without_warnings(caption):
     figure = kept_patches_figure(**inputs(captions=[caption]))
-    margin = visualize.MARGIN
-    below = margin + visualize.TITLE_HEIGHT + CELL + 2
+    margin = mask_pictures.MARGIN
+    below = margin + mask_pictures.TITLE_HEIGHT + CELL + 2
     assert not is_white(figure[below:])
     assert is_white(figure[below:, : margin - 2])
     assert is_white(figure[below:, -margin + 2 :])
@@ -134,7 +134,7 @@ def test_any_caption_stays_on_the_page_without_warnings(caption):
 
 def test_an_empty_caption_leaves_its_space_empty():
     figure = kept_patches_figure(**inputs(captions=[" \n "]))
-    assert is_white(figure[visualize.MARGIN + visualize.TITLE_HEIGHT + CELL + 2 :])
+    assert is_white(figure[mask_pictures.MARGIN + mask_pictures.TITLE_HEIGHT + CELL + 2 :])
 
 
 def test_a_png_is_written_whole_into_a_new_folder_and_replaces_the_old(tmp_path):

@@ -5,7 +5,7 @@ import signal
 
 import torch
 
-from aclip.watch import StepWatch
+from aclip.training.step_watch import StepWatch
 
 
 def test_two_signals_in_one_step_are_both_heard():

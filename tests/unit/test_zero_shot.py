@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score, top_k_accuracy_score
 
-from aclip.evaluation.zero_shot import PromptMeans, accuracy, margins, rank_classes, roc_auc
+from aclip.evaluation.metrics.zero_shot import PromptMeans, accuracy, margins, rank_classes, roc_auc
 
 
 def accuracy_of(images, classes, labels, ks=(1, 5)):

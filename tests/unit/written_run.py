@@ -3,9 +3,9 @@
 import torch
 from safetensors.torch import save_file
 
-from aclip import checkpoint_folder
+from aclip.config.recipe_file import dump_recipe
 from aclip.models.student import build_student
-from aclip.recipe_file import dump_recipe
+from aclip.run_folder import checkpoint_folder
 
 
 def write_run(run, recipe, has_teacher=True):

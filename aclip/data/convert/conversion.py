@@ -24,7 +24,7 @@ from aclip.data.convert.plan import Plan, shard_bounds, write_plan
 from aclip.data.convert.pool import Task, write_shards
 from aclip.data.convert.report import REPORT_FILE, make_report, write_json
 from aclip.data.convert.shard_writer import ShardRecord
-from aclip.data.shard_counts import SIZES_FILE
+from aclip.data.shards.counts import SIZES_FILE
 from aclip.errors import ConfigError
 
 STATE_FOLDER = ".conversion"

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from aclip.data.convert.entries import Entry, Rejected
-from aclip.data.convert.text_files import unreadable
+from aclip.data.convert.sources.text_files import unreadable
 from aclip.data.views import DECODE_ERRORS, FORMATS, to_rgb
 
 MAX_BYTES = 256 * 2**20

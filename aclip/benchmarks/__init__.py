@@ -1,0 +1,1 @@
+"""What a step, a loader and several nodes cost, measured."""

@@ -1,0 +1,90 @@
+"""open_clip's own CLIP training step with a recipe's towers, as the yardstick of the cost table."""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from open_clip import CLIP, ClipLoss
+from torch import Tensor
+
+from aclip.benchmarks.synthetic import synthetic_batch
+from aclip.config.recipe import Recipe
+from aclip.data.augment import augment
+from aclip.engine.build import parameter_groups
+from aclip.models.vit import ImageTower
+
+CONTEXT_LENGTH = 77
+
+
+class OpenClipStep:
+    """One update of open_clip's CLIP: its model, its loss, AdamW, and its clamp of the logit scale.
+
+    Precision is open_clip's own: fp32 on a CPU, bf16 autocast with fp32 weights on a GPU. Captions
+    are padded to the context length, as its tokeniser does.
+
+    Args:
+        recipe: gives sizes of the towers, the optimizer and the batch's images and captions.
+    """
+
+    def __init__(self, recipe: Recipe, batch_size: int, device: torch.device):
+        self._recipe, self._device = recipe, device
+        batch = synthetic_batch(recipe, batch_size)
+        self._views = batch.student_views[:, 0]
+        missing = CONTEXT_LENGTH - batch.tokens.shape[1]
+        self._tokens = F.pad(batch.tokens, (0, missing))
+        if device.type == "cuda":
+            self._views, self._tokens = self._views.pin_memory(), self._tokens.pin_memory()
+        with torch.device("meta"):
+            vit = ImageTower(**recipe.model.image.model_dump()).vit
+        text = recipe.model.text
+        # A little dropout builds the module; `step` sets what is dropped.
+        self._model = CLIP(
+            recipe.model.embed_dim,
+            {
+                "image_size": recipe.model.image.resolution,
+                "patch_size": vit.patch_embed.patch_size[0],
+                "width": vit.embed_dim,
+                "head_width": vit.embed_dim // vit.blocks[0].attn.num_heads,
+                "layers": len(vit.blocks),
+                "patch_dropout": 0.5,
+            },
+            {
+                "context_length": CONTEXT_LENGTH,
+                "width": text.width,
+                "heads": text.heads,
+                "layers": text.layers,
+            },
+            output_dict=True,
+        ).to(device)
+        self._loss = ClipLoss()
+        config = recipe.optimizer
+        groups = parameter_groups(self._model, config.weight_decay)
+        self._optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+    def step(self, patch_dropout: float) -> Tensor:
+        """One update with this share of the patches dropped; returns the loss."""
+        self._model.visual.patch_dropout.prob = patch_dropout
+        pixels = augment(
+            self._views.to(self._device, non_blocking=True),
+            None,
+            self._recipe.augment,
+            torch.float32,
+        )
+        with self._autocast():
+            output = self._model(pixels, self._tokens.to(self._device, non_blocking=True))
+            loss = self._loss(**output)
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        with torch.no_grad():
+            self._model.logit_scale.clamp_(0, torch.tensor(100.0).log())
+        return loss.detach()
+
+    def state_bytes(self) -> int:
+        """Weights and both moments."""
+        return sum(3 * p.numel() * p.element_size() for p in self._model.parameters())
+
+    def _autocast(self):
+        if self._device.type == "cuda":
+            return torch.autocast("cuda", dtype=torch.bfloat16)
+        return contextlib.nullcontext()

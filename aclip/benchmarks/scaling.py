@@ -1,0 +1,207 @@
+"""How a recipe's step scales: `launch/benchmark.py --scaling HOSTFILE`.
+
+Steps on synthetic batches with 1, 2, 4, ... of the hostfile's slots. Weak: every rank keeps its
+images; strong: the global batch stays. Memory and bytes sent stand beside what the planner says.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from aclip.benchmarks.scaling_rank import RESULT, SPEC
+from aclip.benchmarks.step_cost import MIB
+from aclip.benchmarks.synthetic import caption_lengths
+from aclip.config.ds_config import DsConfig, read_ds_config
+from aclip.config.recipe import Recipe
+from aclip.config.recipe_file import load_recipe
+from aclip.errors import ConfigError
+from aclip.nodes.hostfile import Host, environment_for_nodes, read_hostfile
+from aclip.nodes.node import Node
+from aclip.nodes.remote_shell import LOCAL, SSH, check_remote_shell
+from aclip.planning.plan import plan_memory
+
+LONGEST_SECONDS = 3600.0
+WEAK, STRONG = "weak", "strong"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One line of the table.
+
+    Attributes:
+        mode: weak or strong. ranks: that took part. global_batch_size: images a step.
+        images_per_second: of all ranks. efficiency: share of `ranks` times the first line's.
+        communication: share of a step in collectives.
+        memory_mib: the most on any rank at its peak. planned_mib: the planner's.
+    """
+
+    mode: str
+    ranks: int
+    global_batch_size: int
+    images_per_second: float
+    efficiency: float
+    communication: float
+    memory_mib: float
+    planned_mib: float
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the measurement; returns the exit status."""
+    if len(arguments.recipes) != 1:
+        raise ConfigError(f"--scaling takes one recipe, not {' '.join(arguments.recipes)}")
+    (name,) = arguments.recipes
+    if arguments.steps < 1:
+        raise ConfigError(f"--steps is {arguments.steps}; give 1 or more")
+    hosts = read_hostfile(arguments.scaling)
+    if any(host.name != LOCAL for host in hosts):
+        check_remote_shell(arguments.rsh or SSH)
+    per_rank = arguments.batch_size or (64 if torch.cuda.is_available() else 4)
+    total = sum(host.slots for host in hosts)
+    counts = rank_counts(total)
+    cases = [(WEAK, n, n * per_rank) for n in counts]
+    cases += [(STRONG, n, total * per_rank) for n in counts]
+    overrides = [*arguments.set, "data.train=demo"]
+    # Every case is read before the first one costs time.
+    read = [_read(name, overrides, arguments.ds_config, n, size) for _, n, size in cases]
+    rows: list[Measured] = []
+    for (mode, ranks, size), (recipe, ds_config) in zip(cases, read, strict=True):
+        print(f"{mode}: {ranks} ranks, {size} images a step", flush=True)
+        found = _measure(hosts, ranks, size, name, overrides, arguments)
+        lengths = caption_lengths(size // ranks, recipe.model.text.context_length)
+        tokens = sum(lengths) / len(lengths), max(lengths)
+        on_host = not torch.cuda.is_available()
+        planned = plan_memory(recipe, ds_config, ranks, *tokens, on_host)
+        speed = found["images_per_second"]
+        first = next((row for row in rows if row.mode == mode), None)
+        efficiency = speed / (ranks * first.images_per_second) if first else 1.0
+        rows.append(
+            Measured(
+                *(mode, ranks, size, speed, efficiency, found["communication"]),
+                found["memory_bytes"] / MIB,
+                planned / MIB,
+            )
+        )
+    print(format_table(rows))
+    _write(Path(arguments.out), rows, {"recipe": name, "ds_config": arguments.ds_config})
+    return 0
+
+
+def rank_counts(total: int) -> list[int]:
+    """1, 2, 4, ... and `total` itself."""
+    return sorted({2**power for power in range(total.bit_length()) if 2**power < total} | {total})
+
+
+def first_slots(hosts: list[Host], ranks: int) -> list[Host]:
+    """The first so many slots of the hosts, in their order."""
+    chosen = []
+    for host in hosts:
+        slots = min(host.slots, ranks)
+        if slots:
+            chosen.append(Host(host.name, slots))
+        ranks -= slots
+    return chosen
+
+
+def format_table(rows: list[Measured]) -> str:
+    lines = [
+        f"{'':7}{'ranks':>6}{'batch':>7}{'img/s':>9}{'efficiency':>12}{'communication':>15}"
+        f"{'MiB a rank':>12}{'planned':>9}{'off':>8}"
+    ]
+    lines += [
+        f"{row.mode:7}{row.ranks:6}{row.global_batch_size:7}{row.images_per_second:9.4g}"
+        f"{row.efficiency:12.0%}{row.communication:15.0%}{row.memory_mib:12,.1f}"
+        f"{row.planned_mib:9,.1f}{row.planned_mib / row.memory_mib - 1:+8.1%}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _read(name, overrides, path, ranks: int, batch_size: int) -> tuple[Recipe, DsConfig]:
+    recipe = load_recipe(name, [*overrides, f"train.global_batch_size={batch_size}"])
+    return recipe, read_ds_config(path, batch_size, ranks)
+
+
+def _measure(hosts, ranks: int, batch_size: int, name, overrides, arguments) -> dict:
+    """What rank 0 of one case reports.
+
+    Raises:
+        RuntimeError: a rank failed; with the end of its output.
+    """
+    spec = {
+        "recipe": name,
+        "overrides": [*overrides, f"train.global_batch_size={batch_size}"],
+        "ds_config": str(Path(arguments.ds_config).absolute()),
+        "steps": arguments.steps,
+    }
+    chosen, nodes, outputs, first_rank = first_slots(hosts, ranks), [], [], 0
+    master = "127.0.0.1" if chosen[0].name == LOCAL else chosen[0].name
+    for host in chosen:
+        common = {
+            SPEC: json.dumps(spec),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_SIZE": str(host.slots),
+            "MASTER_ADDR": master,
+            "MASTER_PORT": str(arguments.master_port),
+        }
+        commands = [
+            {
+                "arguments": [sys.executable, "-m", "aclip.benchmarks.scaling_rank"],
+                "environment": common | {"RANK": str(first_rank + i), "LOCAL_RANK": str(i)},
+            }
+            for i in range(host.slots)
+        ]
+        told = {
+            "folder": os.getcwd(),
+            "environment": environment_for_nodes(),
+            "commands": commands,
+            "lost_after": LONGEST_SECONDS,
+        }
+        outputs.append([])
+        nodes.append(Node(arguments.rsh or SSH, host, told, outputs[-1].append))
+        first_rank += host.slots
+    deadline = time.monotonic() + LONGEST_SECONDS
+    while any(node.status is None for node in nodes) and not any(node.status for node in nodes):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    for node in nodes:
+        node.end(10.0)
+    for node, output in zip(nodes, outputs, strict=True):
+        if node.status:
+            said = b"".join(output[-20:]).decode(errors="replace")
+            raise RuntimeError(f"{node.host.name} ended with status {node.status}:\n{said}")
+    found = [line for line in outputs[0] if line.startswith(RESULT.encode())]
+    return json.loads(found[-1].decode().removeprefix(RESULT))
+
+
+def _write(folder: Path, rows: list[Measured], made_of: dict) -> None:
+    """scaling.json, scaling.txt and scaling.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {**made_of, "rows": [asdict(row) for row in rows]}
+    (folder / "scaling.json").write_text(json.dumps(content, indent=2))
+    (folder / "scaling.txt").write_text(format_table(rows) + "\n")
+    # Here, since matplotlib takes a second and nothing else needs it.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    for mode in (WEAK, STRONG):
+        mine = [row for row in rows if row.mode == mode]
+        ranks = [row.ranks for row in mine]
+        speed.plot(ranks, [row.images_per_second for row in mine], "o-", label=mode)
+        ideal = [n * mine[0].images_per_second for n in ranks]
+        speed.plot(ranks, ideal, ":", color="grey")
+        memory.plot(ranks, [row.memory_mib for row in mine], "o-", label=mode)
+        memory.plot(ranks, [row.planned_mib for row in mine], "x:", color="grey")
+    speed.set(xlabel="ranks", ylabel="images/s", title="dotted: in proportion to the ranks")
+    memory.set(xlabel="ranks", ylabel="MiB a rank", ylim=(0, None), title="dotted: planned")
+    for axes in (speed, memory):
+        axes.legend()
+    figure.savefig(folder / "scaling.png", dpi=120)
+    print(f"{folder}/scaling.json, scaling.txt, scaling.png")

@@ -1,0 +1,255 @@
+"""The paper's cost table on this machine: a step of each system, interleaved in one run.
+
+All systems stay in memory and take turns, so that a machine whose speed drifts is fair to each; a
+ratio is the median of the rounds' ratios. On a CPU the time is CPU time, since wall time counts
+other processes too, and freed memory is kept, as on a GPU; there it is between CUDA events.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from aclip.benchmarks.host_pages import kept_pages
+from aclip.benchmarks.open_clip_step import OpenClipStep
+from aclip.benchmarks.peak_memory import peak_growth
+from aclip.benchmarks.synthetic import caption_lengths, synthetic_batch
+from aclip.config.ds_config import read_ds_config
+from aclip.config.recipe import Recipe
+from aclip.config.recipe_file import load_recipe
+from aclip.data.batch import join
+from aclip.engine.build import init_distributed
+from aclip.errors import ConfigError
+from aclip.planning.flops import step_flops
+from aclip.planning.step_shape import describe_step
+from aclip.training.pretrain import default_to_one_rank
+from aclip.training.stepper import Stepper
+
+MIB = 2**20
+
+
+@dataclass
+class System:
+    """One row of the table.
+
+    Attributes:
+        name: as printed.
+        step: runs one optimizer update.
+        state_bytes: of weights, optimizer and teacher; resident between steps.
+        gflops: of one sample, forward and backward; None where it is not counted.
+        seconds: of each round. peak_bytes: of a step, on top of what is resident.
+    """
+
+    name: str
+    step: Callable[[], object]
+    state_bytes: int
+    gflops: float | None
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the table says of a system; times in seconds, memory in MiB."""
+
+    name: str
+    step_seconds: float
+    ratios: dict[str, float]
+    """To each baseline, median over the rounds."""
+    spread: tuple[float, float]
+    """Least and greatest ratio to the first baseline."""
+    images_per_second: float
+    gflops: float | None
+    state_mib: float
+    step_mib: float
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs `launch/benchmark.py`; returns the exit status."""
+    for name, least in (("rounds", 1), ("threads", 1), ("batch_size", 2)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} is {value}; give {least} or more")
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json is {arguments.json}, whose folder is not there; make it first")
+    on_gpu = torch.cuda.is_available()
+    batch_size = arguments.batch_size or (128 if on_gpu else 8)
+    # Each recipe is read before the first one is built.
+    overrides = [*arguments.set, f"train.global_batch_size={batch_size}", "data.train=demo"]
+    recipes = {name: load_recipe(name, overrides) for name in arguments.recipes}
+    baseline = arguments.baseline or arguments.recipes[0]
+    if baseline not in recipes:
+        raise ConfigError(f"--baseline is {baseline}, which is not among {', '.join(recipes)}")
+    if not on_gpu:
+        torch.set_num_threads(arguments.threads)
+    default_to_one_rank()
+    device = init_distributed()
+    systems = []
+    for name, recipe in recipes.items():
+        print(f"building {name}", flush=True)
+        systems.append(_build(name, recipe, batch_size, device))
+    baselines = [baseline]
+    if arguments.against == "open_clip":
+        print("building open_clip", flush=True)
+        systems += _build_open_clip(next(iter(recipes.values())), batch_size, device)
+        baselines.append(systems[-2].name)
+    _measure(systems, arguments.rounds, device)
+    rows = [make_row(system, systems, baselines, batch_size) for system in systems]
+    environment = _environment(device, batch_size, arguments, next(iter(recipes.values())))
+    print(format_table(rows, baselines, environment))
+    if arguments.json:
+        content = {"environment": environment, "rows": [asdict(row) for row in rows]}
+        Path(arguments.json).write_text(json.dumps(content, indent=2))
+    return 0
+
+
+def format_table(rows: list[Row], baselines: list[str], environment: dict) -> str:
+    """The rows as text, the environment below."""
+    width = max(len(row.name) for row in rows)
+    titles = [f"/ {name}" for name in baselines]
+    columns = [max(8, len(title)) for title in titles]
+    head = f"{'':<{width}}  {'s a step':>9}"
+    head += "".join(f"  {title:>{w}}" for title, w in zip(titles, columns, strict=True))
+    head += f"  {'min - max':>13}  {'img/s':>8}  {'GFLOP':>7}  {'state MiB':>9}  {'step MiB':>8}"
+    lines = [head]
+    for row in rows:
+        line = f"{row.name:<{width}}  {row.step_seconds:9.4g}"
+        for name, column in zip(baselines, columns, strict=True):
+            line += f"  {row.ratios[name]:{column}.3f}"
+        line += f"  {row.spread[0]:6.3f}-{row.spread[1]:.3f}  {row.images_per_second:8.4g}"
+        line += f"  {row.gflops:7.1f}" if row.gflops is not None else f"  {'':7}"
+        lines.append(f"{line}  {row.state_mib:9,.0f}  {row.step_mib:8,.0f}")
+    lines.append("GFLOP: of one image-caption pair, forward and backward; step: on top of state")
+    lines.append(", ".join(f"{key} {value}" for key, value in environment.items()))
+    return "\n".join(lines)
+
+
+def _build(name: str, recipe: Recipe, batch_size: int, device: torch.device) -> System:
+    on_gpu = device.type == "cuda"
+    values = {"zero_optimization": {"stage": 1 if on_gpu else 0}, "gradient_clipping": 0.0}
+    if on_gpu:
+        values["bf16"] = {"enabled": True}
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "ds_config.json"
+        path.write_text(json.dumps(values))
+        ds_config = read_ds_config(str(path), batch_size, 1)
+    stepper = Stepper(recipe, ds_config, device)
+    batch = join([synthetic_batch(recipe, batch_size)], pin=on_gpu)  # as the loader hands it over
+    momentum = 1.0 if recipe.teacher is None else recipe.teacher.momentum
+    lengths = caption_lengths(batch_size, recipe.model.text.context_length)
+    shape = describe_step(
+        recipe, stepper.engine.module, sum(lengths) / batch_size, longest_caption=max(lengths)
+    )
+    return System(
+        name,
+        lambda: stepper.step(batch, recipe.optimizer.lr, momentum),
+        _state_bytes(stepper),
+        sum(part.total for part in step_flops(shape).values()) / 1e9,
+    )
+
+
+def _build_open_clip(recipe: Recipe, batch_size: int, device: torch.device) -> list[System]:
+    plain = OpenClipStep(recipe, batch_size, device)
+    state_bytes = plain.state_bytes()
+    return [
+        System("open_clip", lambda: plain.step(0.0), state_bytes, None),
+        System("open_clip, patch dropout 0.5", lambda: plain.step(0.5), state_bytes, None),
+    ]
+
+
+def _measure(systems: list[System], rounds: int, device: torch.device) -> None:
+    gc.disable()  # a collection would fall into somebody's step
+    for system in systems:
+        system.step()  # makes the optimizer's state
+        gc.collect()
+        system.peak_bytes = peak_growth(system.step, device)
+    with kept_pages():
+        for system in systems:
+            system.step()  # takes the pages
+        for index in range(rounds):
+            for system in systems:
+                gc.collect()
+                with _clock(device) as seconds:
+                    system.step()
+                system.seconds.append(seconds[0])
+            print(f"round {index + 1} of {rounds}", flush=True)
+    gc.enable()
+
+
+@contextlib.contextmanager
+def _clock(device: torch.device) -> Iterator[list[float]]:
+    result: list[float] = []
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield result
+        end.record()
+        end.synchronize()
+        result.append(start.elapsed_time(end) / 1000)
+    else:
+        before = time.process_time()
+        yield result
+        result.append(time.process_time() - before)
+
+
+def _state_bytes(stepper: Stepper) -> int:
+    """Weights, both moments, fp32 masters where the weights are not, and the teacher."""
+    module, teacher = stepper.engine.module, stepper.teacher
+    tensors = list(module.parameters())
+    if teacher is not None:
+        tensors += [*teacher.model.parameters(), *teacher.state_dict().values()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    fp32_copies = 2 if stepper.dtype == torch.float32 else 3
+    return sum(storages.values()) + 4 * fp32_copies * trained
+
+
+def make_row(system: System, systems: list[System], baselines: list[str], batch_size: int) -> Row:
+    """Medians over the rounds; a ratio is that of the rounds' ratios to the baseline's."""
+    by_name = {other.name: other for other in systems}
+    ratios = {
+        name: [a / b for a, b in zip(system.seconds, by_name[name].seconds, strict=True)]
+        for name in baselines
+    }
+    seconds = statistics.median(system.seconds)
+    first = ratios[baselines[0]]
+    return Row(
+        system.name,
+        seconds,
+        {name: statistics.median(values) for name, values in ratios.items()},
+        (min(first), max(first)),
+        batch_size / seconds,
+        system.gflops,
+        system.state_bytes / MIB,
+        system.peak_bytes / MIB,
+    )
+
+
+def _environment(device, batch_size, arguments, recipe) -> dict:
+    if device.type == "cuda":
+        where = {"device": torch.cuda.get_device_name(device), "time": "CUDA events, bf16"}
+    else:
+        where = {
+            "device": f"CPU {platform.machine()}, {arguments.threads} threads",
+            "time": "CPU time, fp32",
+        }
+    lengths = caption_lengths(batch_size, recipe.model.text.context_length)
+    return {
+        **where,
+        "batch": batch_size,
+        "rounds": arguments.rounds,
+        "mean caption": f"{sum(lengths) / batch_size:.1f} tokens",
+        "torch": torch.__version__,
+        "deepspeed": version("deepspeed"),
+        "open_clip": version("open_clip_torch"),
+    }

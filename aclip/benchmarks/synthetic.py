@@ -1,0 +1,80 @@
+"""Batches that need no data set, for measurements: noise for images, captions of real lengths."""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aclip.config.recipe import Recipe
+from aclip.data.augment import draw_augment_params
+from aclip.data.batch import Batch
+from aclip.data.samples import patch_grid
+from aclip.data.tokenizer import END_ID, START_ID
+
+# Token counts of YFCC-15M's captions: log-normal with this median and mean.
+MEDIAN_LENGTH, MEAN_LENGTH = 12, 20
+
+
+def caption_lengths(num_captions: int, context_length: int) -> list[int]:
+    """Evenly spaced quantiles of the length distribution, tokens with start and end."""
+    sigma = math.sqrt(2 * math.log(MEAN_LENGTH / MEDIAN_LENGTH))
+    normal = NormalDist(math.log(MEDIAN_LENGTH), sigma)
+    lengths = (
+        round(math.exp(normal.inv_cdf((i + 0.5) / num_captions))) for i in range(num_captions)
+    )
+    return [min(max(length, 3), context_length) for length in lengths]
+
+
+def synthetic_tokens(num_captions: int, context_length: int) -> Tensor:
+    """(B, L) int64 tokens of such lengths, L the longest."""
+    lengths = caption_lengths(num_captions, context_length)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, START_ID, (num_captions, max(lengths)), generator=generator)
+    columns = torch.arange(max(lengths))
+    ends = torch.tensor(lengths).unsqueeze(1) - 1
+    tokens = tokens.masked_fill(columns == ends, END_ID).masked_fill(columns > ends, 0)
+    tokens[:, 0] = START_ID
+    return tokens
+
+
+def synthetic_batch(recipe: Recipe, batch_size: int) -> Batch:
+    """A batch as the recipe's loader gives it, with what its parts read and nothing else."""
+    rng = np.random.default_rng(0)
+    views, side, grid = recipe.views, recipe.model.image.resolution, patch_grid(recipe)
+
+    def pixels(*shape: int) -> Tensor:
+        return torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
+
+    def noise(*shape: int) -> Tensor:
+        return torch.from_numpy(rng.random(shape, dtype=np.float32))
+
+    def params(config, num_views: int) -> Tensor:
+        drawn = [draw_augment_params(rng, config, num_views) for _ in range(batch_size)]
+        return torch.from_numpy(np.stack(drawn))
+
+    box = torch.tensor([0, 0, side, side], dtype=torch.int32)
+    has_teacher_view = recipe.needs_teacher_view
+    teacher_side = recipe.teacher.resolution if has_teacher_view else 0
+    blocks = grid // recipe.mask.block_size
+    random_mask = recipe.mask.policy == "random"
+    context_length = recipe.model.text.context_length
+    return Batch(
+        student_views=pixels(batch_size, views.student, 3, side, side),
+        teacher_view=pixels(batch_size, 3, teacher_side, teacher_side)
+        if has_teacher_view
+        else None,
+        student_boxes=box.repeat(batch_size, views.student, 1),
+        teacher_box=box.repeat(batch_size, 1) if has_teacher_view else None,
+        augment_params=params(recipe.augment, views.student),
+        mask_noise=noise(batch_size, views.student, blocks, blocks) if random_mask else None,
+        ssl_views=pixels(batch_size, views.ssl, 3, side, side) if views.ssl else None,
+        ssl_params=params(recipe.ssl_augment, views.ssl) if views.ssl else None,
+        distill_noise=noise(batch_size, 1, grid, grid) if recipe.loss.distill else None,
+        mlm_noise=noise(batch_size, context_length) if recipe.loss.mlm else None,
+        tokens=synthetic_tokens(batch_size, context_length),
+        keys=[str(index) for index in range(batch_size)],
+        captions=[""] * batch_size,
+        cursors=torch.zeros(1, 2, dtype=torch.int64),
+    )

@@ -1,0 +1,1 @@
+"""One module a data set; each yields entries or what it rejects."""

@@ -1,0 +1,48 @@
+"""RedCaps: annotation files, one a subreddit and year, or SLIP's single file of them all."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from aclip.data.convert.entries import Entry, Rejected, Source, make_key
+from aclip.data.convert.sources.json_stream import iterate_objects
+from aclip.data.convert.sources.text_files import existing_file, existing_folder
+from aclip.errors import ConfigError
+
+FIELDS = ("image_id", "subreddit", "caption")
+
+
+def redcaps_source(annotations: str, images: str) -> Source:
+    """The images SUBREDDIT/IMAGE_ID.jpg with the processed caption.
+
+    Args:
+        annotations: a JSON file, or a folder of them, read in the order of their names.
+        images: the folder that redcaps-downloader writes.
+
+    Raises:
+        ConfigError: no such file or folder; while iterating, a JSON is of another format.
+    """
+    if Path(annotations).is_dir():
+        files = tuple(sorted(Path(annotations).glob("*.json")))
+        if not files:
+            raise ConfigError(f"ANNOTATIONS is {annotations}, which holds no .json; check the path")
+    else:
+        files = (existing_file(annotations, "ANNOTATIONS"),)
+
+    def entries() -> Iterator[Entry | Rejected]:
+        for path in files:
+            for annotation in iterate_objects(path, "annotations", may_be_bare=True):
+                yield _entry(annotation)
+
+    return Source(existing_folder(images, "--images"), files, entries)
+
+
+def _entry(annotation: dict) -> Entry | Rejected:
+    values = [annotation.get(field) for field in FIELDS]
+    if not all(isinstance(value, str) for value in values):
+        fields = " and ".join(
+            field for field, value in zip(FIELDS, values, strict=True) if not isinstance(value, str)
+        )
+        return Rejected(str(annotation.get("image_id")), "malformed_row", f"no text in {fields}")
+    image_id, subreddit, caption = values
+    path = f"{subreddit}/{image_id}"
+    return Entry(make_key(path), f"{path}.jpg", (caption,))

@@ -1,0 +1,1 @@
+"""The bytes of shards: listed, counted, fetched, read."""

@@ -1,0 +1,233 @@
+"""WebDataset shards: which files, how many samples each, and the samples of one shard by position.
+
+A position is the rank of a sample in its tar. Nothing here decodes an image or knows about lanes.
+"""
+
+import glob
+import itertools
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from aclip.config.recipe import DataConfig
+from aclip.data.shards.counts import cache_folder, count_samples
+from aclip.data.shards.remote import RemoteShards, check_protocol, is_remote
+from aclip.data.shards.tar import RawSample, TarShard
+from aclip.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+SKIP_KINDS = (
+    "unreadable_image",
+    "empty_caption",
+    "no_image",
+    "no_caption",
+    "image_too_small",
+    "truncated_shard",
+    "unreadable_shard",
+    "not_in_index",
+)
+"""Why a sample can't be used. An image too large to be decoded safely is an unreadable one, and
+text over MAX_TEXT_BYTES is no caption."""
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+MAX_IMAGE_BYTES = 2**28
+MAX_TEXT_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    url: str
+    num_samples: int
+    source: int = 0
+    """Which of data.sources it belongs to."""
+    remote: RemoteShards | None = None
+    """How it is fetched; None for a local file."""
+
+    def prefetch(self) -> None:
+        """Begins to fetch it in the background."""
+        if self.remote is not None:
+            self.remote.prefetch(self.url)
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A sample that can't be used, and why: one of SKIP_KINDS."""
+
+    kind: str
+
+
+def list_shards(pattern: str | list[str], field: str) -> list[str]:
+    """The shards that a recipe's entry names, in the order given, globs sorted.
+
+    Args:
+        pattern: a path, a glob, braces like {00000..01499}, `pipe:` and a command, an address that
+            fsspec understands (both with braces), or a list of those.
+        field: the recipe's key, for the error message.
+
+    Raises:
+        ConfigError: nothing is named, a glob matches nothing, a file is missing, or a protocol's
+            package is.
+    """
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    if not any(patterns):
+        raise ConfigError(f"{field} is empty; give shards, e.g. {field}=/data/{{00000..00099}}.tar")
+    urls = []
+    for entry in patterns:
+        if is_remote(entry):
+            urls += _addresses(entry, field)
+            continue
+        for path in _expand_braces(os.path.expanduser(entry), field):
+            urls += _existing_files(path, entry, field)
+    return urls
+
+
+def remote_shards(config: DataConfig) -> RemoteShards:
+    """How a recipe fetches its remote shards."""
+    folder = Path(config.cache).expanduser() if config.cache else cache_folder() / "shards"
+    return RemoteShards(folder.absolute(), round(config.cache_gb * 1e9), config.retries)
+
+
+def index_shards(
+    urls: list[str],
+    progress: Callable[[str], None] | None = None,
+    remote: RemoteShards | None = None,
+) -> list[Shard]:
+    """Counts the samples of each shard and leaves out, with a warning, shards that hold none.
+
+    Args:
+        urls: as list_shards gives them.
+        progress: gets a line now and then while many shards are scanned.
+        remote: how remote shards are fetched; by default as a recipe without such keys does.
+
+    Raises:
+        ConfigError: a sizes.json is malformed, a shard can't be read, or no shard holds a sample.
+    """
+    remote = remote or remote_shards(DataConfig())
+    counts = count_samples(urls, progress, remote)
+    for url in urls:
+        if counts[url] == 0:
+            logger.warning("shard %s holds no sample and is left out", url)
+    shards = [
+        Shard(url, counts[url], remote=remote if is_remote(url) else None)
+        for url in urls
+        if counts[url] > 0
+    ]
+    if not shards:
+        raise ConfigError(f"no shard holds a sample, {urls[0]} for one; check the shards")
+    return shards
+
+
+def read_shard(shard: Shard, start: int = 0) -> Iterator[tuple[int, RawSample | Skip]]:
+    """Yields (position, sample) from position `start` on, then what the index does not list.
+
+    Every position below shard.num_samples comes exactly once, whatever state the file is in: where
+    the tar ends early or is corrupt, the rest comes as Skip("truncated_shard"). Samples beyond the
+    index come as Skip("not_in_index") with positions from num_samples on.
+
+    The walk uses tarfile, not webdataset's own stream: that one reads every byte it passes and
+    gives no offsets, while here skipped samples cost a seek a member and bytes are read when used.
+
+    Raises:
+        ShardError: the shard can't be fetched, opened or read.
+    """
+    position = 0
+    for sample in TarShard(shard.url, shard.remote).walk():
+        if position >= shard.num_samples:
+            yield position, Skip("not_in_index")
+        elif position >= start:
+            yield position, sample if sample.is_complete else Skip("truncated_shard")
+        position += 1
+    for missing in range(max(position, start), shard.num_samples):
+        yield missing, Skip("truncated_shard")
+
+
+def read_image_bytes(sample: RawSample) -> bytes | Skip:
+    """The encoded image of a sample: its first member with a suffix of IMAGE_SUFFIXES."""
+    for suffix in IMAGE_SUFFIXES:
+        if suffix in sample.members:
+            if sample.size(suffix) > MAX_IMAGE_BYTES:
+                return Skip("unreadable_image")
+            return sample.read(suffix)
+    return Skip("no_image")
+
+
+def read_captions(sample: RawSample) -> list[str] | Skip:
+    """The captions that are not blank: of json `captions`, else json `caption`, else txt."""
+    captions = None
+    if _has_text(sample, "json"):
+        captions = _captions_of_json(sample.read("json"))
+    if captions is None and _has_text(sample, "txt"):
+        captions = [sample.read("txt").decode("utf-8", errors="replace")]
+    if captions is None:
+        return Skip("no_caption")
+    return [caption for caption in captions if caption.strip()] or Skip("empty_caption")
+
+
+def _has_text(sample: RawSample, suffix: str) -> bool:
+    return suffix in sample.members and sample.size(suffix) <= MAX_TEXT_BYTES
+
+
+def shard_names(urls: list[str]) -> list[str]:
+    """A name for each shard: its stem, or its path without suffix where stems repeat."""
+    stems = [Path(url).stem for url in urls]
+    if len(set(stems)) == len(set(urls)):
+        return stems
+    return [str(Path(url).with_suffix("")) for url in urls]
+
+
+def _expand_braces(entry: str, field: str) -> list[str]:
+    try:
+        if entry.startswith("pipe:"):
+            # Only ranges: a command has braces, commas and backslashes of its own.
+            parts = re.split(r"(\{\w+\.\.\w+\})", entry)
+            parts[1::2] = map(braceexpand, parts[1::2])
+            parts[::2] = ([text] for text in parts[::2])
+            return ["".join(chosen) for chosen in itertools.product(*parts)]
+        return list(braceexpand(entry))
+    except ValueError as error:
+        raise ConfigError(f"{field} holds {entry}, whose braces do not match: {error}") from None
+
+
+def _addresses(entry: str, field: str) -> list[str]:
+    check_protocol(entry, field)
+    if "*" in entry and not entry.startswith("pipe:"):
+        raise ConfigError(
+            f"{field} holds {entry}, but what lies at an address can't be listed; write the shards "
+            "with braces, e.g. {00000..00099}.tar"
+        )
+    return _expand_braces(entry, field)
+
+
+def _existing_files(path: str, entry: str, field: str) -> list[str]:
+    if os.path.isfile(path):
+        return [path]
+    if glob.has_magic(path):
+        matches = sorted(match for match in glob.glob(path) if os.path.isfile(match))
+        if matches:
+            return matches
+        raise ConfigError(f"{field} is {entry}, but no file matches {path}; check the path")
+    raise ConfigError(f"{field} is {entry}, but there is no file {path}; check the path")
+
+
+def _captions_of_json(content: bytes) -> list[str] | None:
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict):
+        return None
+    captions = values.get("captions")
+    if isinstance(captions, list) and captions and all(isinstance(text, str) for text in captions):
+        return [_valid(text) for text in captions]
+    return [_valid(values["caption"])] if isinstance(values.get("caption"), str) else None
+
+
+def _valid(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")

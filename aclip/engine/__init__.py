@@ -1,0 +1,1 @@
+"""DeepSpeed: process group, optimizer, engine and the state that it shards."""

@@ -1,0 +1,194 @@
+"""Evaluates a pair of towers on one set, all ranks together: retrieval and zero-shot.
+
+Used during training and by launch/evaluate.py. The metrics are in retrieval.py and zero_shot.py.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aclip import distributed
+from aclip.errors import ConfigError
+from aclip.evaluation.metrics import zero_shot
+from aclip.evaluation.metrics.retrieval import retrieval_recall
+from aclip.evaluation.sets.evaluation_set import (
+    NO_LABEL,
+    EvaluationSet,
+    ValidationBatch,
+    read_validation,
+)
+from aclip.evaluation.sets.prompts import ClassPrompts
+from aclip.evaluation.texts import Progress, Towers, embed_captions, embed_classes
+
+CAPTIONS_PER_IMAGE = 2**20
+"""More than any image has."""
+
+
+@torch.no_grad()
+def evaluate(
+    towers: Towers,
+    dataset: EvaluationSet,
+    prompts: ClassPrompts | None,
+    batch_size: int,
+    embed: Callable[..., Tensor] = embed_classes,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Computes what the set allows: retrieval with captions, zero-shot with labels and prompts.
+
+    Every sample counts once, whatever the number of ranks, and every rank calls each encoder
+    equally often. All ranks return the same. Of an image with a label alone nothing but its rank
+    and label stays; embeddings stay of images with captions.
+
+    Args:
+        towers: encoders and what they read.
+        dataset: the set.
+        prompts: of its classes; None for no zero-shot.
+        batch_size: images or texts of one call on one rank.
+        embed: embeds the classes, with the arguments of `embed_classes`.
+        progress: is told now and then.
+
+    Returns:
+        image_to_text_r{1,5,10} and text_to_image_r{1,5,10}, zero_shot_top{1,5},
+        zero_shot_mean_per_class, with two classes zero_shot_roc_auc unless only one of them has
+        images: shares in [0, 1]; and counts: num_images, num_skipped, with captions num_captions,
+        with classes num_classes.
+
+    Raises:
+        ConfigError: no sample can be used, or a label has no class.
+    """
+    class_embeds = None
+    if prompts is not None:
+        class_embeds = embed(towers, batch_size, prompts, progress)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    mine = len(range(rank, dataset.num_samples, world_size))
+    images = _Images(class_embeds, mine)
+    to_embeds = image_embedder(towers)
+    batches = read_validation(
+        dataset, towers.resolution, batch_size, rank, world_size, towers.resample
+    )
+    for batch in batches:
+        images.add(to_embeds(batch.images)[: len(batch.indices)], batch)
+        if progress is not None:
+            progress("images", images.num_images + images.num_skipped, mine)
+
+    counts = [images.num_images, len(images.captions), images.num_skipped, images.num_labelled]
+    counts = distributed.all_gather_rows(torch.tensor([counts], device=towers.device)).sum(0)
+    num_images, num_captions, num_skipped, num_labelled = counts.tolist()
+    if not num_images:
+        raise ConfigError(
+            f"the validation set ({dataset.name}) holds no usable sample, {num_skipped} are "
+            "skipped; give images with captions or .cls labels"
+        )
+    metrics = {"num_images": num_images, "num_skipped": num_skipped}
+    if num_captions:
+        metrics |= _retrieval(images, towers, batch_size)
+    if prompts is not None and num_labelled:
+        metrics |= _classification(images, prompts)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def image_embedder(towers: Towers) -> Callable[[Tensor], Tensor]:
+    """The function from (n, 3, R, R) uint8 to (n, E) fp32, L2-normalised."""
+    raw = image_encoder(towers, towers.encode_image)
+    return lambda images: F.normalize(raw(images), dim=-1)
+
+
+def image_encoder(towers: Towers, encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function from (n, 3, R, R) uint8 to the fp32 of what `encode` makes of its pixels."""
+    mean, std = (
+        torch.tensor(values, device=towers.device).view(3, 1, 1)
+        for values in (towers.mean, towers.std)
+    )
+
+    def run(images: Tensor) -> Tensor:
+        pixels = images.to(towers.device).float().div_(255).sub_(mean).div_(std)
+        return encode(pixels.to(towers.dtype)).float()
+
+    return run
+
+
+class _Images:
+    """What stays of this rank's images.
+
+    Ranks and labels go into tensors made beforehand: small ones between the large ones that each
+    batch needs for a moment would keep the allocator from using those again.
+
+    Args:
+        class_embeds: (C, E) fp32, or None.
+        num_samples: of this rank, usable or not.
+    """
+
+    def __init__(self, class_embeds: Tensor | None, num_samples: int):
+        self.num_images = self.num_skipped = self.num_labelled = 0
+        self.captions: list[str] = []
+        self.caption_keys: list[int] = []
+        """Sorts the captions of all ranks: image's place * CAPTIONS_PER_IMAGE + number."""
+        self._class_embeds = class_embeds
+        self._embeds, self._places = [], []
+        if class_embeds is not None:
+            self._ranks, self._labels = class_embeds.new_empty(2, num_samples, dtype=torch.int64)
+            self._margins = class_embeds.new_empty(num_samples)
+
+    def add(self, embeds: Tensor, batch: ValidationBatch) -> None:
+        """embeds: (M, E) fp32 of the batch's M samples."""
+        self.num_images += len(batch.indices)
+        self.num_skipped += batch.skipped.total()
+        has_captions = torch.tensor([bool(own) for own in batch.captions], dtype=torch.bool)
+        if has_captions.any() or not self._embeds:
+            self._embeds.append(embeds[has_captions.to(embeds.device)])
+            self._places.append(batch.indices[has_captions].to(embeds.device))
+        for place, own in zip(batch.indices.tolist(), batch.captions, strict=True):
+            self.captions += own
+            self.caption_keys += [place * CAPTIONS_PER_IMAGE + n for n in range(len(own))]
+        if self._class_embeds is not None:
+            self._classify(embeds, batch.labels.to(embeds.device))
+
+    def _classify(self, embeds: Tensor, labels: Tensor) -> None:
+        labelled = labels != NO_LABEL
+        embeds, labels = embeds[labelled], labels[labelled]
+        new = slice(self.num_labelled, self.num_labelled + len(labels))
+        self._labels[new] = labels
+        self._ranks[new] = zero_shot.rank_classes(embeds, self._class_embeds, labels)
+        if len(self._class_embeds) == 2:
+            self._margins[new] = zero_shot.margins(embeds, self._class_embeds)
+        self.num_labelled += len(labels)
+
+    def captioned(self) -> tuple[Tensor, Tensor]:
+        """The embeds (n, E) of all ranks' images with captions and their places (n,), ascending."""
+        places = distributed.all_gather_rows(torch.cat(self._places))
+        order = places.argsort()
+        return distributed.all_gather_rows(torch.cat(self._embeds))[order], places[order]
+
+    def classified(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ranks, labels and, with two classes, margins of all ranks' labelled images, each (n,)."""
+        ranks, labels, margins = (
+            distributed.all_gather_rows(own[: self.num_labelled])
+            for own in (self._ranks, self._labels, self._margins)
+        )
+        return ranks, labels, margins if len(self._class_embeds) == 2 else None
+
+
+def _retrieval(images: _Images, towers: Towers, batch_size: int) -> dict[str, float]:
+    keys = torch.tensor(images.caption_keys, dtype=torch.int64)
+    text_embeds, keys = embed_captions(towers, batch_size, images.captions, keys)
+    # Images without a caption are no candidates: nothing could ever be right about them.
+    image_embeds, places = images.captioned()
+    image_of_text = torch.searchsorted(places, keys // CAPTIONS_PER_IMAGE)
+    recall = retrieval_recall(image_embeds, text_embeds, image_of_text)
+    return {"num_captions": len(text_embeds), **recall}
+
+
+def _classification(images: _Images, prompts: ClassPrompts) -> dict[str, float]:
+    ranks, labels, margins = images.classified()
+    num_classes, highest = len(prompts.names), int(labels.max())
+    if highest >= num_classes:
+        raise ConfigError(
+            f"{prompts.source} names {num_classes} classes, but a sample's .cls is {highest}; "
+            "give one name a line for every label from 0 on"
+        )
+    metrics = zero_shot.accuracy(ranks, labels)
+    if margins is not None and labels.unique().numel() == 2:
+        metrics["roc_auc"] = zero_shot.roc_auc(margins, labels)
+    return {"num_classes": num_classes} | {f"zero_shot_{n}": v for n, v in metrics.items()}

@@ -1,0 +1,1 @@
+"""What is evaluated: sets, their prompts and labels."""

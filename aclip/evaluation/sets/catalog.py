@@ -1,0 +1,301 @@
+"""What `--suite` names: the papers' sets (catalog.yaml), the built-in scenes, and any folder."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aclip.data.demo import ensure_demo_data
+from aclip.data.shards.listing import index_shards
+from aclip.errors import ConfigError
+from aclip.evaluation.sets.evaluation_set import EvaluationSet, ShardSet
+from aclip.evaluation.sets.image_sets import (
+    Unavailable,
+    Where,
+    check_same_classes,
+    class_folders,
+    karpathy_set,
+    list_classes,
+    open_torchvision,
+)
+from aclip.evaluation.sets.prompts import (
+    TEMPLATES_FILE,
+    ClassPrompts,
+    clip_benchmark_prompts,
+    find_class_prompts,
+    read_templates,
+    slip_prompts,
+)
+
+PAPER, SCENES = "paper", "scenes"
+DATASET_TYPE_FILE = "dataset_type.txt"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the results.
+
+    Attributes:
+        name, title: on the command line, and in tables.
+        metric: top1, mean_per_class, mean_top1_top5 or roc_auc.
+        dataset: what is evaluated. source: where it is, in words.
+        prompts: of its classes, None for retrieval alone.
+        train: opens the split that a linear probe learns from; None where there is none.
+    """
+
+    name: str
+    title: str
+    metric: str
+    dataset: EvaluationSet
+    source: str
+    prompts: ClassPrompts | None
+    train: Callable[[], EvaluationSet] | None = None
+
+
+@cache
+def catalog() -> dict[str, dict[str, Any]]:
+    """Sets by name, classification in the order of the papers' tables, then retrieval."""
+    text = (resources.files("aclip.evaluation.sets") / "catalog.yaml").read_text(encoding="utf-8")
+    parts = yaml.safe_load(text)
+    return parts["classification"] | parts["retrieval"]
+
+
+def is_retrieval(name: str) -> bool:
+    return "captions" in catalog()[name]
+
+
+def find_tasks(
+    suite: list[str],
+    data: Path | None,
+    download: bool = False,
+    slip_checkout: Path | None = None,
+    say: Callable = print,
+) -> tuple[list[Task], list[str]]:
+    """The sets that the names mean, each opened, and a sentence for each of the suite `paper` that
+    is not there.
+
+    Args:
+        suite: "paper", "scenes", names of its sets, or folders, also below `data`.
+        data: the folder of the papers' sets. download: fetch what torchvision can.
+        slip_checkout: whose prompts are taken for the papers' sets; None for clip-benchmark's.
+        say: takes a line of progress.
+
+    Raises:
+        ConfigError: a name means nothing, a named set is not there or malformed, or of the suite
+            `paper` nothing is there.
+    """
+    if data is None and any(name == PAPER or name in catalog() for name in suite):
+        raise ConfigError(
+            f"--suite is {' '.join(suite)}, whose sets are looked for in --data; give that folder"
+        )
+    where = Where(data or Path(), download, say)
+    tasks, missing = [], []
+    for name in suite:
+        if name == PAPER:
+            for member in catalog():
+                try:
+                    tasks.append(_find_paper(member, where, slip_checkout))
+                except Unavailable as error:
+                    missing.append(str(error))
+        elif name in catalog():
+            tasks.append(_find_paper(name, where, slip_checkout))
+        elif name == SCENES:
+            tasks.append(_scenes(say))
+        else:
+            tasks.append(_find_folder(name, _folder(name, where.data)))
+    if not tasks:
+        raise ConfigError(
+            f"--data is {data}, which holds none of the {len(catalog())} sets of --suite "
+            f"paper; the first of them: {missing[0]}"
+        )
+    return list({task.name: task for task in tasks}.values()), missing
+
+
+def _folder(name: str, data: Path) -> Path:
+    for folder in (Path(name), data / name):
+        if folder.is_dir():
+            return folder
+    known = [PAPER, SCENES, *catalog()]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+    raise ConfigError(
+        f"--suite is {name}, which is neither a folder nor a set that is known{hint}; take "
+        f"{', '.join(known)}, or a folder"
+    )
+
+
+def _scenes(say: Callable) -> Task:
+    demo = ensure_demo_data(say)
+    return Task(
+        SCENES,
+        "built-in scenes",
+        "top1",
+        ShardSet(index_shards(demo.val)),
+        str(demo.folder),
+        find_class_prompts(demo.folder),
+        lambda: ShardSet(index_shards(demo.train)),
+    )
+
+
+def _find_retrieval(name: str, where: Where) -> Task:
+    entry, folder = catalog()[name], where.data / name
+    shards = _shards(folder / "test")
+    if shards:
+        dataset = ShardSet(index_shards(shards), caption_lines=True)
+    elif (folder / entry["captions"]).is_file():
+        dataset = karpathy_set(folder / entry["captions"], folder / entry["images"])
+    else:
+        images = folder / entry["images"]
+        raise Unavailable(
+            f"{name} is not in {where.data}: put Karpathy's {entry['captions']} into {folder} and "
+            f"the images into {images}, or clip_benchmark's shards into {folder}/test"
+        )
+    return Task(name, entry["title"], "retrieval", dataset, str(folder), None)
+
+
+def _find_paper(name: str, where: Where, slip_checkout: Path | None) -> Task:
+    if is_retrieval(name):
+        return _find_retrieval(name, where)
+    entry, folder = catalog()[name], where.data / name
+    metric = entry.get("metric", "top1")
+    if _shards(folder / "test"):
+        # The order of labels is the shards' own, and so are their class files.
+        return replace(_find_folder(name, folder), title=entry["title"], metric=metric)
+    dataset, class_names, source, train = _open_paper(name, entry, folder, where)
+    prompts = _paper_prompts(name, entry, folder, slip_checkout, class_names)
+    if class_names is not None and len(class_names) != len(prompts.names):
+        raise ConfigError(
+            f"{source} has {len(class_names)} classes, but {prompts.source} names "
+            f"{len(prompts.names)} for {name}; complete the folders of its classes"
+        )
+    return Task(name, entry["title"], metric, dataset, source, prompts, train)
+
+
+def _open_paper(
+    name: str, entry: dict, folder: Path, where: Where
+) -> tuple[EvaluationSet, list[str] | None, str, Callable | None]:
+    """The test split, its own names of the classes, where it is, and what opens the other split."""
+    test, train = (folder / entry.get(split, split) for split in ("test", "train"))
+    if _has_class_folders(test):
+        # `order` places names that are sorted as text, as those of CLEVR are: 10 comes first.
+        by_number = "order" not in entry.get("clip_benchmark", {})
+        open_train = _train_folders(train, test, by_number)
+        return *class_folders(test, by_number), str(test), open_train
+    layout = f"put its images into {test}/CLASS/, a folder for each class"
+    if "torchvision" not in entry:
+        raise Unavailable(f"{name} is not in {where.data}: {layout}")
+    dataset, class_names = open_torchvision(name, entry["torchvision"], "test", where, layout)
+    source = f"torchvision {entry['torchvision']['class']} in {where.data}"
+
+    def open_train() -> EvaluationSet:
+        return open_torchvision(name, entry["torchvision"], "train", where, layout)[0]
+
+    return dataset, class_names, source, open_train
+
+
+def _paper_prompts(
+    name: str,
+    entry: dict,
+    folder: Path,
+    slip_checkout: Path | None,
+    class_names: list[str] | None,
+) -> ClassPrompts:
+    """SLIP's if a checkout is given, else those beside the data, else clip-benchmark's."""
+    shipped = entry.get("clip_benchmark")
+    if slip_checkout is not None:
+        prompts = slip_prompts(slip_checkout, name)
+    elif (prompts := find_class_prompts(folder / "test")) is not None:
+        return prompts
+    elif shipped is None:
+        prompts = "clip-benchmark has none"
+    else:
+        prompts = clip_benchmark_prompts(
+            shipped["templates"], shipped.get("names"), shipped.get("order"), class_names
+        )
+    if isinstance(prompts, ClassPrompts):
+        return prompts
+    raise Unavailable(
+        f"{name} has no class prompts: {prompts}; write {folder}/classnames.txt and {folder}/"
+        f"{TEMPLATES_FILE}, or give --slip_checkout"
+    )
+
+
+def _find_folder(name: str, folder: Path) -> Task:
+    """A set of the user's: shards in clip_benchmark's layout, or a folder for each class."""
+    title = folder.name or name
+    shards = _shards(folder / "test") or _shards(folder)
+    if shards:
+        kind_file = folder / DATASET_TYPE_FILE
+        kind = kind_file.read_text().strip().lower() if kind_file.is_file() else "classification"
+        if kind == "retrieval":
+            dataset = ShardSet(index_shards(shards), caption_lines=True)
+            return Task(name, title, "retrieval", dataset, str(folder), None)
+        train = _shards(folder / "train")
+        return Task(
+            name,
+            title,
+            "top1",
+            ShardSet(index_shards(shards)),
+            str(folder),
+            find_class_prompts(folder),
+            (lambda: ShardSet(index_shards(train))) if train else None,
+        )
+    captions = sorted(folder.glob("dataset_*.json"))
+    if len(captions) == 1:
+        dataset = karpathy_set(captions[0], folder)
+        return Task(name, title, "retrieval", dataset, str(folder), None)
+    test = folder / "test" if _has_class_folders(folder / "test") else folder
+    if not _has_class_folders(test):
+        raise ConfigError(
+            f"--suite is {name}, a folder of no known layout; write images as {folder}/test/CLASS/"
+            f"NAME.jpg, or WebDataset shards as {folder}/test/0.tar with {folder}/classnames.txt"
+        )
+    dataset, class_names = class_folders(test)
+    prompts = find_class_prompts(test)
+    if prompts is None:
+        prompts = ClassPrompts(
+            f"the folders of {test}",
+            [[class_name.replace("_", " ")] for class_name in class_names],
+            read_templates(folder / TEMPLATES_FILE),
+        )
+    if len(prompts.names) != len(class_names):
+        raise ConfigError(
+            f"{test} has {len(class_names)} folders of classes, but {prompts.source} names "
+            f"{len(prompts.names)}; give one name a line in the order of the folders, by value "
+            "where all are numbers"
+        )
+    train = _train_folders(folder / "train", test) if test != folder else None
+    return Task(name, title, "top1", dataset, str(test), prompts, train)
+
+
+def _train_folders(
+    folder: Path, test: Path, by_number: bool = True
+) -> Callable[[], EvaluationSet] | None:
+    """What opens the training split of the test split in `test`; None where there is none."""
+    if not _has_class_folders(folder):
+        return None
+
+    def open_train() -> EvaluationSet:
+        check_same_classes(folder, test)
+        return class_folders(folder, by_number)[0]
+
+    return open_train
+
+
+def _shards(folder: Path) -> list[str]:
+    """The tars in a folder, by number where their names are numbers."""
+    return sorted((str(path) for path in folder.glob("*.tar")), key=_by_number)
+
+
+def _by_number(path: str) -> tuple[int, str]:
+    stem = Path(path).stem
+    return (int(stem) if stem.isdigit() else 0, stem)
+
+
+def _has_class_folders(folder: Path) -> bool:
+    return folder.is_dir() and bool(list_classes(folder))

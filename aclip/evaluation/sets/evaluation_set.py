@@ -1,0 +1,188 @@
+"""An evaluation set, split exactly over ranks: sample i belongs to rank i % world_size.
+
+Every rank yields the same number of batches, because under ZeRO-3 a forward is a collective.
+What happens to the batches is the suite's.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from aclip.data.shards.listing import Shard, Skip, read_captions, read_image_bytes, read_shard
+from aclip.data.shards.tar import RawSample
+from aclip.data.views import center_crop, decode_image
+
+DECODE_THREADS = 4
+MIN_SIDE = 8
+"""Images with a shorter side, pixels, are skipped: a long strip scaled up would fill memory."""
+NO_LABEL = -1
+MAX_LABEL_DIGITS = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One usable sample: an RGB image of any size, its class or NO_LABEL, and maybe captions."""
+
+    image: Image.Image
+    label: int
+    captions: list[str]
+
+
+class EvaluationSet(Protocol):
+    """Where samples come from.
+
+    Attributes:
+        name: for messages. num_samples: usable or not.
+    """
+
+    name: str
+    num_samples: int
+
+    def read(self, rank: int, world_size: int) -> Iterator[tuple[int, Callable]]:
+        """This rank's samples in order: the place in the set, and what loads the sample there.
+
+        The function returns an Example or a Skip. It may run in another thread.
+        """
+
+
+@dataclass(frozen=True)
+class ValidationBatch:
+    """M samples of this rank, in front of rows of padding."""
+
+    images: Tensor
+    """(batch_size, 3, R, R) uint8; rows from M on are black padding."""
+    indices: Tensor
+    """(M,) int64 place of each sample in the whole set."""
+    labels: Tensor
+    """(M,) int64 class, or NO_LABEL."""
+    captions: list[list[str]]
+    """M lists, each maybe empty."""
+    skipped: Counter
+    """Samples of this batch that could not be used, by kind."""
+
+
+class ShardSet:
+    """A set in WebDataset shards.
+
+    A sample that has no readable image, a label that is not a class number, or neither caption nor
+    label is skipped.
+
+    Args:
+        shards: in order.
+        caption_lines: each line of a `.txt` is a caption of its own, as in clip_benchmark's
+            retrieval sets.
+    """
+
+    def __init__(self, shards: list[Shard], caption_lines: bool = False):
+        self.name = f"{shards[0].url} ..."
+        self.num_samples = sum(shard.num_samples for shard in shards)
+        self._shards = shards
+        self._caption_lines = caption_lines
+
+    def read(self, rank: int, world_size: int) -> Iterator[tuple[int, Callable]]:
+        first = 0
+        for shard in self._shards:
+            for position, sample in read_shard(shard):
+                # What the index does not list would move every later sample to another rank.
+                if position < shard.num_samples and (first + position) % world_size == rank:
+                    yield first + position, lambda sample=sample: self._load(sample)
+            first += shard.num_samples
+
+    def _load(self, sample: RawSample | Skip) -> Example | Skip:
+        if isinstance(sample, Skip):
+            return sample
+        encoded = read_image_bytes(sample)
+        if isinstance(encoded, Skip):
+            return encoded
+        captions = read_captions(sample)
+        has_captions = not isinstance(captions, Skip)
+        label = NO_LABEL
+        if "cls" in sample.members:
+            text = sample.read("cls").strip()
+            if not text.isdigit() or len(text) > MAX_LABEL_DIGITS:
+                return Skip("bad_label")
+            label = int(text)
+        elif not has_captions:
+            return captions
+        image = decode_image(encoded, MIN_SIDE)
+        if isinstance(image, Skip):
+            return image
+        captions = captions if has_captions else []
+        if self._caption_lines:
+            lines = [line for caption in captions for line in caption.splitlines()]
+            captions = [line for line in lines if line.strip()]
+        return Example(image, label, captions)
+
+
+def read_validation(
+    dataset: EvaluationSet,
+    resolution: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    resample: Image.Resampling = Image.Resampling.BILINEAR,
+) -> Iterator[ValidationBatch]:
+    """Yields this rank's samples in order, centre-cropped; batches are equally many on every rank.
+
+    What can't be used is counted. The next batch is decoded while the caller works on this one.
+
+    Args:
+        dataset: with at least one sample.
+        resolution: R, side of the square that is cut out, pixels.
+        batch_size: most rows of a batch.
+        rank: of this process.
+        world_size: number of ranks.
+        resample: how images are scaled.
+    """
+    share = math.ceil(dataset.num_samples / world_size)
+    num_batches = math.ceil(share / batch_size)
+    batch_size = math.ceil(share / num_batches)  # as little padding as that many batches allow
+    mine = dataset.read(rank, world_size)
+
+    def load(loader: Callable) -> tuple[np.ndarray, int, list[str]] | Skip:
+        example = loader()
+        if isinstance(example, Skip):
+            return example
+        return center_crop(example.image, resolution, resample), example.label, example.captions
+
+    with ThreadPoolExecutor(DECODE_THREADS) as pool:
+        ahead = None
+        for _ in range(num_batches):
+            chunk = islice(mine, batch_size)
+            submitted = [(index, pool.submit(load, loader)) for index, loader in chunk]
+            if ahead is not None:
+                yield _assemble(ahead, resolution, batch_size)
+            ahead = submitted
+        yield _assemble(ahead, resolution, batch_size)
+
+
+def _assemble(
+    loading: list[tuple[int, Future]], resolution: int, batch_size: int
+) -> ValidationBatch:
+    images = np.zeros((batch_size, 3, resolution, resolution), dtype=np.uint8)
+    indices, labels, captions, skipped = [], [], [], Counter()
+    for index, future in loading:
+        loaded = future.result()
+        if isinstance(loaded, Skip):
+            skipped[loaded.kind] += 1
+            continue
+        images[len(indices)], label, texts = loaded
+        indices.append(index)
+        labels.append(label)
+        captions.append(texts)
+    return ValidationBatch(
+        images=torch.from_numpy(images),
+        indices=torch.tensor(indices, dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        captions=captions,
+        skipped=skipped,
+    )

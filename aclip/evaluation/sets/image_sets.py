@@ -1,0 +1,229 @@
+"""Evaluation sets that are no shards: image files with labels or captions, and torchvision's."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torchvision
+from filelock import FileLock
+from torchvision.datasets import VisionDataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from aclip.data.shards.listing import Skip
+from aclip.data.views import DECODE_ERRORS, decode_image, to_rgb
+from aclip.errors import ConfigError
+from aclip.evaluation.sets.evaluation_set import MIN_SIDE, NO_LABEL, Example
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the papers' sets are.
+
+    Attributes:
+        data: their folder. download: fetch what torchvision can. say: takes a line of progress.
+    """
+
+    data: Path
+    download: bool
+    say: Callable
+
+
+class Unavailable(ConfigError):
+    """A set of the papers whose images or prompts are not on this machine; says what to do."""
+
+
+class FileSet:
+    """Image files, each with a label or captions.
+
+    Args:
+        name: for messages.
+        paths: of the images.
+        labels: of each, or None.
+        captions: of each, or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        paths: list[Path],
+        labels: list[int] | None = None,
+        captions: list[list[str]] | None = None,
+    ):
+        self.name = name
+        self.num_samples = len(paths)
+        self._paths, self._labels, self._captions = paths, labels, captions
+
+    def read(self, rank: int, world_size: int) -> Iterator[tuple[int, Callable]]:
+        for index in range(rank, self.num_samples, world_size):
+            yield index, lambda index=index: self._load(index)
+
+    def _load(self, index: int) -> Example | Skip:
+        try:
+            content = self._paths[index].read_bytes()
+        except OSError:
+            return Skip("unreadable_image")
+        image = decode_image(content, MIN_SIDE)
+        if isinstance(image, Skip):
+            return image
+        label = NO_LABEL if self._labels is None else self._labels[index]
+        return Example(image, label, [] if self._captions is None else self._captions[index])
+
+
+class TorchvisionSet:
+    """A data set of torchvision's.
+
+    Args:
+        name: for messages.
+        dataset: gives (PIL image, label).
+        labels: labels[c] is its label of class c; None where it counts from 0 itself.
+    """
+
+    def __init__(self, name: str, dataset: VisionDataset, labels: list[int] | None = None):
+        self.name = name
+        self.num_samples = len(dataset)
+        self._dataset = dataset
+        self._classes = None if labels is None else {raw: c for c, raw in enumerate(labels)}
+
+    def read(self, rank: int, world_size: int) -> Iterator[tuple[int, Callable]]:
+        for index in range(rank, self.num_samples, world_size):
+            yield index, lambda index=index: self._load(index)
+
+    def _load(self, index: int) -> Example | Skip:
+        try:
+            image, label = self._dataset[index]
+            image = to_rgb(image)
+        except DECODE_ERRORS:
+            return Skip("unreadable_image")
+        if self._classes is not None:
+            label = self._classes[label]
+        return Example(image, int(label), [])
+
+
+def list_classes(*folders: Path, by_number: bool = True) -> list[str]:
+    """The class folders that any of the folders holds, in the order of their labels.
+
+    Hidden ones, such as .ipynb_checkpoints, are no classes.
+
+    Args:
+        by_number: sort by value where all names are numbers, as lists of class names do;
+            otherwise as text, 10 before 2.
+    """
+    entries = [entry for folder in folders for entry in folder.iterdir() if entry.is_dir()]
+    names = sorted({entry.name for entry in entries if not entry.name.startswith(".")})
+    if by_number and all(name.isdecimal() for name in names):
+        names.sort(key=int)
+    return names
+
+
+def class_folders(folder: Path, by_number: bool = True) -> tuple[FileSet, list[str]]:
+    """A set with a folder of images for each class, and the folders' names by label.
+
+    Args:
+        folder: holds one class folder or more. by_number: see list_classes.
+
+    Raises:
+        ConfigError: there is no image in it.
+    """
+    class_names = list_classes(folder, by_number=by_number)
+    places = {name: label for label, name in enumerate(class_names)}
+    samples = make_dataset(str(folder), places, IMG_EXTENSIONS, allow_empty=True)
+    if not samples:
+        raise ConfigError(
+            f"{folder} holds no image in a folder of its class; write images as "
+            f"{folder}/CLASS/NAME.jpg"
+        )
+    paths, labels = zip(*samples, strict=True)
+    return FileSet(str(folder), [Path(path) for path in paths], list(labels)), class_names
+
+
+def check_same_classes(train: Path, test: Path) -> None:
+    """Labels are places among a split's own folders: one too few would shift those behind it.
+
+    Raises:
+        ConfigError: a class is missing in one of the splits.
+    """
+    for name in list_classes(train, test):
+        for split, other in ((train, test), (test, train)):
+            if not (split / name).is_dir():
+                raise ConfigError(
+                    f"--linear_probe needs the same classes in both splits, but {split} has no "
+                    f"folder {name}, which {other} has; add it, or remove that one"
+                )
+
+
+def karpathy_set(file: Path, images: Path) -> FileSet:
+    """The test split of a caption file in Karpathy's format.
+
+    Args:
+        file: JSON with `images`: `filename`, maybe `filepath`, `split`, `sentences` with `raw`.
+        images: the folder in which filepath/filename stand.
+
+    Raises:
+        ConfigError: the file is not of that format, has no test split, or an image is missing.
+    """
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))["images"]
+        entries = [entry for entry in entries if entry["split"] == "test"]
+        paths = [images / entry.get("filepath", "") / entry["filename"] for entry in entries]
+        captions = [[sentence["raw"] for sentence in entry["sentences"]] for entry in entries]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise ConfigError(
+            f"{file} is not a caption file in Karpathy's format; give the dataset_*.json of "
+            "https://cs.stanford.edu/people/karpathy/deepimagesent"
+        ) from None
+    if not paths:
+        raise ConfigError(f"{file} has no image whose split is test; give the whole file")
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise ConfigError(
+            f"{file} names {missing[0]} and {len(missing) - 1} more that are not there; put the "
+            f"images into {images}"
+        )
+    return FileSet(str(file), paths, captions=captions)
+
+
+def open_torchvision(
+    name: str, entry: dict[str, Any], split: str, where: Where, layout: str
+) -> tuple[TorchvisionSet, list[str] | None]:
+    """A split of one of torchvision's sets, and its own names of the classes by our labels.
+
+    Args:
+        name: of the set. entry: its `torchvision` in catalog.yaml. split: test or train.
+        where: the folder torchvision reads; of ranks that share it one downloads.
+        layout: what to do otherwise, in words.
+
+    Raises:
+        Unavailable: it is not in where.data and not to be downloaded.
+        ConfigError: the download failed, or a package that reads it is missing.
+    """
+    build = getattr(torchvision.datasets, entry["class"])
+    arguments = {"root": str(where.data), **entry[split]}
+    manual = entry.get("manual")
+    download = where.download and manual is None
+    try:
+        if download:
+            where.say(f"downloading {name} to {where.data} unless it is there", flush=True)
+            where.data.mkdir(parents=True, exist_ok=True)
+            with FileLock(where.data / f".{name}.lock"):
+                dataset = build(**arguments, download=True)
+        else:
+            dataset = build(**arguments)
+    except ImportError as error:
+        raise ConfigError(
+            f"{name} needs a package that is not installed ({error}); pip install -e '.[eval]' in "
+            "the checkout"
+        ) from None
+    except (RuntimeError, OSError) as error:  # torchvision's "not found", and the network's
+        if not download:
+            how = f"put {manual}" if manual else "fetch it with --download"
+            raise Unavailable(f"{name} is not in {where.data}: {how}, or {layout}") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{name} could not be downloaded ({reason}); try again, or {layout}"
+        ) from None
+    labels, class_names = entry.get("labels"), getattr(dataset, "classes", None)
+    if class_names is not None and labels is not None:
+        class_names = [class_names[label] for label in labels]
+    return TorchvisionSet(f"torchvision {entry['class']}", dataset, labels), class_names

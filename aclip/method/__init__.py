@@ -1,0 +1,1 @@
+"""What a paper changes: losses, masks, schedules. Functions of tensors."""

@@ -1,0 +1,235 @@
+"""What the masks keep of given samples: for pictures, and measured against objects whose pixels are
+known."""
+
+import io
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from aclip.config.recipe import MaskConfig, Recipe, TeacherConfig
+from aclip.data.samples import Sample, SampleMaker
+from aclip.data.shards.listing import Shard, Skip, read_captions, read_image_bytes
+from aclip.data.shards.tar import RawSample
+from aclip.data.views import decode_image
+from aclip.method import masking
+from aclip.reports.mask_pictures import MAX_SAMPLES, Column, picture_columns
+
+OBJECT_MASK = "mask.png"
+"""Suffix of a sample's member that is white where the object named by its caption is."""
+OBJECT_COVERAGE = 0.25
+"""A patch is the object's when the object covers this share of it."""
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """n samples with V views each, as the run would cut them, and what can be kept of them.
+
+    Attributes:
+        images: (n, 3, T, T) uint8, the teacher views. captions: n texts.
+        student_views: (n, V, 3, R, R) uint8.
+        teacher_box: (n, 4), view_boxes: (n, V, 4) int32, pixels of the source image.
+        noise: (n, V, b, b) fp32, the random mask's, b blocks per side.
+        coverage: (n, V, G, G) fp32, share of each patch that the object covers; NaN where the
+            sample has no object mask.
+        mask: how many blocks of which size are kept. skipped: samples that can't be used, by kind.
+    """
+
+    images: Tensor
+    captions: list[str]
+    student_views: Tensor
+    teacher_box: Tensor
+    view_boxes: Tensor
+    noise: Tensor
+    coverage: Tensor
+    mask: MaskConfig
+    skipped: Counter
+
+    def keep_ids(self, policy: str, scores: Tensor | None = None) -> Tensor:
+        """What a policy keeps by the attention (n, g, g) on the images: (n, V, K) int64."""
+        grid = self.coverage.shape[-1]
+        block_size = self.mask.block_size
+        selection = masking.select(
+            policy,
+            masking.count_kept_blocks(grid, block_size, self.mask.keep_ratio),
+            block_size,
+            teacher_scores=scores,
+            teacher_box=self.teacher_box,
+            view_boxes=self.view_boxes,
+            noise=self.noise,
+        )
+        return masking.kept_patches(selection, grid, *self.view_boxes.shape[:2])
+
+    def columns(
+        self, policy: str, scores: Tensor | None, attention_of: str = "teacher"
+    ) -> list[Column]:
+        """The pictures of the first eight samples, with a random mask beside any other policy."""
+        random_ids = None if policy == "random" else self.keep_ids("random")[:, 0].numpy()
+        return picture_columns(
+            self.images.numpy(),
+            None if scores is None else scores.numpy(),
+            self.student_views.numpy(),
+            self.keep_ids(policy, scores).numpy(),
+            self.coverage.shape[-1],
+            random_ids,
+            attention_of,
+        )
+
+
+def read_picture_set(
+    recipe: Recipe, raw_samples: Iterable[RawSample | Skip], num_measured: int = 0
+) -> PictureSet | None:
+    """Makes the first eight usable samples, and more of those with an object mask.
+
+    Args:
+        recipe: of the run; where it keeps all patches, half of them are kept here.
+        raw_samples: read as far as needed.
+        num_measured: how many samples are wanted where the first eight have object masks.
+
+    Returns:
+        None when no sample can be used.
+    """
+    recipe = _for_pictures(recipe)
+    maker = SampleMaker(recipe, [Shard("samples", 0)])
+    samples: list[Sample] = []
+    coverage, skipped = [], Counter()
+    for position, raw in enumerate(raw_samples):
+        raw = raw if isinstance(raw, Skip) else _with_caption(raw)
+        sample = raw if isinstance(raw, Skip) else maker.make(0, 0, raw, 0, position)
+        if not isinstance(sample, Skip):
+            covered = _coverage_of(raw, sample, maker.grid)
+            sample = covered if isinstance(covered, Skip) else sample
+        if isinstance(sample, Skip):
+            skipped[sample.kind] += 1
+            continue
+        samples.append(sample)
+        coverage.append(covered)
+        has_masks = any(not np.isnan(covered).any() for covered in coverage)
+        if len(samples) >= (max(MAX_SAMPLES, num_measured) if has_masks else MAX_SAMPLES):
+            break
+    if not samples:
+        return None
+    views = [sample.views for sample in samples]
+    # Of its own, since a run draws noise for a random mask only.
+    shape = (len(samples), recipe.views.student, maker.blocks, maker.blocks)
+    noise = np.random.default_rng(recipe.train.seed).random(shape, dtype=np.float32)
+    return PictureSet(
+        images=_stack([view.teacher_view for view in views]),
+        captions=[sample.caption for sample in samples],
+        student_views=_stack([view.student_views for view in views]),
+        teacher_box=_stack([view.teacher_box for view in views]),
+        view_boxes=_stack([view.student_boxes for view in views]),
+        noise=torch.from_numpy(noise),
+        coverage=_stack(coverage),
+        mask=recipe.mask,
+        skipped=skipped,
+    )
+
+
+def loose_sample(name: str, image: bytes, caption: str) -> RawSample:
+    """A sample that lies in no shard."""
+    text = caption.encode(errors="replace")
+    members = {"jpg": (0, len(image)), "txt": (len(image), len(text))}
+    return RawSample(name, members, _Bytes(image + text))
+
+
+def object_coverage(mask: Image.Image, boxes: np.ndarray, grid: int) -> np.ndarray:
+    """How much of each view's patches an object covers.
+
+    Args:
+        mask: of the source image's size, bright where the object is.
+        boxes: (V, 4) int, the views, in pixels of the source image.
+        grid: G, patches per side of a view.
+
+    Returns:
+        (V, G, G) fp32: share of the pixels whose centre lies in the patch.
+    """
+    pixels = Image.fromarray((np.asarray(mask.convert("L")) > 127).astype(np.float32))
+    size, average = (grid, grid), Image.Resampling.BOX
+    regions = ((left, top, left + width, top + height) for top, left, height, width in boxes)
+    return np.stack([np.asarray(pixels.resize(size, average, region)) for region in regions])
+
+
+def kept_object_patches(keep_ids: Tensor, coverage: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts the object's patches: those kept and all.
+
+    Args:
+        keep_ids: (n, V, K) int64. coverage: (n, V, G, G), NaN for unknown.
+
+    Returns:
+        Two (n, V) int64; zeros where the object is unknown or outside of the view.
+    """
+    is_object = coverage.flatten(2) >= OBJECT_COVERAGE
+    is_kept = torch.zeros_like(is_object).scatter(2, keep_ids, True)
+    return (is_object & is_kept).sum(2), is_object.sum(2)
+
+
+def kept_object_share(kept: Tensor, total: Tensor) -> float:
+    """The share of the object's patches that is kept, mean over the views that show the object.
+
+    Args:
+        kept, total: as kept_object_patches gives them; some view shows an object.
+    """
+    shows_object = total > 0
+    return (kept[shows_object] / total[shows_object]).mean().item()
+
+
+def _for_pictures(recipe: Recipe) -> Recipe:
+    """The recipe with a teacher view and a mask, without what only losses read, cut here.
+
+    Views and boxes come out as in the run: a teacher's box is drawn there in any case.
+    """
+    resolution = recipe.model.image.resolution
+    mask = recipe.mask
+    if mask.policy == "none":
+        mask = MaskConfig(block_size=mask.block_size)
+    elif mask.policy == "random":
+        mask = mask.model_copy(update={"policy": "attentive"})
+    parts = {
+        "mask": mask,
+        "teacher": recipe.teacher or TeacherConfig(resolution=resolution),
+        "views": recipe.views.model_copy(update={"ssl": 0}),
+        "loss": recipe.loss.model_copy(update={"distill": 0, "mlm": 0}),
+        "data": recipe.data.model_copy(update={"crops": "worker"}),
+    }
+    recipe = recipe.model_copy(update=parts)
+    grid = SampleMaker(recipe, [Shard("samples", 0)]).grid
+    if grid % mask.block_size:  # allowed where nothing is dropped
+        parts["mask"] = mask.model_copy(update={"block_size": 1})
+    return recipe.model_copy(update=parts)
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    content: bytes
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self.content[offset : offset + size]
+
+
+def _with_caption(raw: RawSample) -> RawSample | Skip:
+    """The sample; named by its key where it has no caption, as in a set with labels alone."""
+    if not isinstance(read_captions(raw), Skip):
+        return raw
+    image = read_image_bytes(raw)
+    return image if isinstance(image, Skip) else loose_sample(raw.key, image, raw.key)
+
+
+def _coverage_of(raw: RawSample, sample: Sample, grid: int) -> np.ndarray | Skip:
+    boxes = sample.views.student_boxes
+    if OBJECT_MASK not in raw.members:
+        return np.full((len(boxes), grid, grid), np.nan, dtype=np.float32)
+    mask = decode_image(raw.read(OBJECT_MASK))
+    if isinstance(mask, Skip):
+        return Skip("unreadable_object_mask")
+    if mask.size != Image.open(io.BytesIO(read_image_bytes(raw))).size:
+        return Skip("object_mask_of_another_size")
+    return object_coverage(mask, boxes, grid)
+
+
+def _stack(arrays: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays))

@@ -1,0 +1,257 @@
+"""The report of a run, or of several side by side: report.html and report.md.
+
+Everything in it is read from the run's folder, so that it can be made at any time, by anybody.
+"""
+
+import argparse
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import yaml
+from PIL import Image
+
+from aclip.errors import ConfigError
+from aclip.files import write_whole
+from aclip.reports.charts import Line, draw_chart
+from aclip.reports.document import (
+    Block,
+    Code,
+    Gallery,
+    Heading,
+    Picture,
+    Table,
+    Text,
+    to_html,
+    to_markdown,
+    writing_to,
+)
+from aclip.training.metrics_logger import METRICS_FILE, flatten, picture_path, read_metrics
+
+PAGE, MARKDOWN, CHARTS = "report.html", "report.md", "report"
+MAX_PICTURES = 6
+"""Kept-patch pictures of a run that a page shows, the first and the last among them."""
+PICTURE_WIDTH = 640
+"""Below this the words in a kept-patch picture can't be read."""
+SHARES = {
+    "zero_shot_top1": "Zero-shot accuracy",
+    "image_to_text_r1": "Image-to-text R@1",
+    "text_to_image_r1": "Text-to-image R@1",
+    "object_patches_kept": "Object's patches kept",
+}
+"""Metrics of an evaluation that curves and the table show, if there are any."""
+LOGGED = {
+    "images_per_second": ("Images per second", "{:,.1f}"),
+    "data_wait_percent": ("Data wait, %", "{:.1f}"),
+    "memory_gib": ("Memory of rank 0, GiB", "{:.2f}"),
+    "learning_rate": ("Learning rate", "{:.3e}"),
+    "momentum": ("EMA momentum", "{:.6f}"),
+}
+"""Keys of a log step: title and format."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says.
+
+    Attributes:
+        name: how pages call the run. steps, evaluations: lines of metrics.jsonl.
+        recipe: resolved, as YAML. pictures: of kept patches, by samples seen.
+    """
+
+    name: str
+    steps: list[dict]
+    evaluations: list[dict]
+    recipe: str
+    pictures: dict[int, Path]
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Runs `launch/report.py` with its parsed arguments.
+
+    Raises:
+        ConfigError: a folder is no run's, or --out can't be written.
+    """
+    folders = [Path(folder) for folder in arguments.runs]
+    default = folders[0] if len(folders) == 1 else Path("comparison")
+    out = Path(arguments.out) if arguments.out else default
+    with writing_to(out):
+        write_report(folders, out)
+    print(f"wrote {out / PAGE} and {out / MARKDOWN}", flush=True)
+
+
+def write_report(folders: list[Path], out: Path) -> None:
+    """Writes report.html, report.md and its charts about one run or several into `out`.
+
+    Raises:
+        ConfigError: a folder holds no metrics or no recipe.
+        OSError: `out` can't be written.
+    """
+    runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    charts = [
+        Picture(title, draw_chart(lines), f"{CHARTS}/{name}.png")
+        for name, title, lines in _curves(runs)
+        if lines
+    ]
+    blocks: list[Block] = [Gallery(charts, 340)]
+    if any(run.evaluations for run in runs):
+        blocks += [Heading("Evaluations"), _evaluations(runs)]
+    pictures = list(_pictures(runs, out))
+    if pictures:
+        blocks += [Heading("Kept patches"), Gallery(pictures, 1000, PICTURE_WIDTH)]
+    blocks += [Heading("Latest values"), _latest(runs), *_recipes(runs)]
+    title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs"
+    for chart in charts:
+        write_whole(out / chart.file, chart.content)
+    write_whole(out / PAGE, to_html(title, blocks).encode())
+    write_whole(out / MARKDOWN, to_markdown(title, blocks).encode())
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The folders' own names, or their paths where two are called alike."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _read(folder: Path, name: str) -> Run:
+    recipe = folder / "recipe.yaml"
+    for path in (folder / METRICS_FILE, recipe):
+        if not path.is_file():
+            raise ConfigError(
+                f"RUN is {folder}, which holds no {path.name}; give the folder of a run, as "
+                "--output of launch/pretrain.py named it"
+            )
+    lines = read_metrics(folder)
+    evaluations = [line for line in lines if "evaluation" in line]
+    # Only of evaluations that count: the folder may hold pictures of a run that began anew.
+    paths = {line["samples"]: picture_path(folder, line["samples"]) for line in evaluations}
+    return Run(
+        name,
+        [line for line in lines if "terms" in line],
+        evaluations,
+        recipe.read_text(),
+        {samples: path for samples, path in paths.items() if path.is_file()},
+    )
+
+
+def _latest(runs: list[Run]) -> Table:
+    """Last log step and last evaluation, a column for each run."""
+    latest = [_latest_values(run) for run in runs]
+    names = dict.fromkeys(name for values in latest for name in values)
+    rows = [(name, *(values.get(name, "") for values in latest)) for name in names]
+    return Table(("", *(run.name for run in runs)), rows)
+
+
+def _latest_values(run: Run) -> dict[str, str]:
+    values = {}
+    if run.steps:
+        last = run.steps[-1]
+        values |= {"samples": f"{last['samples']:,}", "step": f"{last['step']:,}"}
+        values |= {_term(name): _show(v, "{:.4f}") for name, v in last["terms"].items()}
+        for key, (title, form) in LOGGED.items():
+            if last.get(key) is not None:
+                values[title] = _show(last[key], form)
+        values |= {name: f"{v:,}" for name, v in flatten({"skipped": last.get("skipped") or {}})}
+    for line in run.evaluations:
+        if line["samples"] == run.evaluations[-1]["samples"]:
+            for metric, value in line["metrics"].items():
+                values[f"{line['evaluation']} {metric}"] = _show_metric(metric, value)
+    return values
+
+
+def _evaluations(runs: list[Run]) -> Table:
+    lines = [(run.name, line) for run in runs for line in run.evaluations]
+    shown = [name for name in SHARES if any(name in line["metrics"] for _, line in lines)]
+    rows = []
+    for run, line in lines:
+        prefix = [run] if len(runs) > 1 else []
+        cells = [_show_metric(name, line["metrics"].get(name)) for name in shown]
+        rows.append([*prefix, f"{line['samples']:,}", line["evaluation"], *cells])
+    first = ["run"] if len(runs) > 1 else []
+    return Table([*first, "samples", "model", *(SHARES[name] for name in shown)], rows)
+
+
+def _term(name: str) -> str:
+    return "Loss" if name == "loss" else f"Loss term {name}"
+
+
+def _show(value: float | None, form: str) -> str:
+    return "not finite" if value is None else form.format(value)
+
+
+def _show_metric(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if name.startswith("num_") else f"{100 * value:.2f} %"
+
+
+def _curves(runs: list[Run]) -> Iterator[tuple[str, str, list[Line]]]:
+    """File name, title and lines of each chart that has something to show."""
+    terms = dict.fromkeys(name for run in runs for line in run.steps for name in line["terms"])
+    for name in terms:
+        yield f"term-{name}", _term(name), _over_steps(runs, "terms", name)
+    for metric, title in SHARES.items():
+        yield metric, f"{title}, %", _over_evaluations(runs, metric)
+    for key, (title, _) in LOGGED.items():
+        yield key, title, _over_steps(runs, key)
+
+
+def _over_steps(runs: list[Run], *keys: str) -> list[Line]:
+    lines = []
+    for color, run in enumerate(runs):
+        values = [reduce(lambda value, key: value.get(key), keys, line) for line in run.steps]
+        if any(value is not None for value in values):
+            lines.append(Line(run.name, [line["samples"] for line in run.steps], values, color))
+    return lines
+
+
+def _over_evaluations(runs: list[Run], metric: str) -> list[Line]:
+    lines = []
+    for color, run in enumerate(runs):
+        for model in dict.fromkeys(line["evaluation"] for line in run.evaluations):
+            chosen = [line for line in run.evaluations if line["evaluation"] == model]
+            points = [
+                (line["samples"], 100 * line["metrics"][metric])
+                for line in chosen
+                if line["metrics"].get(metric) is not None
+            ]
+            if points:
+                label = model if len(runs) == 1 else f"{run.name} {model}"
+                lines.append(Line(label, *zip(*points, strict=True), color, model == "teacher"))
+    return lines
+
+
+def _pictures(runs: list[Run], out: Path) -> Iterator[Picture]:
+    """Of one run over time, of several the latest of each."""
+    for run in runs:
+        every = list(run.pictures.items())
+        if len(runs) == 1 and len(every) > MAX_PICTURES:
+            last = len(every) - 1
+            chosen = [every[round(i * last / (MAX_PICTURES - 1))] for i in range(MAX_PICTURES)]
+        else:
+            chosen = every if len(runs) == 1 else every[-1:]
+        for samples, path in chosen:
+            buffer = io.BytesIO()
+            with Image.open(path) as image:
+                image.save(buffer, "WEBP", quality=85)
+            name = "" if len(runs) == 1 else f"{run.name} "
+            file = os.path.relpath(path, out)
+            yield Picture(f"{name}at {samples:,} samples", buffer.getvalue(), file)
+
+
+def _recipes(runs: list[Run]) -> list[Block]:
+    if len(runs) == 1:
+        return [Heading("Recipe"), Code(runs[0].recipe)]
+    values = [dict(flatten(yaml.safe_load(run.recipe))) for run in runs]
+    keys = dict.fromkeys(key for recipe in values for key in recipe)
+    rows = [
+        (key.replace("/", "."), *(str(recipe.get(key, "")) for recipe in values))
+        for key in keys
+        if len({str(recipe.get(key, "")) for recipe in values}) > 1
+    ]
+    if not rows:
+        return [Heading("Recipes"), Text("The recipes are the same.")]
+    return [Heading("Where the recipes differ"), Table(("", *(run.name for run in runs)), rows)]

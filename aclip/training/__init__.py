@@ -1,0 +1,1 @@
+"""The training loop; README.md says in which order to read it."""

@@ -1,0 +1,161 @@
+"""One optimizer update: `Stepper.step` is the one place that knows the order of a step."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from aclip.config.ds_config import DsConfig
+from aclip.config.recipe import Recipe
+from aclip.data.batch import Batch
+from aclip.distributed import rank
+from aclip.engine.build import build_engine
+from aclip.engine.sharded_state import MASTER, ShardedState
+from aclip.method import losses
+from aclip.method.losses import StudentOutput
+from aclip.models.student import Student, build_student, kept_blocks
+from aclip.training.random_state import get_random_state, set_random_state
+from aclip.training.step_inputs import StepInputs
+from aclip.training.teacher import Teacher
+from aclip.weights.initial_weights import load_initial_weights
+
+LOGIT_SCALE = "logit_scale.log_logit_scale"
+
+
+class Stepper:
+    """Student, teacher and optimizer of a recipe, and how one batch updates them.
+
+    Args:
+        recipe: what is trained.
+        ds_config: checked against the recipe and the number of ranks.
+        device: of this rank.
+        init: weights to start from, see ModelConfig.init; empty for none.
+
+    Attributes:
+        engine: DeepSpeed's, around the student.
+        init_report: what became of the keys of `init`; None without.
+        teacher: None where the recipe has none.
+        grid: patches per side of a student view. num_kept_blocks: of a masked one.
+    """
+
+    def __init__(self, recipe: Recipe, ds_config: DsConfig, device: torch.device, init: str = ""):
+        self.recipe = recipe
+        self.device = device
+        self.dtype = ds_config.dtype
+        self.micro_batch_size = ds_config.micro_batch_size
+        self._offloads = ds_config.offloads_optimizer
+        student = build_student(recipe)
+        self.init_report = load_initial_weights(student, init) if init else None
+        exact = _copy_of_weights(student) if init and self.dtype != torch.float32 else {}
+        self.grid = student.image.grid
+        self.num_kept_blocks = kept_blocks(recipe, self.grid)
+        self.teacher = Teacher(student, self.dtype, device) if recipe.needs_teacher else None
+        self.inputs = StepInputs(
+            recipe,
+            self.teacher,
+            self.grid,
+            self.num_kept_blocks,
+            student.image.patch_size,
+            device,
+            self.dtype,
+        )
+        self.engine = build_engine(student, recipe.optimizer, ds_config)
+        self._sharded_state = ShardedState(self.engine)
+        for name, weights in exact.items():
+            self._sharded_state.load(name, MASTER, weights)
+        # Weights are drawn alike on all ranks, dropout is not.
+        torch.manual_seed(recipe.train.seed + rank())
+
+    def set_exact_logit_scale(self) -> None:
+        """Clamps the logit scale's fp32 master and hands its value on; also after loading."""
+        ceiling = torch.tensor(self.recipe.loss.max_logit_scale).log().item()
+        exact = self._sharded_state.clamp_max(LOGIT_SCALE, ceiling)
+        self.engine.module.logit_scale.exact = exact
+
+    def step(self, batch: Batch, learning_rate: float, momentum: float | None) -> dict[str, Tensor]:
+        """One optimizer update on this rank's part of the global batch.
+
+        The losses span the whole global batch whatever the micro-batch is: with several micro_steps
+        the towers run on all but the last without gradient, heads and losses run on all features
+        at once, and the towers run again on the others with their features' gradients. That is
+        exact, BatchNorm included.
+
+        Args:
+            batch: of this rank, on the CPU.
+            learning_rate: of this step. momentum: of the teacher's average, if there
+                is one.
+
+        Returns:
+            Unweighted loss terms and `loss`, of this rank, detached.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        micro_batches = [self.inputs.with_views(m) for m in batch.split(self.micro_batch_size)]
+        taught = [self.inputs.teach(micro) for micro in micro_batches]
+        centre = self.inputs.centre(taught)
+        # Made anew for each pass over a micro-batch, so that only one input exists at a time.
+        make_inputs = [
+            partial(self.inputs.student, micro, of_teacher, centre)
+            for micro, of_teacher in zip(micro_batches, taught, strict=True)
+        ]
+        features, rng_states = self._encode(make_inputs)
+        joined = {name: torch.cat([part[name] for part in features]) for name in features[0]}
+        output = StudentOutput(**self.engine("project", joined))
+        byol_target = None
+        if self.recipe.loss.byol > 0:
+            byol_target = self.teacher.project(torch.cat([t.features for t in taught]))
+        weights = self.recipe.loss
+        loss, terms = losses.total(
+            output, byol_target, weights.model_dump(), weights.simclr_temperature
+        )
+        self._backward(loss, last=len(micro_batches) == 1)
+        self._backward_through_towers(make_inputs, features, rng_states)
+        self.engine.step()
+        self.set_exact_logit_scale()
+        if self.teacher is not None:
+            self.teacher.update(self.engine.module, momentum)
+        return {"loss": loss.detach(), **terms}
+
+    def _encode(self, make_inputs) -> tuple[list[dict[str, Tensor]], list]:
+        """Features of each micro-batch, see Student.encode, and the random state before it.
+
+        Only the last keeps its graph; the others are leaves that collect a gradient. (ZeRO-3 takes
+        a step's first backward pass as the one that overwrites old gradients, so that pass must
+        reach every parameter.)
+        """
+        features, rng_states = [], []
+        for make in make_inputs:
+            is_last = make is make_inputs[-1]
+            rng_states.append(get_random_state())
+            with torch.set_grad_enabled(is_last):
+                parts = self.engine("encode", make())
+            if not is_last:
+                parts = {name: part.requires_grad_() for name, part in parts.items()}
+            features.append(parts)
+        return features, rng_states
+
+    def _backward_through_towers(self, make_inputs, features, rng_states) -> None:
+        """Runs the towers again on all micro-batches but the last, with their gradients."""
+        num_again = len(make_inputs) - 1
+        drawn_so_far = get_random_state()
+        for index in range(num_again):
+            # The same dropout as in the pass whose features the losses saw.
+            set_random_state(rng_states[index])
+            parts = self.engine("encode", make_inputs[index]())
+            surrogate = sum(
+                (part.float() * features[index][name].grad.float()).sum()
+                for name, part in parts.items()
+            )
+            self._backward(surrogate, last=index == num_again - 1)
+        set_random_state(drawn_so_far)
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        # Offload copies gradients to the host at the boundary, and only those of its own backward
+        # pass; the heads are in the first one alone, so every pass is a boundary then.
+        self.engine.set_gradient_accumulation_boundary(last or self._offloads)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+
+def _copy_of_weights(student: Student) -> dict[str, Tensor]:
+    """The fp32 weights, since DeepSpeed rounds the student before it makes its masters of it."""
+    return {name: p.detach().clone() for name, p in student.named_parameters()}

@@ -1,0 +1,105 @@
+"""The weights of a checkpoint outside of training: found, verified, whole, with their recipe."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from aclip.config.recipe import Recipe
+from aclip.config.recipe_file import load_recipe
+from aclip.errors import ConfigError
+from aclip.models.student import Student, build_student
+from aclip.run_folder.checkpoint_folder import STUDENT, TEACHER, locate, verify
+from aclip.weights.tensors_file import TowerFacts
+
+LOGIT_SCALE = "logit_scale.log_logit_scale"
+EXPORTED = ("image.", "text.", "image_projection.", "text_projection.", LOGIT_SCALE)
+"""How the names of a model begin without what exists only during training."""
+
+
+@dataclass(frozen=True)
+class CheckpointWeights:
+    """A model out of a checkpoint.
+
+    Attributes:
+        folder: of the checkpoint. model: "student" or "teacher".
+        recipe: of its run. student: that recipe's, on the meta device, for its shapes.
+        state: fp32 tensors by aclip's names, heads left out; a teacher's logit scale is the
+            student's.
+    """
+
+    folder: Path
+    model: str
+    recipe: Recipe
+    student: Student
+    state: dict[str, Tensor]
+
+
+def load_checkpoint_weights(path: str, model: str | None) -> CheckpointWeights:
+    """Reads the weights in a checkpoint folder, or in the latest checkpoint of a run folder.
+
+    Args:
+        model: "student", "teacher", or None for the teacher where there is one.
+
+    Raises:
+        ConfigError: no checkpoint, no such model in it, it is damaged, or its run's recipe is
+            missing or builds other shapes.
+    """
+    folder = locate(Path(path))
+    if folder is None:
+        raise ConfigError(
+            f"{path} is neither a checkpoint nor a run folder that holds one; give the folder that "
+            "contains manifest.json, or the run's"
+        )
+    has_teacher = (folder / TEACHER).is_file()
+    if model == "teacher" and not has_teacher:
+        raise ConfigError(f"--model is teacher, but {folder} has none; take --model student")
+    model = model or ("teacher" if has_teacher else "student")
+    file = TEACHER if model == "teacher" else STUDENT
+    problem = verify(folder, [file, STUDENT])
+    if problem is not None:
+        raise ConfigError(f"checkpoint {folder} is damaged: {problem}; take another one")
+    recipe = _recipe_of(folder)
+    state = load_file(folder / file)
+    state[LOGIT_SCALE] = load_file(folder / STUDENT)[LOGIT_SCALE]
+    state = {name: tensor for name, tensor in state.items() if name.startswith(EXPORTED)}
+    # Not compiled, which takes longer than what is done with these towers.
+    plain = recipe.model.model_copy(update={"compile": False})
+    with torch.device("meta"):
+        student = build_student(recipe.model_copy(update={"model": plain}))
+    _check_shapes(folder, student, state)
+    return CheckpointWeights(folder, model, recipe, student, state)
+
+
+def exported_parameters(student: Student) -> dict[str, torch.nn.Parameter]:
+    """The parameters of the model itself: towers, projections and logit scale."""
+    return {name: p for name, p in student.named_parameters() if name.startswith(EXPORTED)}
+
+
+def tower_facts(student: Student) -> TowerFacts:
+    """The numbers of heads, which no shape tells."""
+    vit, text = student.image.vit, student.text.transformer
+    return TowerFacts(vit.blocks[0].attn.num_heads, text.config.num_attention_heads)
+
+
+def _recipe_of(folder: Path) -> Recipe:
+    path = folder.resolve().parent.parent / "recipe.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"checkpoint {folder} is not in the folder of its run, whose recipe.yaml is needed; "
+            f"put that file at {path}"
+        )
+    return load_recipe(str(path))
+
+
+def _check_shapes(folder: Path, student: Student, state: dict[str, Tensor]) -> None:
+    built = {name: list(p.shape) for name, p in exported_parameters(student).items()}
+    saved = {name: list(tensor.shape) for name, tensor in state.items()}
+    for name in sorted(built.keys() | saved.keys()):
+        if built.get(name) != saved.get(name):
+            raise ConfigError(
+                f"checkpoint {folder} has {name} of shape {saved.get(name, 'absent')}, but the "
+                f"recipe.yaml of its run builds {built.get(name, 'none')}; put back the run's own"
+            )

@@ -1,0 +1,205 @@
+"""open_clip's `local-dir` folder: open_clip_config.json and open_clip_model.safetensors.
+
+The image tower is open_clip's adapter around a timm model, the text tower its CLIP transformer.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from aclip.config.recipe import Recipe
+from aclip.models.text import VOCAB_SIZE
+from aclip.weights.formats.clip_text import from_clip_text, to_clip_text
+from aclip.weights.tensors_file import TowerFacts
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+WEIGHT_FILES = (
+    WEIGHTS,
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+)
+"""What a folder's weights may be called, in open_clip's order of preference."""
+BUFFERS = {"attn_mask"}
+"""In files of early versions, and no weights."""
+TIMM_CONFIG = "config.json"
+_TRUNK, _OUR_TRUNK = "visual.trunk.", "image.vit."
+_PROJECTION, _OUR_PROJECTION = "visual.head.proj.weight", "image_projection.weight"
+_LOGIT_SCALE, _OUR_LOGIT_SCALE = "logit_scale", "logit_scale.log_logit_scale"
+
+
+def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's tensors, out of a state with aclip's names, in open_clip's."""
+    theirs = to_clip_text(state)
+    for name, tensor in state.items():
+        if name.startswith(_OUR_TRUNK):
+            theirs[_TRUNK + name.removeprefix(_OUR_TRUNK)] = tensor
+    theirs[_PROJECTION] = state[_OUR_PROJECTION]
+    theirs[_LOGIT_SCALE] = state[_OUR_LOGIT_SCALE].reshape(())
+    return theirs
+
+
+def from_open_clip(key: str, tensor: Tensor) -> dict[str, Tensor] | None:
+    """What one tensor of open_clip's is in aclip's names; None if it has no counterpart."""
+    if key.startswith(_TRUNK):
+        return {_OUR_TRUNK + key.removeprefix(_TRUNK): tensor}
+    if key == _PROJECTION:
+        return {_OUR_PROJECTION: tensor}
+    if key == _LOGIT_SCALE:
+        return {_OUR_LOGIT_SCALE: tensor.reshape(-1)}
+    # CustomTextCLIP keeps its text tower under a name of its own.
+    return from_clip_text(key.removeprefix("text."), tensor)
+
+
+def has_portable_name(recipe: Recipe) -> bool:
+    """Whether open_clip builds the image tower from timm's name alone: it has no way to pass timm
+    keyword arguments or a resolution, and a tower without them has other shapes, or, with another
+    number of heads, silently other outputs."""
+    image = recipe.model.image
+    if image.kwargs:
+        return False
+    with torch.device("meta"):
+        default = timm.create_model(image.name, num_classes=0)
+    return default.patch_embed.img_size == (image.resolution, image.resolution)
+
+
+def config(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """open_clip_config.json of a recipe's model.
+
+    Args:
+        folder: where the export will stand. A tower without a portable name is read by timm from
+            the config.json in there, see `timm_config`.
+    """
+    model, text = recipe.model, recipe.model.text
+    name = model.image.name if has_portable_name(recipe) else f"local-dir:{folder.absolute()}"
+    return {
+        "model_cfg": {
+            "embed_dim": model.embed_dim,
+            "quick_gelu": True,
+            "vision_cfg": {
+                "image_size": model.image.resolution,
+                "timm_model_name": name,
+                "timm_model_pretrained": False,
+                "timm_pool": "token",
+                "timm_proj": "linear",
+                "timm_proj_bias": False,
+            },
+            "text_cfg": {
+                "context_length": text.context_length,
+                "vocab_size": VOCAB_SIZE,
+                "width": text.width,
+                "heads": text.heads,
+                "layers": text.layers,
+            },
+        },
+        "preprocess_cfg": {
+            "mean": list(recipe.augment.mean),
+            "std": list(recipe.augment.std),
+            "interpolation": "bilinear",
+            "resize_mode": "shortest",
+        },
+    }
+
+
+def timm_config(recipe: Recipe) -> dict[str, Any]:
+    """timm's config.json of the image tower: its name with the keyword arguments that it needs."""
+    image = recipe.model.image
+    size = [3, image.resolution, image.resolution]
+    return {
+        "architecture": image.name.split(".")[0],
+        "model_args": {**image.kwargs, "img_size": image.resolution},
+        "pretrained_cfg": {
+            "input_size": size,
+            "num_classes": 0,
+            "mean": list(recipe.augment.mean),
+            "std": list(recipe.augment.std),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "fixed_input_size": True,
+        },
+    }
+
+
+def read_config(folder: Path) -> TowerFacts:
+    """What open_clip_config.json says about a model.
+
+    Raises:
+        ValueError: a tower that aclip can't hold, or no such config; the message ends a sentence.
+    """
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+        vision, text = values["vision_cfg"], values["text_cfg"]
+        name = vision.get("timm_model_name")
+        text_heads = text.get("heads", 8)
+    except (OSError, UnicodeDecodeError, ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"has no readable {CONFIG}") from None
+    if not name:
+        raise ValueError("has an image tower that is not timm's")
+    if not values.get("quick_gelu") or text.get("hf_model_name"):
+        raise ValueError("has a text tower that is not CLIP's with QuickGELU")
+    if vision.get("timm_pool", "avg") not in ("token", ""):
+        raise ValueError(f"pools patches by {vision.get('timm_pool', 'avg')}, not by the CLS token")
+    try:
+        with torch.device("meta"):
+            vit = timm.create_model(name, num_classes=0)
+        image_heads = vit.blocks[0].attn.num_heads
+    except (RuntimeError, ValueError, OSError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"names the timm model {name}, which can't be built ({reason})") from None
+    return TowerFacts(image_heads, text_heads)
+
+
+def recipe_values(folder: Path) -> tuple[dict[str, Any], str]:
+    """The recipe's `model` and `augment` that open_clip_config.json says, and how images are
+    scaled: bilinear or bicubic.
+
+    Raises:
+        ValueError: what aclip can't build or do; the message ends a sentence.
+    """
+    # Imported here, since open_clip takes seconds.
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    read_config(folder)
+    values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    model, preprocess = values["model_cfg"], values.get("preprocess_cfg", {})
+    vision, text = model["vision_cfg"], model["text_cfg"]
+    name, kwargs = vision["timm_model_name"], {}
+    if name.startswith("local-dir:"):
+        timm_values = json.loads((Path(name.removeprefix("local-dir:")) / TIMM_CONFIG).read_text())
+        name, kwargs = timm_values["architecture"], dict(timm_values.get("model_args", {}))
+        kwargs.pop("img_size", None)
+    elif name.startswith("hf-hub:"):
+        raise ValueError(f"names the timm model {name}, whose arguments are not in the folder")
+    size = vision.get("image_size", 224)
+    resize, scale = (
+        preprocess.get(key, default)
+        for key, default in (("resize_mode", "shortest"), ("interpolation", "bicubic"))
+    )
+    if resize != "shortest" or scale not in ("bilinear", "bicubic"):
+        raise ValueError(f"scales images by resize_mode {resize} and interpolation {scale}")
+    recipe = {
+        "model": {
+            "image": {
+                "name": name,
+                "resolution": size if isinstance(size, int) else size[0],
+                "kwargs": kwargs,
+            },
+            "text": {
+                "width": text.get("width", 512),
+                "heads": text.get("heads", 8),
+                "layers": text.get("layers", 12),
+                "context_length": text.get("context_length", 77),
+            },
+            "embed_dim": model["embed_dim"],
+        },
+        "augment": {
+            "mean": list(preprocess.get("mean", OPENAI_DATASET_MEAN)),
+            "std": list(preprocess.get("std", OPENAI_DATASET_STD)),
+        },
+    }
+    return recipe, scale
