@@ -1,6 +1,34 @@
-"""How the scripts print their --help."""
+"""How the launch scripts speak: --help, one line about an error, the exit status, stacks on a
+signal."""
 
 import argparse
+import datetime
+import faulthandler
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from aclip.errors import ConfigError, DataError
+
+EXIT_FAILED_RUNS = 1
+"""Some of an ablation's runs have failed."""
+EXIT_BAD_INPUT = 2
+"""Also a node that is not fit for a run. Nothing restarts after this status or the next one."""
+EXIT_NON_FINITE = 3
+"""The loss or a gradient is not finite."""
+EXIT_HANG = 4
+"""The watchdog has ended a run that made no progress."""
+EXIT_NOT_SAVED = 5
+"""A checkpoint could not be written."""
+EXIT_UNREADABLE_DATA = 6
+"""A shard stays unreadable; it may be readable again later."""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C ended a conversion: what a shell gives for SIGINT."""
+EXIT_STOPPED_BY_SIGNAL = 143
+"""SIGTERM, after a checkpoint: what a shell gives for a process that this signal ended."""
+WAIT_FOR_RANKS = datetime.timedelta(seconds=10)
 
 
 class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
@@ -10,3 +38,58 @@ class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
         if action.default in (None, False, []):
             return action.help
         return super()._get_help_string(action)
+
+
+def run_reporting_errors(main: Callable[[], int | None]) -> None:
+    """Runs `main` and exits with its status; a ConfigError becomes one line on stderr.
+
+    `os._exit` ends the process at once after a ConfigError: data workers, collectives or a peer
+    that has failed already must not keep a rank alive that has nothing left to do.
+    """
+    try:
+        status = main()
+    except ConfigError as error:
+        rank = os.environ.get("RANK")
+        prefix = f"[rank {rank}] " if rank is not None else ""
+        sys.stdout.flush()
+        # One write with its line end, or the ranks' lines run into each other.
+        sys.stderr.write(f"{prefix}error: {error}\n")
+        sys.stderr.flush()
+        _let_other_ranks_report()
+        os._exit(EXIT_UNREADABLE_DATA if isinstance(error, DataError) else EXIT_BAD_INPUT)
+    sys.exit(status or 0)
+
+
+def _let_other_ranks_report() -> None:
+    """Waits until every rank came here, or for a few seconds.
+
+    The launcher ends all ranks as soon as one has ended, so without this the slower ones would
+    go without their word.
+    """
+    num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if num_ranks == 1:
+        return
+    import torch.distributed as dist
+
+    try:
+        if dist.is_initialized():
+            store = dist.distributed_c10d._get_default_store()
+        else:
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=os.environ["RANK"] == "0",
+                timeout=WAIT_FOR_RANKS,
+                wait_for_workers=False,
+            )
+        deadline = time.monotonic() + WAIT_FOR_RANKS.total_seconds()
+        store.add("ranks_in_error", 1)
+        while store.add("ranks_in_error", 0) < num_ranks and time.monotonic() < deadline:
+            time.sleep(0.05)
+    except (OSError, RuntimeError, ValueError):
+        pass  # The master is gone, so it has reported; this rank has too.
+
+
+def print_stacks_on_signal() -> None:
+    """From now on SIGUSR2 prints this process's stacks, also while it runs C code."""
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)

@@ -4,6 +4,9 @@ sum.
 Without an initialised process group everything is the identity, so that losses run in one process.
 """
 
+import os
+import socket
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -90,3 +93,19 @@ def all_gather_rows(x: Tensor) -> Tensor:
     dist.all_gather_single(gathered, padded)
     parts = gathered.split(max(counts))
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def default_to_one_rank() -> None:
+    """Without a launcher the script is its own single rank."""
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that share cores lose far more to contention than they gain from threads.
+        ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))

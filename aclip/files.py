@@ -43,3 +43,8 @@ def check_writable(folder: Path) -> None:
         raise ConfigError(
             f"--output is {folder}, which can't be written ({error.strerror}); give another folder"
         ) from None
+
+
+def cache_folder() -> Path:
+    """Where aclip keeps what it can make again: ACLIP_CACHE, or ~/.cache/aclip."""
+    return Path(os.environ.get("ACLIP_CACHE") or Path.home() / ".cache" / "aclip")

@@ -4,8 +4,7 @@ and compares them. The same command continues."""
 import argparse
 from pathlib import Path
 
-from aclip.cli import DefaultsShown
-from aclip.errors import run_reporting_errors
+from aclip.cli import DefaultsShown, run_reporting_errors
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -3,8 +3,7 @@ the data: `python launch/benchmark.py --loader`."""
 
 import argparse
 
-from aclip.cli import DefaultsShown
-from aclip.errors import run_reporting_errors
+from aclip.cli import DefaultsShown, run_reporting_errors
 
 LARGE = ["aclip_vitl16"]
 PAPER = ["clip_vitb16", "slip_vitb16", "maskclip_vitb16", "aclip_vitb16", "aclip_eff_vitb16"]

@@ -4,7 +4,7 @@
 import argparse
 import os
 
-from aclip.errors import run_reporting_errors
+from aclip.cli import run_reporting_errors
 
 
 def parse_arguments() -> argparse.Namespace:

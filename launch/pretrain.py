@@ -1,6 +1,6 @@
 """Pre-trains a recipe: `deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json`."""
 
-from aclip.errors import run_reporting_errors
+from aclip.cli import run_reporting_errors
 
 
 def main() -> int:

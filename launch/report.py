@@ -2,7 +2,7 @@
 
 import argparse
 
-from aclip.errors import run_reporting_errors
+from aclip.cli import run_reporting_errors
 
 
 def parse_arguments() -> argparse.Namespace:

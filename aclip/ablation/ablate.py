@@ -13,8 +13,10 @@ from aclip.ablation.report import MARKDOWN, PAGE, write_report
 from aclip.ablation.results import QUARTERS, read_results
 from aclip.ablation.rows import DECIDED_BY_ROWS, Case, choose_rows, make_cases
 from aclip.ablation.runs import Run, Runner, make_runs
+from aclip.cli import EXIT_FAILED_RUNS, EXIT_STOPPED_BY_SIGNAL
 from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe_file import load_recipe
+from aclip.data.find_data import find_data
 from aclip.data.loader import fingerprint
 from aclip.errors import ConfigError
 from aclip.files import check_writable
@@ -23,7 +25,6 @@ from aclip.models.student import build_student
 from aclip.nodes.probe import BUSY_MIB, gpus
 from aclip.planning.flops import step_flops
 from aclip.planning.step_shape import describe_step
-from aclip.training.pretrain import EXIT_STOPPED_BY_SIGNAL, find_data
 
 CAPTION_TOKENS = 17
 """Of a caption on average, start and end included, for the table's FLOPs."""
@@ -35,7 +36,6 @@ DECIDED_HERE = {
     *("train.keep_checkpoints", "train.upload_to"),
 }
 """Keys of the recipe that no override may set."""
-EXIT_FAILED_RUNS = 1
 
 
 def ablate(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from aclip.ablation.rows import Case
 from aclip.ablation.runs import Run
 from aclip.errors import ConfigError
-from aclip.training.metrics_logger import read_metrics
+from aclip.run_folder.metrics_file import read_metrics
 
 QUARTERS = 4
 """A run is evaluated at each quarter of its schedule."""

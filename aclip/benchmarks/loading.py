@@ -25,17 +25,18 @@ from PIL import Image
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
 from aclip.data.loader import build_train_loader
-from aclip.data.shards.listing import IMAGE_SUFFIXES, index_shards, list_shards
+from aclip.data.members import IMAGE_SUFFIXES
+from aclip.data.shards.listing import index_shards, list_shards
 from aclip.data.tokenizer import build_tokenizer
 from aclip.errors import ConfigError
-from aclip.training.metrics_logger import METRICS_FILE
+from aclip.run_folder.layout import METRICS_FILE
 
 BATCH_SIZE = 64
 RECIPE = "aclip_vitb16"
 NUM_SHARDS, SHARD_SIZE = 4, 64
 WIDTH, HEIGHT = 500, 375
 IMAGE_ENDINGS = ";".join(IMAGE_SUFFIXES)
-EXACT, SLOTS = "aclip, data.crops=worker", "aclip, data.crops=device"
+EXACT, ON_DEVICE = "aclip, data.crops=worker", "aclip, data.crops=device"
 OPEN_CLIP, PLAIN = "open_clip, 1 crop", "plain, 3 crops and colour"
 
 
@@ -123,7 +124,7 @@ def build_pipelines(urls: list[str], overrides: list[str]) -> list[Pipeline]:
                 "data.workers=0",
             ],
         )
-        for name, crops in ((EXACT, "worker"), (SLOTS, "device"))
+        for name, crops in ((EXACT, "worker"), (ON_DEVICE, "device"))
     }
     shards = index_shards(urls)
     return [

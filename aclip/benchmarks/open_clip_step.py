@@ -10,7 +10,7 @@ from torch import Tensor
 from aclip.benchmarks.synthetic import synthetic_batch
 from aclip.config.recipe import Recipe
 from aclip.data.augment import augment
-from aclip.engine.build import parameter_groups
+from aclip.engine.optimizer import parameter_groups
 from aclip.models.vit import ImageTower
 
 CONTEXT_LENGTH = 77

@@ -21,7 +21,7 @@ def main() -> None:
     from aclip.config.ds_config import read_ds_config
     from aclip.config.recipe_file import load_recipe
     from aclip.data.batch import join
-    from aclip.engine.build import init_distributed
+    from aclip.engine.process_group import init_distributed
     from aclip.training.stepper import Stepper
 
     spec = json.loads(os.environ[SPEC])

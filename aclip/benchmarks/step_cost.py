@@ -28,11 +28,11 @@ from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
 from aclip.data.batch import join
-from aclip.engine.build import init_distributed
+from aclip.distributed import default_to_one_rank
+from aclip.engine.process_group import init_distributed
 from aclip.errors import ConfigError
 from aclip.planning.flops import step_flops
 from aclip.planning.step_shape import describe_step
-from aclip.training.pretrain import default_to_one_rank
 from aclip.training.stepper import Stepper
 
 MIB = 2**20

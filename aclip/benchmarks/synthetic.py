@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
 from aclip.data.augment import draw_augment_params
 from aclip.data.batch import Batch
-from aclip.data.samples import patch_grid
-from aclip.data.tokenizer import END_ID, START_ID
+from aclip.tokens import END_ID, START_ID
 
 # Token counts of YFCC-15M's captions: log-normal with this median and mean.
 MEDIAN_LENGTH, MEAN_LENGTH = 12, 20

@@ -6,7 +6,7 @@ take plain arguments; only the builders read a Recipe.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Strength = Annotated[float, Field(ge=0)]
@@ -210,8 +210,10 @@ class DataConfig(Part):
     crops: Literal["worker", "device"] = "worker"
     """Where views are cut: exactly as Pillow does, by the worker; or on the device, from the whole
     decoded image, which costs the worker about a third of the time. Boxes are the same, pixels
-    within 1 level of 255, but for images that max_slot_side reduces."""
-    max_slot_side: int = Field(1024, ge=64)
+    within 1 level of 255, but for images that max_image_side reduces."""
+    max_image_side: int = Field(
+        1024, ge=64, validation_alias=AliasChoices("max_image_side", "max_slot_side")
+    )
     """With crops: device, an image with a longer side, pixels, is first reduced by the smallest
     whole factor that brings it to this, each pixel the mean of a square."""
     min_image_side: int = Field(16, ge=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aclip.data.samples import Sample
 from aclip.data.tokenizer import Tokenizer
-from aclip.data.whole_images import SlotBuffer, Slots, join_slots, stack_slots
+from aclip.data.whole_images import PixelBuffer, WholeImages, join_images, stack_images
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Batch:
     """B samples of one rank, V views each."""
 
     student_views: Tensor | None
-    """(B, V, 3, R, R) uint8; this and the other views are None where `slots` has the images"""
+    """(B, V, 3, R, R) uint8; like the other views None where `whole_images` holds the images"""
     teacher_view: Tensor | None
     """(B, 3, T, T) uint8"""
     student_boxes: Tensor
@@ -46,7 +46,7 @@ class Batch:
     (local lanes, 1 + 2 S), see MixedLane.cursor. Stays on the CPU"""
     skipped: dict[str, int] = field(default_factory=dict)
     """Unusable samples met since the previous batch, by kind"""
-    slots: Slots | None = None
+    whole_images: WholeImages | None = None
     """Whole images, from which the views are still to be cut"""
 
     def __len__(self) -> int:
@@ -59,7 +59,9 @@ class Batch:
             replace(
                 self,
                 skipped=self.skipped if start == 0 else {},
-                slots=None if self.slots is None else self.slots[start : start + size],
+                whole_images=None
+                if self.whole_images is None
+                else self.whole_images[start : start + size],
                 **{
                     name: None if value is None else value[start : start + size]
                     for name, value in values.items()
@@ -70,7 +72,7 @@ class Batch:
 
 
 LISTS = ("keys", "captions")
-OF_ALL = ("cursors", "skipped", "slots")
+OF_ALL = ("cursors", "skipped", "whole_images")
 PER_SAMPLE = tuple(part.name for part in fields(Batch) if part.name not in OF_ALL)
 
 
@@ -79,7 +81,7 @@ def collate(
     tokenizer: Tokenizer,
     cursors: np.ndarray,
     skipped: dict[str, int],
-    buffer: SlotBuffer | None = None,
+    buffer: PixelBuffer | None = None,
 ) -> Batch:
     """Stacks samples; `cursors` as Batch.cursors, `buffer` what their images were decoded into."""
 
@@ -103,7 +105,7 @@ def collate(
         captions=captions,
         cursors=torch.from_numpy(cursors),
         skipped=skipped,
-        slots=stack_slots([sample.slot for sample in samples], buffer),
+        whole_images=stack_images([sample.whole_image for sample in samples], buffer),
     )
 
 
@@ -129,5 +131,5 @@ def join(parts: list[Batch], pin: bool = False) -> Batch:
             joined[name] = None
     cursors = torch.cat([part.cursors for part in parts])
     skipped = sum((Counter(part.skipped) for part in parts), Counter())
-    slots = join_slots([part.slots for part in parts], pin)
-    return Batch(**joined, cursors=cursors, skipped=dict(skipped), slots=slots)
+    whole_images = join_images([part.whole_images for part in parts], pin)
+    return Batch(**joined, cursors=cursors, skipped=dict(skipped), whole_images=whole_images)

@@ -21,8 +21,9 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from aclip.data.shards.counts import SIZES_FILE, cache_folder
+from aclip.data.shards.counts import SIZES_FILE
 from aclip.errors import ConfigError
+from aclip.files import cache_folder
 
 IMAGE_SIDE = 80
 OBJECT_SIDE = (0.30, 0.42)

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from aclip.config.geometry import patch_grid
 from aclip.config.recipe import DataConfig, Recipe
 from aclip.data.batch import Batch, collate, join
 from aclip.data.lanes import LaneStream, cost_of_striding, resolve_lanes, resolve_workers
 from aclip.data.mixing import MixedLane
-from aclip.data.samples import SampleMaker, patch_grid
+from aclip.data.samples import SampleMaker
 from aclip.data.shards.listing import Shard
 from aclip.data.shards.tar import ShardError
 from aclip.data.tokenizer import build_tokenizer
-from aclip.data.whole_images import SlotBuffer
+from aclip.data.whole_images import PixelBuffer
 from aclip.data.workers import (
     allow_many_open_files,
     end_when_told_by,
@@ -67,7 +68,7 @@ class LaneDataset(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         share = len(self.cursors) // workers
-        buffer = SlotBuffer()
+        buffer = PixelBuffer()
         maker = SampleMaker(self.recipe, self.shards, buffer)
         streams = [
             self._lane(maker, index) for index in range(worker * share, (worker + 1) * share)

@@ -1,31 +1,25 @@
 """One training sample: a raw sample's caption and views, everything random keyed by its place."""
 
-import re
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
 from aclip.data.augment import draw_augment_params
+from aclip.data.decode import decode_image
 from aclip.data.lanes import sample_rng
-from aclip.data.shards.listing import (
-    Shard,
-    Skip,
-    read_captions,
-    read_image_bytes,
-    shard_names,
-)
+from aclip.data.members import read_captions, read_image_bytes
+from aclip.data.shards.listing import Shard, Skip, shard_names
 from aclip.data.shards.tar import RawSample
 from aclip.data.views import (
     Views,
     cut_ssl_views,
     cut_views,
-    decode_image,
     draw_boxes,
     draw_ssl_boxes,
 )
-from aclip.data.whole_images import Slot, SlotBuffer, make_slot
-from aclip.errors import ConfigError
+from aclip.data.whole_images import PixelBuffer, WholeImage, read_whole_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +36,7 @@ class Sample:
     ssl_params: np.ndarray | None
     distill_noise: np.ndarray | None
     mlm_noise: np.ndarray | None
-    slot: Slot | None = None
+    whole_image: WholeImage | None = None
 
 
 class SampleMaker:
@@ -54,7 +48,7 @@ class SampleMaker:
         buffer: that whole images are decoded into, in the order of the calls; or None.
     """
 
-    def __init__(self, recipe: Recipe, shards: list[Shard], buffer: SlotBuffer | None = None):
+    def __init__(self, recipe: Recipe, shards: list[Shard], buffer: PixelBuffer | None = None):
         self.recipe = recipe
         self.names = shard_names([shard.url for shard in shards])
         self.sources = [shard.source for shard in shards]
@@ -73,16 +67,16 @@ class SampleMaker:
         if isinstance(content, Skip):
             return content
         recipe = self.recipe
-        image = slot = None
+        image = whole_image = None
         if recipe.data.crops == "worker":
             image = decode_image(content, recipe.data.min_image_side)
         else:
-            slot = make_slot(
-                content, recipe.data.min_image_side, recipe.data.max_slot_side, self.buffer
+            whole_image = read_whole_image(
+                content, recipe.data.min_image_side, recipe.data.max_image_side, self.buffer
             )
-        if isinstance(image, Skip) or isinstance(slot, Skip):
-            return image or slot
-        width, height = image.size if image else (slot.width, slot.height)
+        if isinstance(image, Skip) or isinstance(whole_image, Skip):
+            return image or whole_image
+        width, height = image.size if image else (whole_image.width, whole_image.height)
         # The order of draws is part of what a seed means: add new ones at the end.
         source = self.sources[shard_index]
         rng = sample_rng(recipe.train.seed, lane, epoch, position, source)
@@ -109,7 +103,7 @@ class SampleMaker:
             if image:
                 ssl_views = cut_ssl_views(image, ssl_boxes, flips, recipe.model.image.resolution)
             else:
-                slot = replace(slot, ssl_boxes=ssl_boxes, ssl_flips=flips)
+                whole_image = replace(whole_image, ssl_boxes=ssl_boxes, ssl_flips=flips)
         distill_noise = mlm_noise = None
         if recipe.loss.distill > 0:
             distill_noise = rng.random((1, self.grid, self.grid), dtype=np.float32)
@@ -125,24 +119,5 @@ class SampleMaker:
             ssl_params,
             distill_noise,
             mlm_noise,
-            slot,
+            whole_image,
         )
-
-
-def patch_grid(recipe: Recipe) -> int:
-    """Patches per side of a student view, from the recipe alone: workers build no tower.
-
-    Raises:
-        ConfigError: the tower's patch size is neither in its keyword arguments nor in its name.
-    """
-    image = recipe.model.image
-    patch = image.kwargs.get("patch_size")
-    if patch is None:
-        in_name = re.search(r"patch(\d+)", image.name)
-        if in_name is None:
-            raise ConfigError(
-                f"model.image.name is {image.name}, which does not name a patch size; set "
-                "model.image.kwargs.patch_size"
-            )
-        patch = in_name[1]
-    return image.resolution // int(patch)

@@ -4,12 +4,11 @@ from functools import cached_property
 
 from torch import Tensor
 
-VOCAB_SIZE = 49408
+from aclip.tokens import VOCAB_SIZE
+
 MAX_CHARACTERS = 8192
 """Of a caption that are read, more than any context holds: byte-pair encoding of one endless word
 takes time by the square of its length."""
-START_ID = 49406
-END_ID = 49407
 
 
 class Tokenizer:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from aclip.training.watchdog import print_stacks_on_signal
+from aclip.cli import print_stacks_on_signal
 
 HANDLED_BY_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SECONDS_BETWEEN_LOOKS = 2.0

@@ -8,14 +8,15 @@ the flat buffers are read directly.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from aclip.distributed import rank, world_size
-from aclip.training.teacher import gathered
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -167,3 +168,9 @@ class ShardedState:
             shard.view(-1)[: part.numel()].copy_(part)
         if parameter.numel() == whole.numel():
             parameter.data.copy_(whole)
+
+
+def gathered(parameters: list[nn.Parameter]):
+    """A context in which ZeRO-3's partitioned parameters are whole; free for any other."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from aclip import distributed
 from aclip.evaluation.sets.prompts import ClassPrompts
-from aclip.evaluation.texts import Progress, Towers, embed_classes
+from aclip.evaluation.texts import embed_classes
+from aclip.evaluation.towers import Progress, Towers
 from aclip.files import write_whole
 from aclip.models.student import Student
 

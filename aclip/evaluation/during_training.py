@@ -13,7 +13,7 @@ from aclip.data.tokenizer import build_tokenizer
 from aclip.evaluation.evaluate_set import evaluate
 from aclip.evaluation.sets.evaluation_set import ShardSet
 from aclip.evaluation.sets.prompts import find_class_prompts
-from aclip.evaluation.texts import Towers
+from aclip.evaluation.towers import Towers
 from aclip.files import write_whole
 from aclip.reports.kept_patches import (
     PictureSet,
@@ -22,7 +22,7 @@ from aclip.reports.kept_patches import (
     read_picture_set,
 )
 from aclip.reports.mask_pictures import draw_figure, encode
-from aclip.training.metrics_logger import picture_path
+from aclip.run_folder.layout import picture_path
 
 BATCH_SIZE = 256
 NUM_MEASURED = 256

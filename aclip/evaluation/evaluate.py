@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from aclip import distributed
-from aclip.data.shards.counts import cache_folder
+from aclip.distributed import default_to_one_rank
 from aclip.errors import ConfigError
 from aclip.evaluation.class_cache import ClassCache
 from aclip.evaluation.evaluate_set import evaluate
@@ -16,9 +16,8 @@ from aclip.evaluation.load_model import LoadedModel, load_model
 from aclip.evaluation.results import make_rows, markdown, published_results, table, to_json
 from aclip.evaluation.sets.catalog import Task, find_tasks
 from aclip.evaluation.sets.prompts import CLASS_NAMES_FILE
-from aclip.evaluation.texts import Towers
-from aclip.files import check_writable, write_whole
-from aclip.training.pretrain import default_to_one_rank
+from aclip.evaluation.towers import Towers
+from aclip.files import cache_folder, check_writable, write_whole
 
 PROGRESS_SECONDS = 5
 
@@ -85,7 +84,7 @@ def _join_ranks() -> torch.device:
     """This rank's device, after joining the launcher's process group if there are more ranks."""
     if int(os.environ["WORLD_SIZE"]) > 1:
         # Imported here: DeepSpeed takes seconds, which one rank need not wait for.
-        from aclip.engine.build import init_distributed
+        from aclip.engine.process_group import init_distributed
 
         return init_distributed()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,7 +6,6 @@ Used during training and by launch/evaluate.py. The metrics are in retrieval.py 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from aclip import distributed
@@ -20,7 +19,8 @@ from aclip.evaluation.sets.evaluation_set import (
     read_validation,
 )
 from aclip.evaluation.sets.prompts import ClassPrompts
-from aclip.evaluation.texts import Progress, Towers, embed_captions, embed_classes
+from aclip.evaluation.texts import embed_captions, embed_classes
+from aclip.evaluation.towers import Progress, Towers, image_embedder
 
 CAPTIONS_PER_IMAGE = 2**20
 """More than any image has."""
@@ -87,26 +87,6 @@ def evaluate(
     if prompts is not None and num_labelled:
         metrics |= _classification(images, prompts)
     return {name: float(value) for name, value in metrics.items()}
-
-
-def image_embedder(towers: Towers) -> Callable[[Tensor], Tensor]:
-    """The function from (n, 3, R, R) uint8 to (n, E) fp32, L2-normalised."""
-    raw = image_encoder(towers, towers.encode_image)
-    return lambda images: F.normalize(raw(images), dim=-1)
-
-
-def image_encoder(towers: Towers, encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function from (n, 3, R, R) uint8 to the fp32 of what `encode` makes of its pixels."""
-    mean, std = (
-        torch.tensor(values, device=towers.device).view(3, 1, 1)
-        for values in (towers.mean, towers.std)
-    )
-
-    def run(images: Tensor) -> Tensor:
-        pixels = images.to(towers.device).float().div_(255).sub_(mean).div_(std)
-        return encode(pixels.to(towers.dtype)).float()
-
-    return run
 
 
 class _Images:

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from aclip import distributed
 from aclip.errors import ConfigError
-from aclip.evaluation.evaluate_set import image_encoder
 from aclip.evaluation.metrics import zero_shot
 from aclip.evaluation.metrics.ranking import MAX_SCORES
 from aclip.evaluation.sets.evaluation_set import NO_LABEL, EvaluationSet, read_validation
-from aclip.evaluation.texts import Progress, Towers
+from aclip.evaluation.towers import Progress, Towers, image_encoder
 
 STEPS_PER_DECADE = 8
 LOWEST, HIGHEST = -6, 6

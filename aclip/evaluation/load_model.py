@@ -11,12 +11,14 @@ from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe, recipe_of_values
 from aclip.data.tokenizer import build_tokenizer
 from aclip.errors import ConfigError
-from aclip.evaluation.texts import Towers
+from aclip.evaluation.towers import Towers
 from aclip.models.student import Student, build_student
 from aclip.run_folder.checkpoint_folder import locate
-from aclip.weights.checkpoint_weights import exported_parameters, load_checkpoint_weights
+from aclip.run_folder.layout import RECIPE_FILE
+from aclip.weights.checkpoint_weights import load_checkpoint_weights
 from aclip.weights.formats import open_clip, slip
 from aclip.weights.initial_weights import load_initial_weights
+from aclip.weights.names import exported_parameters
 from aclip.weights.tensors_file import read_tensors
 
 TRAINING_LOSSES = {"simclr": 0.0, "byol": 0.0, "distill": 0.0, "mlm": 0.0}
@@ -116,8 +118,8 @@ def _recipe_of(source: Path, recipe_name: str | None) -> tuple[Recipe, str]:
     if source.is_dir() and (source / open_clip.CONFIG).is_file():
         values, scale = open_clip.recipe_values(source)
         return _towers_alone(values, source), scale
-    if (source.is_dir() or source.suffix == ".safetensors") and (folder / "recipe.yaml").is_file():
-        return load_recipe(str(folder / "recipe.yaml")), "bilinear"
+    if (source.is_dir() or source.suffix == ".safetensors") and (folder / RECIPE_FILE).is_file():
+        return load_recipe(str(folder / RECIPE_FILE)), "bilinear"
     if source.is_dir():
         raise ValueError("holds neither a checkpoint nor an open_clip model")
     tensors = read_tensors(source)

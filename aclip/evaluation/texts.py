@@ -1,48 +1,16 @@
 """Embeds texts on all ranks together: captions one by one, classes as means over their prompts."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from aclip import distributed
-from aclip.data.tokenizer import Tokenizer
 from aclip.evaluation.metrics.zero_shot import PromptMeans
 from aclip.evaluation.sets.prompts import ClassPrompts
-
-Encoder = Callable[[Tensor], Tensor]
-"""A batch to raw_embeds (n, E)."""
-Progress = Callable[[str, int, int], None]
-"""progress(of what, done, of how many), counted on this rank."""
-
-
-@dataclass(frozen=True)
-class Towers:
-    """A pair of encoders in eval mode and what they read.
-
-    Attributes:
-        encode_image: (n, 3, R, R) normalised pixels of `dtype` on `device` -> (n, E).
-        encode_text: (n, L) int64 tokens on `device` -> (n, E).
-        tokenizer: of the text tower. resolution: R, pixels.
-        device, dtype: where the encoders are, and of the pixels.
-        mean, std: of the channels, pixels in [0, 1].
-        resample: how an image is scaled to R.
-    """
-
-    encode_image: Encoder
-    encode_text: Encoder
-    tokenizer: Tokenizer
-    resolution: int
-    device: torch.device
-    dtype: torch.dtype
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    resample: Image.Resampling = Image.Resampling.BILINEAR
+from aclip.evaluation.towers import Progress, Towers
 
 
 def embed_captions(

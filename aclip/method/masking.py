@@ -1,7 +1,6 @@
 """Which patches a student view keeps, as the scores and boxes that the `attentive_pack` op reads,
 and which patches and words masked modelling hides."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -33,13 +32,6 @@ class Selection:
     @property
     def num_kept_patches(self) -> int:
         return self.num_kept_blocks * self.block_size**2
-
-
-def count_kept_blocks(grid: int, block_size: int, keep_ratio: float) -> int:
-    """The share `keep_ratio` of a view's blocks, rounded up: 25 of 49 at 0.5."""
-    num_blocks = (grid // block_size) ** 2
-    # 0.28 * 25 is 7.000000000000001 in floats, and that is not eight blocks.
-    return math.ceil(keep_ratio * num_blocks - 1e-9)
 
 
 def select(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from aclip.config.recipe import Recipe
 from aclip.errors import ConfigError
 from aclip.method import losses
-from aclip.method.masking import Selection, count_kept_blocks
+from aclip.method.masking import Selection
 from aclip.models.decoders import Codewords, PatchDecoder, TextDecoder
 from aclip.models.heads import LogitScale, mlp_head
 from aclip.models.text import VOCAB_SIZE, TextTower
@@ -222,11 +222,6 @@ def build_student(recipe: Recipe) -> Student:
     return student
 
 
-def kept_blocks(recipe: Recipe, grid: int) -> int:
-    """How many blocks of a student view with `grid` patches per side the recipe keeps."""
-    return count_kept_blocks(grid, recipe.mask.block_size, recipe.mask.keep_ratio)
-
-
 def _check_mask(recipe: Recipe, image: ImageTower) -> None:
     if recipe.mask.policy != "none" and image.grid % recipe.mask.block_size:
         raise ConfigError(
@@ -240,3 +235,13 @@ def _check_mask(recipe: Recipe, image: ImageTower) -> None:
             "not "
             "divide; choose a multiple"
         )
+
+
+TRAINING_ONLY = (
+    "simclr_head",
+    "byol_predictor",
+    "logit_scale",
+    "distill_decoder",
+    "mlm_mask_token",
+    "mlm_decoder",
+)

@@ -18,26 +18,11 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from aclip.config.recipe import Recompute
 from aclip.models.one_query_attention import one_query_attention
 from aclip.models.recompute import applied, run_block
+from aclip.tokens import real_token_ids
 
 VOCAB_SIZE = 49408
 START_TOKEN, END_TOKEN = 49406, 49407
 QUICK_GELU = 1.702
-
-
-def real_token_ids(tokens: Tensor) -> Tensor:
-    """Where the captions' own tokens stand, up to and including the end token.
-
-    The number of real tokens is a shape, so on a GPU this waits for the device: call it where the
-    tokens still are on the CPU, and hand the result on.
-
-    Args:
-        tokens: (B, L) int64; the end token has the greatest id.
-
-    Returns:
-        (T,) int64, row * L + column of each real token, ascending.
-    """
-    columns = torch.arange(tokens.shape[1], device=tokens.device)
-    return (columns <= tokens.argmax(1, keepdim=True)).flatten().nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from aclip.cli import EXIT_BAD_INPUT
 from aclip.config.arguments import DEMO, parse, read_recipe, run_folder
 from aclip.nodes.hostfile import Host, check_hostfile, environment_for_nodes
 from aclip.nodes.node import Node
 from aclip.nodes.probe import BUSY_MIB
 from aclip.nodes.remote_shell import LOCAL, SSH, check_remote_shell, open_python
 
-EXIT_UNFIT = 2
 ANSWER_SECONDS = 60.0
 ALL_REDUCE_SECONDS = 180.0
 MOST_SKEW_SECONDS = 2.0
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.hostfile:
         hosts, problems = check_hostfile(arguments.hostfile)
     ready = examine(hosts, arguments.arguments, arguments, problems)
-    return 0 if ready else EXIT_UNFIT
+    return 0 if ready else EXIT_BAD_INPUT
 
 
 def examine(

@@ -14,22 +14,28 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from aclip.cli import DefaultsShown
+from aclip.cli import (
+    EXIT_BAD_INPUT,
+    EXIT_NON_FINITE,
+    EXIT_STOPPED_BY_SIGNAL,
+    DefaultsShown,
+    run_reporting_errors,
+)
 from aclip.config.arguments import parse, run_folder
-from aclip.errors import ConfigError, run_reporting_errors
+from aclip.errors import ConfigError
 from aclip.nodes import agent, doctor
 from aclip.nodes.hostfile import Host, environment_for_nodes, read_hostfile
 from aclip.nodes.node import CONNECTION_LOST, Node
 from aclip.nodes.remote_shell import LOCAL, SSH, ssh_options
 from aclip.run_folder import checkpoint_folder
+from aclip.run_folder.layout import CHECKPOINTS_FOLDER, LOGS_FOLDER
 
 LOOK = 0.5
 SECONDS_TO_END = 15.0
 """From the first node's failure until the others, which hear of it themselves, are killed."""
 LONGEST_BACKOFF = 300.0
-FINAL = {2: "bad input", 3: "a loss that is not finite"}
+FINAL = {EXIT_BAD_INPUT: "bad input", EXIT_NON_FINITE: "a loss that is not finite"}
 """Statuses after which the same command would fail again."""
-STOPPED = 143
 LAST_PORT = 65535
 
 
@@ -44,7 +50,7 @@ class Supervisor:
         self.options, self.hosts, self.output = options, hosts, output
         self.remote_shell = options.rsh or SSH + ssh_options(options.lost_after)
         self.environment = environment_for_nodes()
-        self.logs = output / "logs"
+        self.logs = output / LOGS_FOLDER
         self.first_checkpoint = self._newest()
         self._signals: list[int] = []
         self._passed_on = 0
@@ -64,9 +70,9 @@ class Supervisor:
                 if status in failed.values():
                     self._say(f"the run ended with {FINAL[status]}; it is not started again")
                     return status
-            if self._stopping or STOPPED in failed.values():
+            if self._stopping or EXIT_STOPPED_BY_SIGNAL in failed.values():
                 self._say("stopped; the same command continues from the last checkpoint")
-                return STOPPED
+                return EXIT_STOPPED_BY_SIGNAL
             failures = failures + 1 if self._newest() == before else 1
             ends = ", ".join(f"{name} with status {status}" for name, status in failed.items())
             if failures > self.options.max_restarts:
@@ -78,7 +84,7 @@ class Supervisor:
             pause = min(LONGEST_BACKOFF, self.options.backoff * 2 ** (failures - 1))
             self._say(f"start {start} failed ({ends}); the next one is in {pause:g} s")
             if self._pause(pause):
-                return STOPPED
+                return EXIT_STOPPED_BY_SIGNAL
             start += 1
 
     @property
@@ -143,7 +149,7 @@ class Supervisor:
         return [*self.options.arguments, "--resume", "auto"]
 
     def _newest(self) -> Path | None:
-        return checkpoint_folder.find(self.output / "checkpoints", "auto")
+        return checkpoint_folder.find(self.output / CHECKPOINTS_FOLDER, "auto")
 
     def _pause(self, seconds: float) -> bool:
         """Waits; returns whether a signal asked to stop."""
@@ -223,7 +229,7 @@ def main() -> int:
         )
     output = run_folder(parse(options.arguments))
     if not doctor.examine(hosts, options.arguments, options):
-        return doctor.EXIT_UNFIT
+        return EXIT_BAD_INPUT
     return Supervisor(options, hosts, output).supervise()
 
 

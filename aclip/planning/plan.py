@@ -16,11 +16,11 @@ import torch
 from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.recipe import Recipe, Recompute
 from aclip.config.recipe_file import load_recipe
-from aclip.engine.build import parameter_groups
+from aclip.engine.optimizer import parameter_groups
 from aclip.errors import ConfigError
 from aclip.method.losses import CHUNK_ROWS
 from aclip.method.schedules import count_steps
-from aclip.models.student import Student, build_student
+from aclip.models.student import TRAINING_ONLY, Student, build_student
 from aclip.planning.activation_memory import FP32, activations, local_activations, logits
 from aclip.planning.flops import Flops, repeated_flops, step_flops
 from aclip.planning.gpus import NETWORK_BYTES, Gpu, find_gpu
@@ -34,7 +34,6 @@ from aclip.planning.zero_memory import (
     zero_settings,
     zero_states,
 )
-from aclip.training.teacher import TRAINING_ONLY
 
 # Of a GPU's memory; the rest is for CUDA's context, NCCL, work space and fragmentation.
 USABLE_SHARE = 0.9

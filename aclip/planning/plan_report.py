@@ -2,7 +2,7 @@
 
 from aclip.planning.flops import Flops
 from aclip.planning.plan import MODES, Plan
-from aclip.training.metrics_logger import show_duration
+from aclip.reports.text import show_duration
 
 GIB, MIB = 2**30, 2**20
 COLUMN = 12

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from aclip.config.geometry import kept_blocks
 from aclip.config.recipe import Recipe, Recompute
-from aclip.models.student import Student, kept_blocks
+from aclip.models.student import Student
 from aclip.models.text import VOCAB_SIZE
 
 IMAGE, TEXT, TEACHER = "image tower", "text tower", "teacher"

@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from aclip.config.recipe import MaskConfig, Recipe, TeacherConfig
+from aclip.data.decode import decode_image
+from aclip.data.members import read_captions, read_image_bytes
 from aclip.data.samples import Sample, SampleMaker
-from aclip.data.shards.listing import Shard, Skip, read_captions, read_image_bytes
+from aclip.data.shards.listing import Shard, Skip
 from aclip.data.shards.tar import RawSample
-from aclip.data.views import decode_image
 from aclip.method import masking
 from aclip.reports.mask_pictures import MAX_SAMPLES, Column, picture_columns
 

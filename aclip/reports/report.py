@@ -29,9 +29,16 @@ from aclip.reports.document import (
     to_markdown,
     writing_to,
 )
-from aclip.training.metrics_logger import METRICS_FILE, flatten, picture_path, read_metrics
+from aclip.run_folder.layout import (
+    METRICS_FILE,
+    RECIPE_FILE,
+    REPORT_CHARTS_FOLDER,
+    REPORT_MARKDOWN,
+    REPORT_PAGE,
+    picture_path,
+)
+from aclip.run_folder.metrics_file import flatten, read_metrics
 
-PAGE, MARKDOWN, CHARTS = "report.html", "report.md", "report"
 MAX_PICTURES = 6
 """Kept-patch pictures of a run that a page shows, the first and the last among them."""
 PICTURE_WIDTH = 640
@@ -80,7 +87,7 @@ def report(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out) if arguments.out else default
     with writing_to(out):
         write_report(folders, out)
-    print(f"wrote {out / PAGE} and {out / MARKDOWN}", flush=True)
+    print(f"wrote {out / REPORT_PAGE} and {out / REPORT_MARKDOWN}", flush=True)
 
 
 def write_report(folders: list[Path], out: Path) -> None:
@@ -92,7 +99,7 @@ def write_report(folders: list[Path], out: Path) -> None:
     """
     runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     charts = [
-        Picture(title, draw_chart(lines), f"{CHARTS}/{name}.png")
+        Picture(title, draw_chart(lines), f"{REPORT_CHARTS_FOLDER}/{name}.png")
         for name, title, lines in _curves(runs)
         if lines
     ]
@@ -106,8 +113,8 @@ def write_report(folders: list[Path], out: Path) -> None:
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs"
     for chart in charts:
         write_whole(out / chart.file, chart.content)
-    write_whole(out / PAGE, to_html(title, blocks).encode())
-    write_whole(out / MARKDOWN, to_markdown(title, blocks).encode())
+    write_whole(out / REPORT_PAGE, to_html(title, blocks).encode())
+    write_whole(out / REPORT_MARKDOWN, to_markdown(title, blocks).encode())
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -117,7 +124,7 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> Run:
-    recipe = folder / "recipe.yaml"
+    recipe = folder / RECIPE_FILE
     for path in (folder / METRICS_FILE, recipe):
         if not path.is_file():
             raise ConfigError(

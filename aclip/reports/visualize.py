@@ -11,7 +11,8 @@ from torch import Tensor
 from aclip.config.recipe import Recipe
 from aclip.data.augment import augment
 from aclip.data.demo import ensure_demo_data
-from aclip.data.shards.listing import IMAGE_SUFFIXES, Skip, list_shards, remote_shards
+from aclip.data.members import IMAGE_SUFFIXES
+from aclip.data.shards.listing import Skip, list_shards, remote_shards
 from aclip.data.shards.remote import is_remote
 from aclip.data.shards.tar import RawSample, TarShard
 from aclip.errors import ConfigError
@@ -35,6 +36,7 @@ from aclip.reports.kept_patches import (
     read_picture_set,
 )
 from aclip.reports.mask_pictures import MAX_SAMPLES, Column, draw_figure, encode
+from aclip.run_folder.layout import FIGURE_FOLDER
 from aclip.weights.checkpoint_weights import CheckpointWeights, load_checkpoint_weights
 
 NUM_MEASURED = 256
@@ -52,7 +54,7 @@ def visualize(arguments: argparse.Namespace) -> None:
             written.
     """
     weights = load_checkpoint_weights(arguments.checkpoint, None)
-    out = Path(arguments.out or weights.folder.resolve().parent.parent / "figure")
+    out = Path(arguments.out or weights.folder.resolve().parent.parent / FIGURE_FOLDER)
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
     samples = _raw_samples(arguments.images, weights.recipe)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from aclip.errors import ConfigError
 from aclip.files import sync
+from aclip.run_folder.layout import CHECKPOINTS_FOLDER
 
 STUDENT, OPTIMIZER, TEACHER, RNG = (
     f"{name}.safetensors" for name in ("student", "optimizer", "teacher", "rng")
@@ -50,7 +51,7 @@ def find(root: Path, resume: str) -> Path | None:
 
 def locate(path: Path) -> Path | None:
     """The checkpoint that a path means: itself, or the latest of a checkpoints or run folder."""
-    for candidate in (path, _latest(path), _latest(path / "checkpoints")):
+    for candidate in (path, _latest(path), _latest(path / CHECKPOINTS_FOLDER)):
         if candidate is not None and (candidate / MANIFEST).is_file():
             return candidate
     return None

@@ -5,8 +5,7 @@ import math
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ import torch
 
 from aclip import distributed
 from aclip.files import write_whole
+from aclip.reports.text import show_duration
+from aclip.run_folder.layout import METRICS_FILE, TENSORBOARD_FOLDER
+from aclip.run_folder.metrics_file import _parse, flatten
 from aclip.training.wandb_tracker import WandbTracker
 
-METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 RATE_WINDOW = 20
 """Progress lines that the remaining time is estimated from."""
 
@@ -188,84 +188,11 @@ class MetricsLogger:
         return show_duration(max(0, self._total_samples - samples) / pace)
 
 
-class StepTimer:
-    """Throughput and data-wait share of the last steps, as the host sees them.
-
-        with timer.waiting():
-            batch = next(batches)
-        ...
-        timer.step(images)
-
-    On an accelerator the host runs ahead of the device; over a window of steps the times agree.
-
-    Args:
-        window: steps.
-        clock: seconds.
-    """
-
-    def __init__(self, window: int = 50, clock: Callable[[], float] = time.perf_counter):
-        self._clock = clock
-        self._steps = deque(maxlen=window)  # (seconds, seconds waited, images)
-        self.reset()
-
-    def reset(self) -> None:
-        """Begins a step now: the time since the last one, an evaluation say, counts for none."""
-        self._start = self._clock()
-        self._waited = 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._waited += self._clock() - start
-
-    def step(self, images: int) -> None:
-        """Ends a step of so many images over all ranks, and begins the next."""
-        self._steps.append((self._clock() - self._start, self._waited, images))
-        self.reset()
-
-    def summary(self) -> dict[str, float | None]:
-        """images_per_second and data_wait_percent over the window; None before the first step."""
-        seconds = sum(step[0] for step in self._steps)
-        if not seconds:
-            return {"images_per_second": None, "data_wait_percent": None}
-        return {
-            "images_per_second": sum(step[2] for step in self._steps) / seconds,
-            "data_wait_percent": 100 * sum(step[1] for step in self._steps) / seconds,
-        }
-
-
-def read_metrics(run_folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, without one that a killed process left unfinished."""
-    text = (run_folder / METRICS_FILE).read_text(encoding="utf-8")
-    lines = (_parse(line) for line in text.splitlines(keepends=True))
-    return [line for line in lines if line is not None]
-
-
-def picture_path(run_folder: Path, samples: int) -> Path:
-    """Where the picture of kept patches at so many samples lies."""
-    return run_folder / "pictures" / f"kept-patches-{samples:012d}.png"
-
-
 def peak_memory_gib() -> float:
     """The most memory that this rank has held on its device, or this process without a device."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-
-
-def show_duration(seconds: float) -> str:
-    """`45 s`, `3 min 05 s`, `2 h 07 min` or `3 d 04 h`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    if seconds < 86400:
-        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-    return f"{seconds // 86400} d {seconds % 86400 // 3600:02d} h"
 
 
 def _plain(value: Any) -> Any:
@@ -275,24 +202,6 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def flatten(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Values by name, `skipped/no_image` for one of a dict; what is None is left out."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from ((f"{name}/{key}", number) for key, number in flatten(value))
-        elif value is not None:
-            yield name, value
-
-
-def _parse(text: str) -> dict | None:
-    """A line of metrics.jsonl, or None for one that a killed process left unfinished."""
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if text.endswith("\n") and isinstance(line, dict) and "samples" in line else None
 
 
 def _show(value: float | None, form: str) -> str:

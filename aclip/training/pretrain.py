@@ -1,40 +1,27 @@
 """One pre-training run: checks the inputs, prepares the run folder, trains, prints the results."""
 
 import argparse
-import hashlib
-import json
 import os
-import platform
 import signal
-import socket
-import subprocess
 from contextlib import suppress
-from dataclasses import replace
 from datetime import timedelta
-from importlib.metadata import version
-from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
+from aclip.cli import EXIT_NON_FINITE, EXIT_NOT_SAVED, EXIT_STOPPED_BY_SIGNAL
 from aclip.config.arguments import DEMO, read_recipe
 from aclip.config.arguments import run_folder as choose_run_folder
 from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe import Recipe
-from aclip.config.recipe_file import dump_recipe
-from aclip.data.demo import ensure_demo_data
-from aclip.data.loader import build_train_loader, striding_warnings
-from aclip.data.shards.listing import Shard, index_shards, list_shards, remote_shards
-from aclip.distributed import rank, world_size
+from aclip.data.find_data import check_same_shards, find_data
+from aclip.data.loader import build_train_loader
+from aclip.distributed import default_to_one_rank, rank, world_size
 from aclip.errors import ConfigError
-from aclip.files import check_writable, write_whole
+from aclip.files import check_writable
 from aclip.run_folder import checkpoint_folder
-from aclip.training.metrics_logger import picture_path
+from aclip.run_folder.layout import CHECKPOINTS_FOLDER, picture_path
+from aclip.training.run_record import record_run
 from aclip.training.wandb_tracker import check_wandb
-
-EXIT_NON_FINITE = 3
-EXIT_NOT_SAVED = 5
-EXIT_STOPPED_BY_SIGNAL = 143
 
 
 def pretrain(arguments: argparse.Namespace) -> int:
@@ -48,7 +35,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     check_wandb(recipe.train.wandb, is_writer=os.environ["RANK"] == "0")
     run_folder = choose_run_folder(arguments)
     check_writable(run_folder)
-    resume_from = checkpoint_folder.find(run_folder / "checkpoints", arguments.resume)
+    resume_from = checkpoint_folder.find(run_folder / CHECKPOINTS_FOLDER, arguments.resume)
     say = print if os.environ["RANK"] == "0" else _silent
     if recipe.data.train == DEMO:
         say(
@@ -67,9 +54,9 @@ def pretrain(arguments: argparse.Namespace) -> int:
     # Built once before anything costs time, since it checks lanes, ranks and workers.
     build_train_loader(recipe, shards, int(os.environ["RANK"]), num_ranks)
     # Imported here: DeepSpeed and the towers take seconds, which no wrong input should cost.
-    from aclip.engine.build import init_distributed, limit_engine_collectives
+    from aclip.engine.process_group import init_distributed, limit_engine_collectives
     from aclip.evaluation.during_training import Evaluator
-    from aclip.reports.report import PAGE
+    from aclip.run_folder.layout import REPORT_PAGE
     from aclip.training import checkpoint
     from aclip.training.step_watch import NonFiniteLoss
     from aclip.training.trainer import Trainer
@@ -81,7 +68,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     collective_timeout = timedelta(seconds=2 * watchdog.slow_limit)
     device = init_distributed(collective_timeout)
     watchdog.connect()
-    _check_same_shards([*shards, *val_shards])
+    check_same_shards([*shards, *val_shards])
     trainer = Trainer(
         recipe,
         ds_config,
@@ -94,7 +81,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     )
     limit_engine_collectives(collective_timeout)
     if rank() == 0:
-        _record(run_folder, recipe, ds_config.values, trainer.stepper.init_report)
+        record_run(run_folder, recipe, ds_config.values, trainer.stepper.init_report)
     say(_headline(recipe, trainer, ds_config, resume_from, run_folder), flush=True)
     status = None
     try:
@@ -119,7 +106,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
         say(results_table(trainer.evaluations), flush=True)
     say(f"the run is complete: {run_folder}", flush=True)
     figure = picture_path(run_folder, trainer.samples)
-    for name, path in (("report", run_folder / PAGE), ("figure of kept patches", figure)):
+    for name, path in (("report", run_folder / REPORT_PAGE), ("figure of kept patches", figure)):
         if path.is_file():
             say(f"{name}: {path}", flush=True)
     return 0
@@ -154,88 +141,6 @@ def _read_recipe(arguments: argparse.Namespace) -> Recipe:
     return recipe
 
 
-def find_data(recipe: Recipe, say) -> tuple[list[Shard], list[Shard]]:
-    """The training and the validation shards; makes the demo's on first use.
-
-    Args:
-        say: gets lines for the user, as print.
-
-    Raises:
-        ConfigError: shards are missing, or can't be read or counted.
-    """
-    train, val = recipe.data.train, recipe.data.val
-    if train == DEMO:
-        demo = ensure_demo_data(say)
-        train, val = demo.train, val or demo.val
-    remote = remote_shards(recipe.data)
-
-    def find(pattern, field: str) -> list[Shard]:
-        return index_shards(list_shards(pattern, field), say, remote)
-
-    if not recipe.data.sources:
-        shards = find(train, "data.train")
-    else:
-        shards = [
-            replace(shard, source=index)
-            for index, source in enumerate(recipe.data.sources)
-            for shard in find(source.shards, f"data.sources.{index}.shards")
-        ]
-    for warning in striding_warnings(recipe, shards):
-        say(f"warning: {warning}", flush=True)
-    return shards, find(val, "data.val") if val else []
-
-
-def _check_same_shards(shards: list[Shard]) -> None:
-    """Refuses data that differ between ranks: they would take samples twice and leave out others.
-
-    Raises:
-        ConfigError: on every rank.
-    """
-    if world_size() == 1:
-        return
-    content = "\n".join(f"{s.url} {s.num_samples} {s.source}" for s in shards)
-    samples = sum(shard.num_samples for shard in shards)
-    mine = (hashlib.sha256(content.encode()).hexdigest(), len(shards), samples)
-    every: list[tuple[str, int, int]] = [mine] * world_size()
-    dist.all_gather_object(every, mine)
-    for other, seen in enumerate(every):
-        if seen[0] != every[0][0]:
-            raise ConfigError(
-                f"data.train and data.val give {every[0][1]} shards with {every[0][2]} samples on "
-                f"rank 0, but {seen[1]} with {seen[2]} on rank {other}; let all nodes see the same "
-                "shards and sizes.json"
-            )
-
-
-def _record(run_folder: Path, recipe: Recipe, ds_values: dict, init_report) -> None:
-    """Writes what the run was made of: recipe, ds_config, versions, git commit, first weights."""
-    packages = ("torch", "deepspeed", "timm", "transformers", "open_clip_torch", "triton")
-    environment = {
-        "python": platform.python_version(),
-        "host": socket.gethostname(),
-        "ranks": world_size(),
-        "packages": {name: version(name) for name in packages},
-        "git_commit": _git_commit(),
-    }
-    records = {"ds_config.json": ds_values, "environment.json": environment}
-    if init_report is not None:
-        records["init_report.json"] = init_report.to_dict()
-    write_whole(run_folder / "recipe.yaml", dump_recipe(recipe).encode())
-    for name, values in records.items():
-        write_whole(run_folder / name, json.dumps(values, indent=2).encode())
-
-
-def _git_commit() -> str | None:
-    source = Path(__file__).resolve().parent
-    try:
-        result = subprocess.run(
-            ["git", "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True
-        )
-    except FileNotFoundError:
-        return None
-    return result.stdout.strip() or None
-
-
 def _headline(recipe, trainer, ds_config, resume_from, run_folder) -> str:
     precision = str(ds_config.dtype).removeprefix("torch.")
     lines = [
@@ -249,22 +154,6 @@ def _headline(recipe, trainer, ds_config, resume_from, run_folder) -> str:
     if trainer.stepper.init_report is not None:
         lines.append(trainer.stepper.init_report.summary())
     return "\n".join(lines)
-
-
-def default_to_one_rank() -> None:
-    """Without a launcher the script is its own single rank."""
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    if "OMP_NUM_THREADS" not in os.environ:
-        # Ranks that share cores lose far more to contention than they gain from threads.
-        ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
 
 
 def _silent(*_, **__) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor
 from aclip.config.recipe import Recipe
 from aclip.data.augment import augment
 from aclip.data.batch import Batch
-from aclip.data.whole_images import cut_views
+from aclip.data.device_views import cut_views_on_device
 from aclip.distributed import world_size
 from aclip.method import masking
 from aclip.models.student import DistillInput, MlmInput, StudentInput
-from aclip.models.text import real_token_ids
+from aclip.tokens import real_token_ids
 from aclip.training.teacher import Teacher
 
 
@@ -67,17 +67,17 @@ class StepInputs:
 
     def with_views(self, micro: Batch) -> Batch:
         """The micro-batch with its views; cuts them on the device where it holds whole images."""
-        if micro.slots is None:
+        if micro.whole_images is None:
             return micro
         recipe = self._recipe
-        views = cut_views(
-            micro.slots.to(self._device),
+        views = cut_views_on_device(
+            micro.whole_images.to(self._device),
             self._to_device(micro.student_boxes),
             self._to_device(micro.teacher_box),
             recipe.model.image.resolution,
             recipe.teacher.resolution if recipe.needs_teacher_view else None,
         )
-        return replace(micro, slots=None, **views)
+        return replace(micro, whole_images=None, **views)
 
     def teach(self, micro: Batch) -> Taught:
         """Runs the teacher on the views that the recipe's parts ask for."""

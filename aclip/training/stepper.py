@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from aclip.config.ds_config import DsConfig
+from aclip.config.geometry import kept_blocks
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
 from aclip.distributed import rank
@@ -13,7 +14,7 @@ from aclip.engine.build import build_engine
 from aclip.engine.sharded_state import MASTER, ShardedState
 from aclip.method import losses
 from aclip.method.losses import StudentOutput
-from aclip.models.student import Student, build_student, kept_blocks
+from aclip.models.student import Student, build_student
 from aclip.training.random_state import get_random_state, set_random_state
 from aclip.training.step_inputs import StepInputs
 from aclip.training.teacher import Teacher

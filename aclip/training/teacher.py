@@ -1,26 +1,17 @@
 """The EMA teacher: which patches matter, what BYOL aims at, and the model that is evaluated."""
 
 import copy
-from contextlib import nullcontext
 from dataclasses import dataclass
 
-import deepspeed
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aclip.models.student import Student
+from aclip.engine.sharded_state import gathered
+from aclip.models.student import TRAINING_ONLY, Student
 
 # Parameters that ZeRO-3 gathers at once: bounds the memory of an update.
 GATHER_CHUNK = 16
-TRAINING_ONLY = (
-    "simclr_head",
-    "byol_predictor",
-    "logit_scale",
-    "distill_decoder",
-    "mlm_mask_token",
-    "mlm_decoder",
-)
 
 
 @dataclass
@@ -137,9 +128,3 @@ class Teacher:
                 [self._compute[name].data for name in names],
                 [self._average[name] for name in names],
             )
-
-
-def gathered(parameters: list[nn.Parameter]):
-    """A context in which ZeRO-3's partitioned parameters are whole; free for any other."""
-    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()

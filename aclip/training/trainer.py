@@ -18,8 +18,10 @@ from aclip.distributed import all_gather_rows, rank, world_size
 from aclip.errors import ConfigError
 from aclip.method.schedules import count_steps, ema_momentum, learning_rate
 from aclip.reports.report import write_report
+from aclip.run_folder.layout import CHECKPOINTS_FOLDER
 from aclip.training import checkpoint
-from aclip.training.metrics_logger import MetricsLogger, StepTimer
+from aclip.training.metrics_logger import MetricsLogger
+from aclip.training.step_timer import StepTimer
 from aclip.training.step_watch import StepWatch
 from aclip.training.stepper import Stepper
 from aclip.training.upload import Uploader
@@ -59,7 +61,7 @@ class Trainer:
         self.device = device
         self.evaluator = evaluator
         self.run_folder = run_folder
-        self.checkpoints = run_folder / "checkpoints"
+        self.checkpoints = run_folder / CHECKPOINTS_FOLDER
         dataset_size = sum(shard.num_samples for shard in shards)
         batch_size = recipe.train.global_batch_size
         self.num_steps = count_steps(recipe.train.epochs, dataset_size, batch_size)

@@ -20,13 +20,15 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-EXIT_HANG = 4
+from aclip.cli import EXIT_HANG, print_stacks_on_signal
+
 SLOW_FACTOR = 6
 """Start, first step, evaluation and checkpoint may take so many times longer than a step."""
-STARTING, LOADING, COMPUTING, EVALUATING, SAVING = (
-    *("starting up", "loading data", "computing"),
-    *("evaluating", "saving a checkpoint"),
-)
+STARTING = "starting up"
+LOADING = "loading data"
+COMPUTING = "computing"
+EVALUATING = "evaluating"
+SAVING = "saving a checkpoint"
 SLOW_PHASES = (STARTING, EVALUATING, SAVING)
 ROLL_CALL, CALLERS = "watchdog/roll_call", "watchdog/callers"
 MOST_SECONDS_BETWEEN_LOOKS = 2.0
@@ -217,11 +219,6 @@ class Watchdog:
         for worker in workers:
             worker.kill()
         os._exit(EXIT_HANG)
-
-
-def print_stacks_on_signal() -> None:
-    """From now on SIGUSR2 prints this process's stacks, also while it runs C code."""
-    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
 
 
 def stalled_ranks(standings: list[Standing]) -> list[Standing]:

@@ -12,11 +12,8 @@ from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
 from aclip.models.student import Student, build_student
 from aclip.run_folder.checkpoint_folder import STUDENT, TEACHER, locate, verify
-from aclip.weights.tensors_file import TowerFacts
-
-LOGIT_SCALE = "logit_scale.log_logit_scale"
-EXPORTED = ("image.", "text.", "image_projection.", "text_projection.", LOGIT_SCALE)
-"""How the names of a model begin without what exists only during training."""
+from aclip.run_folder.layout import RECIPE_FILE
+from aclip.weights.names import EXPORTED, LOGIT_SCALE, exported_parameters
 
 
 @dataclass(frozen=True)
@@ -73,19 +70,8 @@ def load_checkpoint_weights(path: str, model: str | None) -> CheckpointWeights:
     return CheckpointWeights(folder, model, recipe, student, state)
 
 
-def exported_parameters(student: Student) -> dict[str, torch.nn.Parameter]:
-    """The parameters of the model itself: towers, projections and logit scale."""
-    return {name: p for name, p in student.named_parameters() if name.startswith(EXPORTED)}
-
-
-def tower_facts(student: Student) -> TowerFacts:
-    """The numbers of heads, which no shape tells."""
-    vit, text = student.image.vit, student.text.transformer
-    return TowerFacts(vit.blocks[0].attn.num_heads, text.config.num_attention_heads)
-
-
 def _recipe_of(folder: Path) -> Recipe:
-    path = folder.resolve().parent.parent / "recipe.yaml"
+    path = folder.resolve().parent.parent / RECIPE_FILE
     if not path.is_file():
         raise ConfigError(
             f"checkpoint {folder} is not in the folder of its run, whose recipe.yaml is needed; "

@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 
 from aclip.config.recipe_file import dump_recipe
 from aclip.errors import ConfigError
-from aclip.weights.checkpoint_weights import CheckpointWeights, load_checkpoint_weights, tower_facts
+from aclip.run_folder.layout import RECIPE_FILE
+from aclip.weights.checkpoint_weights import CheckpointWeights, load_checkpoint_weights
 from aclip.weights.formats import open_clip, plain
+from aclip.weights.names import tower_facts
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -91,6 +93,6 @@ def _write_huggingface(folder: Path, out: Path, weights: CheckpointWeights) -> s
 
 def _write_plain(folder: Path, out: Path, weights: CheckpointWeights) -> str:
     plain.write(folder / plain.WEIGHTS, weights.state, tower_facts(weights.student))
-    (folder / "recipe.yaml").write_text(dump_recipe(weights.recipe))
+    (folder / RECIPE_FILE).write_text(dump_recipe(weights.recipe))
     file = out / plain.WEIGHTS
     return f"load: safetensors.torch.load_file('{file}'), or launch/pretrain.py --init {file}"

@@ -16,13 +16,10 @@ from torch import Tensor, nn
 from aclip.errors import ConfigError
 from aclip.models.student import Student
 from aclip.run_folder.checkpoint_folder import locate
-from aclip.weights.checkpoint_weights import (
-    exported_parameters,
-    load_checkpoint_weights,
-    tower_facts,
-)
+from aclip.weights.checkpoint_weights import load_checkpoint_weights
 from aclip.weights.formats import open_clip, plain, slip
-from aclip.weights.tensors_file import TowerFacts, read_tensors
+from aclip.weights.names import TowerFacts, exported_parameters, tower_facts
+from aclip.weights.tensors_file import read_tensors
 
 TIMM = "timm:"
 IMAGE_TOWER = "image.vit."

@@ -4,7 +4,6 @@ import argparse
 import pickle
 import struct
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,6 @@ READ_ERRORS = (
 )
 NESTED = ("state_dict", "model")
 """Where training scripts keep the weights inside of what they save."""
-
-
-@dataclass(frozen=True)
-class TowerFacts:
-    """What shapes don't tell of a model; None where it is not known."""
-
-    image_heads: int | None = None
-    text_heads: int | None = None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from aclip.evaluation.evaluate_set import evaluate
 from aclip.evaluation.linear_probe import fit
 from aclip.evaluation.sets.evaluation_set import ShardSet
 from aclip.evaluation.sets.prompts import find_class_prompts
-from aclip.evaluation.texts import Towers
+from aclip.evaluation.towers import Towers
 
 pytestmark = pytest.mark.distributed
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe_file import dump_recipe, load_recipe
 from aclip.data.shards.listing import index_shards
-from aclip.engine.build import init_distributed
+from aclip.engine.process_group import init_distributed
 from aclip.engine.sharded_state import ShardedState
 from aclip.reports.visualize import attention
 from aclip.run_folder import checkpoint_folder

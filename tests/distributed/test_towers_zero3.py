@@ -6,7 +6,7 @@ import torch
 
 from aclip.method.masking import Selection
 from aclip.models.student import Student, StudentInput
-from aclip.models.text import real_token_ids
+from aclip.tokens import real_token_ids
 
 pytestmark = pytest.mark.distributed
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from trainer_run import BATCH, SHARD_SIZE, STEPS, read_losses, run_trainer, train_in, write_shards
 
+from aclip.data.find_data import check_same_shards
 from aclip.errors import ConfigError
-from aclip.training import pretrain as run_module
 from aclip.training import stepper
 
 pytestmark = pytest.mark.distributed
@@ -162,7 +162,7 @@ def test_ranks_that_see_other_data_are_refused(run_distributed, shards):
         if os.environ["RANK"] == "1":
             mine[2] = odd_one
         try:
-            run_module._check_same_shards(mine)
+            check_same_shards(mine)
         except ConfigError as error:
             return str(error)
 

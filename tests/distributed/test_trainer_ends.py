@@ -14,7 +14,6 @@ from trainer_run import BATCH, RECIPE, STEPS, run_trainer, train_in, write_shard
 from aclip.config.arguments import parse
 from aclip.run_folder import checkpoint_folder
 from aclip.training import checkpoint, stepper
-from aclip.training import pretrain as run_module
 from aclip.training.step_watch import NonFiniteLoss
 from aclip.training.upload import Uploader
 
@@ -160,7 +159,7 @@ def test_ranks_end_after_rank_0_has_uploaded(run_distributed, shards, tmp_path):
             upload(*args)
 
         Uploader._upload = slow
-        return run_module.pretrain(parse(words)), last.is_file()
+        return pretrain(parse(words)), last.is_file()
 
     assert run_distributed(pretrain, 2) == [(0, True), (0, True)]
 

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from processes import still_running
 
+from aclip.cli import EXIT_HANG
 from aclip.training.watchdog import (
     COMPUTING,
-    EXIT_HANG,
     LOADING,
     SAVING,
     Standing,

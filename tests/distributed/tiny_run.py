@@ -9,12 +9,14 @@ from torch import Tensor
 from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe_file import load_recipe
 from aclip.distributed import rank, world_size
-from aclip.engine.build import build_engine, init_distributed
+from aclip.engine.build import build_engine
+from aclip.engine.process_group import init_distributed
 from aclip.engine.sharded_state import ShardedState
 from aclip.method import losses, masking
 from aclip.method.losses import StudentOutput
 from aclip.models.student import StudentInput, build_student
-from aclip.models.text import END_TOKEN, START_TOKEN, real_token_ids
+from aclip.models.text import END_TOKEN, START_TOKEN
+from aclip.tokens import real_token_ids
 from aclip.training.teacher import Teacher
 
 BATCH = 8

@@ -14,7 +14,7 @@ from PIL import Image
 from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe_file import load_recipe
 from aclip.data.shards.listing import Shard, index_shards
-from aclip.engine.build import init_distributed
+from aclip.engine.process_group import init_distributed
 from aclip.run_folder import checkpoint_folder
 from aclip.training.trainer import Trainer
 

@@ -5,7 +5,7 @@ from PIL import Image
 
 from aclip.evaluation.linear_probe import linear_probe
 from aclip.evaluation.sets.evaluation_set import Example
-from aclip.evaluation.texts import Towers
+from aclip.evaluation.towers import Towers
 
 
 class Greys:

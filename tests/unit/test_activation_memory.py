@@ -4,10 +4,12 @@ import open_clip
 import torch
 from saved_activations import saved_activation_bytes
 
+from aclip.config.geometry import kept_blocks
 from aclip.config.recipe_file import load_recipe
 from aclip.method import masking
-from aclip.models.student import StudentInput, build_student, kept_blocks
-from aclip.models.text import END_TOKEN, START_TOKEN, real_token_ids
+from aclip.models.student import StudentInput, build_student
+from aclip.models.text import END_TOKEN, START_TOKEN
+from aclip.tokens import real_token_ids
 
 LENGTHS = (12, 9, 16, 39)  # mean 19, as captions of YFCC have it
 

@@ -6,9 +6,15 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from aclip.config.geometry import kept_blocks
 from aclip.config.recipe_file import load_recipe
 from aclip.method.masking import Selection
-from aclip.models.student import DistillInput, MlmInput, StudentInput, build_student, kept_blocks
+from aclip.models.student import (
+    DistillInput,
+    MlmInput,
+    StudentInput,
+    build_student,
+)
 from aclip.models.text import END_TOKEN, START_TOKEN
 from aclip.planning.activation_memory import (
     activations,

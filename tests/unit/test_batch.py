@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
 from aclip.data.augment import augment
 from aclip.data.batch import Batch, join
 from aclip.data.loader import LaneDataset, build_train_loader, striding_warnings
-from aclip.data.samples import patch_grid
 from aclip.data.shards.listing import Shard
 from aclip.data.tokenizer import build_tokenizer
 from aclip.data.workers import run_ahead

@@ -13,8 +13,9 @@ from aclip.engine.build import build_engine
 from aclip.errors import ConfigError
 from aclip.method.masking import Selection
 from aclip.models.student import build_student
-from aclip.models.text import END_TOKEN, START_TOKEN, TextTower, real_token_ids
+from aclip.models.text import END_TOKEN, START_TOKEN, TextTower
 from aclip.models.vit import ImageTower
+from aclip.tokens import real_token_ids
 
 
 @pytest.fixture

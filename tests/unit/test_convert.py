@@ -22,7 +22,8 @@ from aclip.data.convert.entries import make_key
 from aclip.data.convert.images import ImageRule
 from aclip.data.convert.sources.folder import folder_source
 from aclip.data.loader import build_train_loader
-from aclip.data.shards.listing import Shard, index_shards, read_captions, read_shard
+from aclip.data.members import read_captions
+from aclip.data.shards.listing import Shard, index_shards, read_shard
 from aclip.errors import ConfigError
 
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from aclip.data import demo
-from aclip.data.shards.listing import Shard, index_shards, read_captions, read_shard
+from aclip.data.members import read_captions
+from aclip.data.shards.listing import Shard, index_shards, read_shard
 from aclip.errors import ConfigError
 
 NUM_CLASSES = 24

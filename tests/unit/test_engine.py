@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from aclip.engine import build
+from aclip.engine import process_group
 from aclip.engine.sharded_state import MOMENTS, ShardedState
 
 
@@ -31,13 +31,13 @@ class TwoGpus:
 def test_each_rank_takes_its_own_device_before_anything_is_made(monkeypatch):
     accelerator, at_start = TwoGpus(), []
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(build, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(process_group, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(
-        build.deepspeed,
+        process_group.deepspeed,
         "init_distributed",
         lambda *args, **kwargs: at_start.append(accelerator.current),
     )
-    assert build.init_distributed() == torch.device("cuda:1")
+    assert process_group.init_distributed() == torch.device("cuda:1")
     assert at_start == [1]
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from aclip.evaluation.evaluate_set import evaluate
 from aclip.evaluation.sets.evaluation_set import Example
 from aclip.evaluation.sets.prompts import ClassPrompts
-from aclip.evaluation.texts import Towers
+from aclip.evaluation.towers import Towers
 
 CLASSES, TEMPLATES, IMAGES, EMBED_DIM, SIDE = 1000, 80, 50_000, 512, 8
 BOUND = 32 * 2**20

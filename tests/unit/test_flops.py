@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from aclip.config.geometry import kept_blocks
 from aclip.config.recipe_file import load_recipe, recipe_names
 from aclip.method import losses
 from aclip.method.masking import Selection
@@ -18,7 +19,6 @@ from aclip.models.student import (
     MlmInput,
     StudentInput,
     build_student,
-    kept_blocks,
 )
 from aclip.models.text import END_TOKEN, START_TOKEN
 from aclip.planning import flops

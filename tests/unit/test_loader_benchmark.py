@@ -8,9 +8,9 @@ import pytest
 from aclip.benchmarks import loading
 from aclip.benchmarks.loading import (
     EXACT,
+    ON_DEVICE,
     OPEN_CLIP,
     PLAIN,
-    SLOTS,
     Pipeline,
     data_waits,
     format_table,
@@ -20,14 +20,14 @@ from aclip.errors import ConfigError
 
 
 def test_rows_are_medians_and_medians_of_ratios():
-    seconds = {EXACT: [2, 4, 4], SLOTS: [1, 1, 1], OPEN_CLIP: [2, 2, 3], PLAIN: [10, 8, 6]}
+    seconds = {EXACT: [2, 4, 4], ON_DEVICE: [1, 1, 1], OPEN_CLIP: [2, 2, 3], PLAIN: [10, 8, 6]}
     pipelines = [Pipeline(name, iter(()), rounds) for name, rounds in seconds.items()]
     rows = {row.name: row for row in make_rows(pipelines, 100, 1000)}
     exact = rows[EXACT]
     assert exact.images_per_second == 25 and exact.milliseconds == 40 and exact.cores == 40
     assert exact.to_open_clip == 0.75  # of 1, 0.5 and 0.75
     assert exact.to_plain == 2  # of 5, 2 and 1.5
-    assert rows[OPEN_CLIP].to_open_clip == 1 and rows[SLOTS].to_open_clip == 2
+    assert rows[OPEN_CLIP].to_open_clip == 1 and rows[ON_DEVICE].to_open_clip == 2
     table = format_table(list(rows.values()), 1000, {"shards": "some"})
     assert "cores a GPU at 1,000 img/s" in table and "shards some" in table
     assert len(table.splitlines()) == 6
@@ -79,7 +79,7 @@ def test_all_loaders_read_the_same_shards_and_are_timed(
     changes = {"shards": f"{tmp_path}/[01].tar", "set": small, "json": str(path)}
     assert loading.run(arguments(**changes)) == 0
     rows = json.loads(path.read_text())["rows"]
-    assert [row["name"] for row in rows] == [EXACT, SLOTS, OPEN_CLIP, PLAIN]
+    assert [row["name"] for row in rows] == [EXACT, ON_DEVICE, OPEN_CLIP, PLAIN]
     assert all(row["images_per_second"] > 0 for row in rows)
     assert "img/s/core" in capsys.readouterr().out
 

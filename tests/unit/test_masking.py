@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from aclip.config.geometry import count_kept_blocks
 from aclip.kernels.attentive_pack import attentive_pack
-from aclip.method.masking import count_kept_blocks, select
+from aclip.method.masking import select
 
 
 def kept_patches(selection, batch, num_views, grid):

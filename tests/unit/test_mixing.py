@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from aclip.config.recipe import Recipe
+from aclip.data.find_data import find_data
 from aclip.data.lanes import LaneStream
 from aclip.data.mixing import MixedLane
 from aclip.data.shards.listing import Shard, Skip
-from aclip.training.pretrain import find_data
 
 SIZES = ((40, 30, 35), (12,), (9, 8))
 """Samples of each shard, by source."""

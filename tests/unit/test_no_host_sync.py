@@ -8,6 +8,7 @@ leave a process in which a fork cannot run a backward pass.)
 import pytest
 import torch
 
+from aclip.config.geometry import kept_blocks
 from aclip.config.recipe_file import load_recipe
 from aclip.method import losses, masking
 from aclip.method.losses import StudentOutput
@@ -16,9 +17,8 @@ from aclip.models.student import (
     MlmInput,
     StudentInput,
     build_student,
-    kept_blocks,
 )
-from aclip.models.text import real_token_ids
+from aclip.tokens import real_token_ids
 from aclip.training.teacher import Teacher
 
 RECIPE = [

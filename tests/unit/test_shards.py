@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from aclip.data.members import read_captions, read_image_bytes
 from aclip.data.shards.listing import (
     Shard,
     Skip,
     index_shards,
     list_shards,
-    read_captions,
-    read_image_bytes,
     read_shard,
     shard_names,
 )

@@ -5,12 +5,8 @@ import multiprocessing
 
 import pytest
 
-from aclip.errors import (
-    EXIT_UNREADABLE_DATA,
-    ConfigError,
-    DataError,
-    run_reporting_errors,
-)
+from aclip.cli import EXIT_UNREADABLE_DATA, run_reporting_errors
+from aclip.errors import ConfigError, DataError
 from aclip.nodes.hostfile import Host
 from aclip.nodes.supervisor import Supervisor, check_options
 

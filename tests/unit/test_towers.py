@@ -11,8 +11,9 @@ from transformers import CLIPTextModel
 
 from aclip.errors import ConfigError
 from aclip.method.masking import Selection
-from aclip.models.text import END_TOKEN, START_TOKEN, TextTower, real_token_ids
+from aclip.models.text import END_TOKEN, START_TOKEN, TextTower
 from aclip.models.vit import ImageTower
+from aclip.tokens import real_token_ids
 
 # Real widths and depths; few patches and, for base and large, fewer blocks keep this quick.
 TOWERS = [

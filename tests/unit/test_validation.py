@@ -17,7 +17,7 @@ from aclip.errors import ConfigError
 from aclip.evaluation.evaluate_set import evaluate
 from aclip.evaluation.sets.evaluation_set import NO_LABEL, ShardSet, read_validation
 from aclip.evaluation.sets.prompts import find_class_prompts
-from aclip.evaluation.texts import Towers
+from aclip.evaluation.towers import Towers
 
 TOKENIZER = build_tokenizer(16)
 

@@ -9,13 +9,12 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
+from aclip.data.decode import decode_image, decode_pixels
 from aclip.data.shards.listing import Skip
 from aclip.data.views import (
     center_crop,
     crop,
     cut_views,
-    decode_image,
-    decode_pixels,
     draw_boxes,
     random_box,
     teacher_box,

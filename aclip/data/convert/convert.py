@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from aclip.cli import EXIT_INTERRUPTED
 from aclip.data.convert import conversion
 from aclip.data.convert.entries import Source
 from aclip.data.convert.images import ImageRule
@@ -19,7 +20,6 @@ from aclip.data.convert.sources.yfcc import yfcc_source
 from aclip.data.convert.sources.yfcc_list import write_yfcc_list
 from aclip.errors import ConfigError
 
-EXIT_INTERRUPTED = 130
 READING = ("source", "name", "image_column", "caption_column", "no_quotes")
 """Arguments that decide how a source is read, besides its paths."""
 

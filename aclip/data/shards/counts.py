@@ -12,7 +12,7 @@ from filelock import FileLock
 from aclip.data.shards.remote import RemoteShards, is_remote
 from aclip.data.shards.tar import TarShard, unreadable
 from aclip.errors import ConfigError
-from aclip.files import write_whole
+from aclip.files import cache_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +20,6 @@ SIZES_FILE = "sizes.json"
 SCAN_THREADS = 8
 PROGRESS_SHARDS = 64
 """A scan reports each time it has counted this many shards."""
-
-
-def cache_folder() -> Path:
-    """Where aclip keeps what it can make again: ACLIP_CACHE, or ~/.cache/aclip."""
-    return Path(os.environ.get("ACLIP_CACHE") or Path.home() / ".cache" / "aclip")
 
 
 def count_samples(

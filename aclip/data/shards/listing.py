@@ -5,7 +5,6 @@ A position is the rank of a sample in its tar. Nothing here decodes an image or 
 
 import glob
 import itertools
-import json
 import logging
 import os
 import re
@@ -16,10 +15,11 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from aclip.config.recipe import DataConfig
-from aclip.data.shards.counts import cache_folder, count_samples
+from aclip.data.shards.counts import count_samples
 from aclip.data.shards.remote import RemoteShards, check_protocol, is_remote
 from aclip.data.shards.tar import RawSample, TarShard
 from aclip.errors import ConfigError
+from aclip.files import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +35,6 @@ SKIP_KINDS = (
 )
 """Why a sample can't be used. An image too large to be decoded safely is an unreadable one, and
 text over MAX_TEXT_BYTES is no caption."""
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-MAX_IMAGE_BYTES = 2**28
-MAX_TEXT_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,32 +144,6 @@ def read_shard(shard: Shard, start: int = 0) -> Iterator[tuple[int, RawSample | 
         yield missing, Skip("truncated_shard")
 
 
-def read_image_bytes(sample: RawSample) -> bytes | Skip:
-    """The encoded image of a sample: its first member with a suffix of IMAGE_SUFFIXES."""
-    for suffix in IMAGE_SUFFIXES:
-        if suffix in sample.members:
-            if sample.size(suffix) > MAX_IMAGE_BYTES:
-                return Skip("unreadable_image")
-            return sample.read(suffix)
-    return Skip("no_image")
-
-
-def read_captions(sample: RawSample) -> list[str] | Skip:
-    """The captions that are not blank: of json `captions`, else json `caption`, else txt."""
-    captions = None
-    if _has_text(sample, "json"):
-        captions = _captions_of_json(sample.read("json"))
-    if captions is None and _has_text(sample, "txt"):
-        captions = [sample.read("txt").decode("utf-8", errors="replace")]
-    if captions is None:
-        return Skip("no_caption")
-    return [caption for caption in captions if caption.strip()] or Skip("empty_caption")
-
-
-def _has_text(sample: RawSample, suffix: str) -> bool:
-    return suffix in sample.members and sample.size(suffix) <= MAX_TEXT_BYTES
-
-
 def shard_names(urls: list[str]) -> list[str]:
     """A name for each shard: its stem, or its path without suffix where stems repeat."""
     stems = [Path(url).stem for url in urls]
@@ -213,21 +184,3 @@ def _existing_files(path: str, entry: str, field: str) -> list[str]:
             return matches
         raise ConfigError(f"{field} is {entry}, but no file matches {path}; check the path")
     raise ConfigError(f"{field} is {entry}, but there is no file {path}; check the path")
-
-
-def _captions_of_json(content: bytes) -> list[str] | None:
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(values, dict):
-        return None
-    captions = values.get("captions")
-    if isinstance(captions, list) and captions and all(isinstance(text, str) for text in captions):
-        return [_valid(text) for text in captions]
-    return [_valid(values["caption"])] if isinstance(values.get("caption"), str) else None
-
-
-def _valid(text: str) -> str:
-    """The text without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")

@@ -11,8 +11,8 @@ from filelock import FileLock
 from torchvision.datasets import VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from aclip.data.decode import DECODE_ERRORS, decode_image, to_rgb
 from aclip.data.shards.listing import Skip
-from aclip.data.views import DECODE_ERRORS, decode_image, to_rgb
 from aclip.errors import ConfigError
 from aclip.evaluation.sets.evaluation_set import MIN_SIDE, NO_LABEL, Example
 

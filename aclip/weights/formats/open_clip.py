@@ -14,7 +14,7 @@ from torch import Tensor
 from aclip.config.recipe import Recipe
 from aclip.models.text import VOCAB_SIZE
 from aclip.weights.formats.clip_text import from_clip_text, to_clip_text
-from aclip.weights.tensors_file import TowerFacts
+from aclip.weights.names import TowerFacts
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"

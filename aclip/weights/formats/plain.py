@@ -6,7 +6,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aclip.weights.tensors_file import TowerFacts
+from aclip.weights.names import TowerFacts
 
 WEIGHTS = "model.safetensors"
 

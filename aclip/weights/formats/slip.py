@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from aclip.weights.formats.clip_text import from_clip_text, transposed
-from aclip.weights.tensors_file import TowerFacts
+from aclip.weights.names import TowerFacts
 
 TRAINING_ONLY = ("image_mlp.", "im_proj_byol", "im_pred_byol")
 EMA = "visual_ema."

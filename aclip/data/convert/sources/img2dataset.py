@@ -10,8 +10,8 @@ from tqdm import tqdm
 from aclip.data.convert.pool import end_with_parent
 from aclip.data.convert.report import write_json
 from aclip.data.convert.sources.text_files import existing_folder
+from aclip.data.members import IMAGE_SUFFIXES
 from aclip.data.shards.counts import SIZES_FILE
-from aclip.data.shards.listing import IMAGE_SUFFIXES
 from aclip.data.shards.tar import TarShard
 from aclip.errors import ConfigError
 

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 from aclip.config.recipe import Recipe
-from aclip.data import whole_images as slots_module
+from aclip.data import device_views
 from aclip.data.batch import Batch, join
+from aclip.data.device_views import cut_views_on_device
 from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import Shard, Skip
 from aclip.data.views import crop, random_box
-from aclip.data.whole_images import cut_views, make_slot, stack_slots
+from aclip.data.whole_images import read_whole_image, stack_images
 from aclip.training.step_inputs import StepInputs
 
 SIZES = [(64, 64), (91, 47), (47, 91), (200, 33), (33, 200), (120, 160)]
@@ -40,37 +41,41 @@ def levels_apart(first, second) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_views_are_within_one_level_of_pillows(side, dtype):
     rng = np.random.default_rng(side)
-    slots = [make_slot(encode(*size, seed), 1, 1024) for seed, size in enumerate(SIZES)]
+    whole_images = [
+        read_whole_image(encode(*size, seed), 1, 1024) for seed, size in enumerate(SIZES)
+    ]
     boxes = [[random_box(rng, *size, (0.05, 1.0)) for _ in range(3)] for size in SIZES]
     for row, (height, width) in zip(boxes, SIZES, strict=True):
         row += [(0, 0, height, width), (height - 7, width - 9, 7, 9)]  # all of it, and a corner
-    images, sizes = slots_module._pad(stack_slots(slots))
-    views = slots_module._resample(images, sizes, torch.tensor(boxes), side, dtype)
-    for slot, row, found in zip(slots, boxes, views, strict=True):
-        image = Image.fromarray(slot.pixels)
+    images, sizes = device_views._pad(stack_images(whole_images))
+    views = device_views._resample(images, sizes, torch.tensor(boxes), side, dtype)
+    for image, row, found in zip(whole_images, boxes, views, strict=True):
+        image = Image.fromarray(image.pixels)
         expected = np.stack([crop(image, box, side) for box in row])
         assert levels_apart(found, expected) <= 1
 
 
 def test_weights_sum_to_one_inside_the_image_and_are_zero_beyond():
     start, length = torch.tensor([[0.0, 3.5]]), torch.tensor([[20.0, 16.5]])
-    weights = slots_module.resampling_weights(start, length, torch.tensor([[20]]), 26, 7)
+    weights = device_views.resampling_weights(start, length, torch.tensor([[20]]), 26, 7)
     assert weights.shape == (1, 2, 7, 26)
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 7))
     assert (weights[..., 20:] == 0).all()
 
 
 def test_padding_and_batching_change_no_view(monkeypatch):
-    slots = [make_slot(encode(*size, seed), 1, 1024) for seed, size in enumerate(SIZES)]
+    whole_images = [
+        read_whole_image(encode(*size, seed), 1, 1024) for seed, size in enumerate(SIZES)
+    ]
     boxes = torch.tensor([[(3, 5, 20, 25)]] * len(SIZES), dtype=torch.int32)
-    together = cut_views(stack_slots(slots), boxes, boxes[:, 0], 32, 16)
-    monkeypatch.setattr(slots_module, "IMAGES_AT_ONCE", 4)
-    in_parts = cut_views(stack_slots(slots), boxes, boxes[:, 0], 32, 16)
+    together = cut_views_on_device(stack_images(whole_images), boxes, boxes[:, 0], 32, 16)
+    monkeypatch.setattr(device_views, "IMAGES_AT_ONCE", 4)
+    in_parts = cut_views_on_device(stack_images(whole_images), boxes, boxes[:, 0], 32, 16)
     for name in ("student_views", "teacher_view"):
         assert levels_apart(together[name], in_parts[name]) <= 1  # sums in another order
     assert together["teacher_view"].shape == (6, 3, 16, 16) and together["ssl_views"] is None
-    for index, slot in enumerate(slots):
-        alone = cut_views(stack_slots([slot]), boxes[index : index + 1], None, 32, None)
+    for index, image in enumerate(whole_images):
+        alone = cut_views_on_device(stack_images([image]), boxes[index : index + 1], None, 32, None)
         assert levels_apart(alone["student_views"][0], together["student_views"][index]) <= 1
 
 
@@ -82,16 +87,18 @@ def test_a_large_image_is_reduced_by_the_smallest_whole_factor_to_means_of_squar
     size, max_side, factor
 ):
     content = encode(*size, image_format="PNG")
-    slot = make_slot(content, 1, max_side)
-    assert (slot.factor, slot.height, slot.width) == (factor, *size)
+    image = read_whole_image(content, 1, max_side)
+    assert (image.factor, image.height, image.width) == (factor, *size)
     pixels = np.asarray(Image.open(io.BytesIO(content))).astype(float)
-    assert slot.pixels.shape == (-(-size[0] // factor), -(-size[1] // factor), 3)
+    assert image.pixels.shape == (-(-size[0] // factor), -(-size[1] // factor), 3)
     first = pixels[:factor, :factor].mean((0, 1))
-    assert np.abs(slot.pixels[0, 0] - first).max() <= 0.5 + 1e-6
+    assert np.abs(image.pixels[0, 0] - first).max() <= 0.5 + 1e-6
     box = (20, 30, 40, 45)
-    found = cut_views(stack_slots([slot]), torch.tensor([[box]]), None, 24, None)["student_views"]
+    found = cut_views_on_device(stack_images([image]), torch.tensor([[box]]), None, 24, None)[
+        "student_views"
+    ]
     region = tuple(edge / factor for edge in (30, 20, 75, 60))
-    expected = Image.fromarray(slot.pixels).resize((24, 24), Image.Resampling.BILINEAR, box=region)
+    expected = Image.fromarray(image.pixels).resize((24, 24), Image.Resampling.BILINEAR, box=region)
     assert levels_apart(found[0, 0].permute(1, 2, 0), np.array(expected)) <= 1
 
 
@@ -99,23 +106,25 @@ def test_images_in_a_buffer_are_handed_over_without_a_copy():
     contents = [encode(*size, seed) for seed, size in enumerate(SIZES)]
     contents[2] = encode(*SIZES[2], 2, "PNG")  # decoded elsewhere, by Pillow
     damaged = contents[1][:300]
-    expected = stack_slots([make_slot(content, 1, 1024) for content in contents]).pixels
-    buffer = slots_module.SlotBuffer()
+    expected = stack_images([read_whole_image(content, 1, 1024) for content in contents]).pixels
+    buffer = device_views.PixelBuffer()
     places = []
     for some in (contents, contents[:2] + contents[3:], [damaged, *contents[3:]], contents):
-        slots = [make_slot(content, 1, 1024, buffer) for content in some]
-        slots = [slot for slot in slots if not isinstance(slot, Skip)]
-        whole = torch.from_numpy(np.concatenate([slot.pixels.reshape(-1) for slot in slots]))
-        found = stack_slots(slots, buffer).pixels
+        whole_images = [read_whole_image(content, 1, 1024, buffer) for content in some]
+        whole_images = [image for image in whole_images if not isinstance(image, Skip)]
+        whole = torch.from_numpy(
+            np.concatenate([image.pixels.reshape(-1) for image in whole_images])
+        )
+        found = stack_images(whole_images, buffer).pixels
         assert torch.equal(found.flatten(), whole)
-        places.append(found.data_ptr() == slots[0].pixels.ctypes.data)
+        places.append(found.data_ptr() == whole_images[0].pixels.ctypes.data)
     assert places == [False, True, True, True]
     assert torch.equal(found, expected)
 
 
 def test_what_can_not_be_decoded_is_skipped_alike():
-    assert make_slot(encode(40, 40)[:300], 1, 100) == Skip("unreadable_image")
-    assert make_slot(encode(40, 10), 16, 100) == Skip("image_too_small")
+    assert read_whole_image(encode(40, 40)[:300], 1, 100) == Skip("unreadable_image")
+    assert read_whole_image(encode(40, 10), 16, 100) == Skip("image_too_small")
 
 
 @pytest.fixture
@@ -167,7 +176,7 @@ def test_both_ways_give_the_same_batches_with_pixels_within_one_level(shards, ra
             assert torch.equal(getattr(batch, name), getattr(exact, name)), name
         assert all(getattr(batch, name) is None for name in VIEWS)
         cut = on_device(batch, recipe)
-        assert cut.slots is None
+        assert cut.whole_images is None
         for name in VIEWS:
             found, wanted = getattr(cut, name), getattr(exact, name)
             assert found.shape == wanted.shape and found.dtype == torch.uint8

@@ -1,0 +1,38 @@
+"""Patches, blocks and how many of them a recipe keeps, without a tower: workers build none."""
+
+import math
+import re
+
+from aclip.config.recipe import Recipe
+from aclip.errors import ConfigError
+
+
+def patch_grid(recipe: Recipe) -> int:
+    """Patches per side of a student view, from the recipe alone: workers build no tower.
+
+    Raises:
+        ConfigError: the tower's patch size is neither in its keyword arguments nor in its name.
+    """
+    image = recipe.model.image
+    patch = image.kwargs.get("patch_size")
+    if patch is None:
+        in_name = re.search(r"patch(\d+)", image.name)
+        if in_name is None:
+            raise ConfigError(
+                f"model.image.name is {image.name}, which does not name a patch size; set "
+                "model.image.kwargs.patch_size"
+            )
+        patch = in_name[1]
+    return image.resolution // int(patch)
+
+
+def count_kept_blocks(grid: int, block_size: int, keep_ratio: float) -> int:
+    """The share `keep_ratio` of a view's blocks, rounded up: 25 of 49 at 0.5."""
+    num_blocks = (grid // block_size) ** 2
+    # 0.28 * 25 is 7.000000000000001 in floats, and that is not eight blocks.
+    return math.ceil(keep_ratio * num_blocks - 1e-9)
+
+
+def kept_blocks(recipe: Recipe, grid: int) -> int:
+    """How many blocks of a student view with `grid` patches per side the recipe keeps."""
+    return count_kept_blocks(grid, recipe.mask.block_size, recipe.mask.keep_ratio)

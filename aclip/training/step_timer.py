@@ -1,0 +1,55 @@
+"""Throughput and data wait of the last steps."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class StepTimer:
+    """Throughput and data-wait share of the last steps, as the host sees them.
+
+        with timer.waiting():
+            batch = next(batches)
+        ...
+        timer.step(images)
+
+    On an accelerator the host runs ahead of the device; over a window of steps the times agree.
+
+    Args:
+        window: steps.
+        clock: seconds.
+    """
+
+    def __init__(self, window: int = 50, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._steps = deque(maxlen=window)  # (seconds, seconds waited, images)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins a step now: the time since the last one, an evaluation say, counts for none."""
+        self._start = self._clock()
+        self._waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._waited += self._clock() - start
+
+    def step(self, images: int) -> None:
+        """Ends a step of so many images over all ranks, and begins the next."""
+        self._steps.append((self._clock() - self._start, self._waited, images))
+        self.reset()
+
+    def summary(self) -> dict[str, float | None]:
+        """images_per_second and data_wait_percent over the window; None before the first step."""
+        seconds = sum(step[0] for step in self._steps)
+        if not seconds:
+            return {"images_per_second": None, "data_wait_percent": None}
+        return {
+            "images_per_second": sum(step[2] for step in self._steps) / seconds,
+            "data_wait_percent": 100 * sum(step[1] for step in self._steps) / seconds,
+        }

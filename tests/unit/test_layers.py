@@ -1,0 +1,50 @@
+"""The rooms of aclip import downwards only; see aclip/README.md."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "aclip"
+LAYERS = (
+    {"config", "method", "run_folder"},
+    {"models", "data"},
+    {"engine"},
+    {"weights", "nodes"},
+    {"reports"},
+    {"evaluation", "planning"},
+    {"training"},
+    {"ablation", "benchmarks"},
+)
+FLOOR = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+GROUND = -1
+"""The floor of the modules directly in aclip/, which import no room at all."""
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms and ground modules that a file imports from."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "aclip":
+            rooms |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("aclip."):
+            rooms.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            rooms |= {a.name.split(".")[1] for a in node.names if a.name.startswith("aclip.")}
+    return rooms
+
+
+def test_rooms_import_downwards():
+    broken = []
+    for path in PACKAGE.rglob("*.py"):
+        here = path.relative_to(PACKAGE).parts[0]
+        floor = FLOOR.get(here, GROUND)
+        broken += [
+            f"{path.relative_to(PACKAGE)} imports aclip.{there}"
+            for there in imported_rooms(path)
+            if there in FLOOR and there != here and FLOOR[there] >= floor
+        ]
+    assert not broken
+
+
+def test_every_room_has_a_floor():
+    rooms = {path.parent.relative_to(PACKAGE).parts[0] for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms == FLOOR.keys()
