@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from aclip.config.geometry import count_kept_blocks
 from aclip.config.recipe import MaskConfig, Recipe, TeacherConfig
 from aclip.data.decode import decode_image
 from aclip.data.members import read_captions, read_image_bytes
@@ -56,7 +57,7 @@ class PictureSet:
         block_size = self.mask.block_size
         selection = masking.select(
             policy,
-            masking.count_kept_blocks(grid, block_size, self.mask.keep_ratio),
+            count_kept_blocks(grid, block_size, self.mask.keep_ratio),
             block_size,
             teacher_scores=scores,
             teacher_box=self.teacher_box,

@@ -151,7 +151,7 @@ def test_ranks_end_after_rank_0_has_uploaded(run_distributed, shards, tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     last = tmp_path / "remote" / checkpoint_folder.LATEST
 
-    def pretrain():
+    def run():
         upload = Uploader._upload
 
         def slow(*args):
@@ -161,7 +161,7 @@ def test_ranks_end_after_rank_0_has_uploaded(run_distributed, shards, tmp_path):
         Uploader._upload = slow
         return pretrain(parse(words)), last.is_file()
 
-    assert run_distributed(pretrain, 2) == [(0, True), (0, True)]
+    assert run_distributed(run, 2) == [(0, True), (0, True)]
 
 
 def test_run_that_is_made_longer_is_evaluated_at_its_new_end(run_distributed, shards, tmp_path):

@@ -6,7 +6,7 @@ import sys
 PREPARE = """
 import torch
 import torch.nn.functional as F
-from aclip import cpu_bf16
+from aclip.engine import cpu_bf16
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
