@@ -14,6 +14,7 @@ from trainer_run import BATCH, RECIPE, STEPS, run_trainer, train_in, write_shard
 from aclip.config.arguments import parse
 from aclip.run_folder import checkpoint_folder
 from aclip.training import checkpoint, stepper
+from aclip.training.pretrain import pretrain
 from aclip.training.step_watch import NonFiniteLoss
 from aclip.training.upload import Uploader
 
