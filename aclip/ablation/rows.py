@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
+from aclip.method.losses.terms import no_auxiliary_terms
 
 NO_AUXILIARY_LOSS = (
-    *("loss.simclr=0", "loss.byol=0", "loss.distill=0", "loss.mlm=0"),
+    *(f"loss.{name}={weight:g}" for name, weight in no_auxiliary_terms().items()),
     "views.ssl=0",
 )
 NO_TEACHER = ("teacher=null", *NO_AUXILIARY_LOSS)

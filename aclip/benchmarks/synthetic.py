@@ -11,7 +11,7 @@ from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
 from aclip.data.augment import draw_augment_params
 from aclip.data.batch import Batch
-from aclip.tokens import END_ID, START_ID
+from aclip.method.tokens import END_ID, START_ID
 
 # Token counts of YFCC-15M's captions: log-normal with this median and mean.
 MEDIAN_LENGTH, MEAN_LENGTH = 12, 20
@@ -58,7 +58,8 @@ def synthetic_batch(recipe: Recipe, batch_size: int) -> Batch:
     has_teacher_view = recipe.needs_teacher_view
     teacher_side = recipe.teacher.resolution if has_teacher_view else 0
     blocks = grid // recipe.mask.block_size
-    random_mask = recipe.mask.policy == "random"
+    reads_noise = recipe.mask_policy.reads_noise
+    shapes = {term.name: term.noise_shape(grid) for term in recipe.terms}
     context_length = recipe.model.text.context_length
     return Batch(
         student_views=pixels(batch_size, views.student, 3, side, side),
@@ -68,11 +69,10 @@ def synthetic_batch(recipe: Recipe, batch_size: int) -> Batch:
         student_boxes=box.repeat(batch_size, views.student, 1),
         teacher_box=box.repeat(batch_size, 1) if has_teacher_view else None,
         augment_params=params(recipe.augment, views.student),
-        mask_noise=noise(batch_size, views.student, blocks, blocks) if random_mask else None,
+        mask_noise=noise(batch_size, views.student, blocks, blocks) if reads_noise else None,
         ssl_views=pixels(batch_size, views.ssl, 3, side, side) if views.ssl else None,
         ssl_params=params(recipe.ssl_augment, views.ssl) if views.ssl else None,
-        distill_noise=noise(batch_size, 1, grid, grid) if recipe.loss.distill else None,
-        mlm_noise=noise(batch_size, context_length) if recipe.loss.mlm else None,
+        term_noise={name: noise(batch_size, *shape) for name, shape in shapes.items() if shape},
         tokens=synthetic_tokens(batch_size, context_length),
         keys=[str(index) for index in range(batch_size)],
         captions=[""] * batch_size,

@@ -57,7 +57,8 @@ def recipe_of_values(values: dict[str, Any], source: str) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every default written out; load_recipe reads it back."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    values = {"description": recipe.description} | recipe.model_dump(mode="json")
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def _read_yaml(name_or_path: str) -> dict:
@@ -134,7 +135,7 @@ def _numbers(value: Any) -> Any:
 
 def _refuse_unknown_keys(values: dict, part: type[BaseModel], prefix: str) -> None:
     for key, value in values.items():
-        field = part.model_fields.get(key)
+        field = part.model_fields.get(_today(key, part))
         if field is None:
             known = list(part.model_fields)
             hint = _nearest(key, known, prefix)
@@ -157,6 +158,14 @@ def _refuse_unknown_keys(values: dict, part: type[BaseModel], prefix: str) -> No
         for index, item in enumerate(value if isinstance(value, list) else []):
             if isinstance(item, dict):
                 _refuse_unknown_keys(item, section, f"{prefix}{key}.{index}.")
+
+
+def _today(key: str, part: type[BaseModel]) -> str:
+    """What a key is called today, where it had another name in older recipes."""
+    for name, field in part.model_fields.items():
+        if field.validation_alias is not None and key in field.validation_alias.choices:
+            return name
+    return key
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:

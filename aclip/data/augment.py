@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aclip.config.recipe import AugmentConfig, ColorConfig
+from aclip.config.sections import AugmentConfig, ColorConfig
 from aclip.kernels.augment_views import AUGMENT_PARAMS, augment_views
 
 NUM_ORDERS = math.factorial(4)

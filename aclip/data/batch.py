@@ -28,17 +28,15 @@ class Batch:
     augment_params: Tensor
     """(B, V, 9) fp32, see aclip.kernels.augment_views"""
     mask_noise: Tensor | None
-    """(B, V, G / block_size, G / block_size) fp32 in [0, 1), for mask.policy random"""
+    """(B, V, G / block_size, G / block_size) fp32 in [0, 1), for a policy that reads noise"""
     ssl_views: Tensor | None
-    """(B, S, 3, R, R) uint8, S views for SimCLR alone"""
+    """(B, S, 3, R, R) uint8, S views of their own for a loss between views"""
     ssl_params: Tensor | None
     """(B, S, 9) fp32, as augment_params"""
-    distill_noise: Tensor | None
-    """(B, 1, G, G) fp32 in [0, 1): the patches that masked self-distillation hides"""
-    mlm_noise: Tensor | None
-    """(B, context_length) fp32 in [0, 1): the tokens that masked language modelling hides"""
     tokens: Tensor
     """(B, L) int64, L the longest caption's length"""
+    term_noise: dict[str, Tensor]
+    """(B, ...) fp32 in [0, 1), what each loss term wants, by the term's name"""
     keys: list[str]
     captions: list[str]
     cursors: Tensor
@@ -54,26 +52,26 @@ class Batch:
 
     def split(self, size: int) -> list["Batch"]:
         """Micro-batches of `size` consecutive samples; each carries the whole batch's cursors."""
-        values = {name: getattr(self, name) for name in PER_SAMPLE}
         return [
             replace(
                 self,
                 skipped=self.skipped if start == 0 else {},
-                whole_images=None
-                if self.whole_images is None
-                else self.whole_images[start : start + size],
                 **{
-                    name: None if value is None else value[start : start + size]
-                    for name, value in values.items()
+                    name: _rows(getattr(self, name), slice(start, start + size))
+                    for name in PER_SAMPLE
                 },
             )
             for start in range(0, len(self), size)
         ]
 
 
-LISTS = ("keys", "captions")
-OF_ALL = ("cursors", "skipped", "whole_images")
+OF_ALL = ("cursors", "skipped")
 PER_SAMPLE = tuple(part.name for part in fields(Batch) if part.name not in OF_ALL)
+STACKED = tuple(
+    part.name
+    for part in fields(Sample)
+    if part.name not in ("key", "caption", "term_noise", "whole_image")
+)
 
 
 def collate(
@@ -90,16 +88,11 @@ def collate(
 
     captions = [sample.caption for sample in samples]
     return Batch(
-        student_views=stack([sample.views.student_views for sample in samples]),
-        teacher_view=stack([sample.views.teacher_view for sample in samples]),
-        student_boxes=stack([sample.views.student_boxes for sample in samples]),
-        teacher_box=stack([sample.views.teacher_box for sample in samples]),
-        augment_params=stack([sample.augment_params for sample in samples]),
-        mask_noise=stack([sample.mask_noise for sample in samples]),
-        ssl_views=stack([sample.ssl_views for sample in samples]),
-        ssl_params=stack([sample.ssl_params for sample in samples]),
-        distill_noise=stack([sample.distill_noise for sample in samples]),
-        mlm_noise=stack([sample.mlm_noise for sample in samples]),
+        **{name: stack([getattr(sample, name) for sample in samples]) for name in STACKED},
+        term_noise={
+            name: stack([sample.term_noise[name] for sample in samples])
+            for name in samples[0].term_noise
+        },
         tokens=tokenizer.encode(captions),
         keys=[sample.key for sample in samples],
         captions=captions,
@@ -118,18 +111,29 @@ def join(parts: list[Batch], pin: bool = False) -> Batch:
         replace(part, tokens=F.pad(part.tokens, (0, length - part.tokens.shape[1])))
         for part in parts
     ]
-    joined = {}
-    for name in PER_SAMPLE:
-        values = [getattr(part, name) for part in parts]
-        if name in LISTS:
-            joined[name] = [item for value in values for item in value]
-        elif values[0] is not None:
-            shape = (sum(len(value) for value in values), *values[0].shape[1:])
-            whole = torch.empty(shape, dtype=values[0].dtype, pin_memory=pin)
-            joined[name] = torch.cat(values, out=whole)
-        else:
-            joined[name] = None
-    cursors = torch.cat([part.cursors for part in parts])
-    skipped = sum((Counter(part.skipped) for part in parts), Counter())
-    whole_images = join_images([part.whole_images for part in parts], pin)
-    return Batch(**joined, cursors=cursors, skipped=dict(skipped), whole_images=whole_images)
+    return Batch(
+        **{name: _join([getattr(part, name) for part in parts], pin) for name in PER_SAMPLE},
+        cursors=torch.cat([part.cursors for part in parts]),
+        skipped=dict(sum((Counter(part.skipped) for part in parts), Counter())),
+    )
+
+
+def _rows(value, rows: slice):
+    if isinstance(value, dict):
+        return {name: _rows(item, rows) for name, item in value.items()}
+    return None if value is None else value[rows]
+
+
+def _join(values: list, pin: bool):
+    """Joins one field of consecutive parts."""
+    first = values[0]
+    if first is None:
+        return None
+    if isinstance(first, list):
+        return [item for value in values for item in value]
+    if isinstance(first, dict):
+        return {name: _join([value[name] for value in values], pin) for name in first}
+    if isinstance(first, WholeImages):
+        return join_images(values, pin)
+    shape = (sum(len(value) for value in values), *first.shape[1:])
+    return torch.cat(values, out=torch.empty(shape, dtype=first.dtype, pin_memory=pin))

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from aclip.config.geometry import patch_grid
-from aclip.config.recipe import DataConfig, Recipe
+from aclip.config.recipe import Recipe
+from aclip.config.sections import DataConfig
 from aclip.data.batch import Batch, collate, join
 from aclip.data.lanes import LaneStream, cost_of_striding, resolve_lanes, resolve_workers
 from aclip.data.mixing import MixedLane

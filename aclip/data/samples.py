@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image
 
 from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
@@ -12,13 +13,7 @@ from aclip.data.lanes import sample_rng
 from aclip.data.members import read_captions, read_image_bytes
 from aclip.data.shards.listing import Shard, Skip, shard_names
 from aclip.data.shards.tar import RawSample
-from aclip.data.views import (
-    Views,
-    cut_ssl_views,
-    cut_views,
-    draw_boxes,
-    draw_ssl_boxes,
-)
+from aclip.data.views import Box, crop, cut_ssl_views, draw_boxes, draw_ssl_boxes
 from aclip.data.whole_images import PixelBuffer, WholeImage, read_whole_image
 
 
@@ -29,21 +24,38 @@ class Sample:
 
     key: str
     caption: str
-    views: Views
+    student_boxes: np.ndarray
+    teacher_box: np.ndarray | None
     augment_params: np.ndarray
     mask_noise: np.ndarray | None
-    ssl_views: np.ndarray | None
     ssl_params: np.ndarray | None
-    distill_noise: np.ndarray | None
-    mlm_noise: np.ndarray | None
+    term_noise: dict[str, np.ndarray]
+    student_views: np.ndarray | None = None
+    teacher_view: np.ndarray | None = None
+    ssl_views: np.ndarray | None = None
     whole_image: WholeImage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """All that is random in a sample."""
+
+    caption: str
+    boxes: list[Box]
+    around: Box
+    augment_params: np.ndarray
+    mask_noise: np.ndarray | None
+    ssl_boxes: list[Box]
+    ssl_flips: list[bool]
+    ssl_params: np.ndarray | None
+    term_noise: dict[str, np.ndarray]
 
 
 class SampleMaker:
     """Makes samples as a recipe asks for; the same place in the stream gives the same sample.
 
     Args:
-        recipe: decides views, augmentation and mask noise, and which images are too small.
+        recipe: decides views, augmentation and noise, and which images are too small.
         shards: of the whole data set; samples are named by their files.
         buffer: that whole images are decoded into, in the order of the calls; or None.
     """
@@ -55,6 +67,10 @@ class SampleMaker:
         self.buffer = buffer
         self.grid = patch_grid(recipe)
         self.blocks = self.grid // recipe.mask.block_size
+        self.resolution = recipe.model.image.resolution
+        self.teacher_resolution = recipe.teacher.resolution if recipe.needs_teacher_view else None
+        shapes = {term.name: term.noise_shape(self.grid) for term in recipe.terms}
+        self.noise_shapes = {name: shape for name, shape in shapes.items() if shape is not None}
 
     def make(
         self, lane: int, shard_index: int, raw: RawSample, epoch: int, position: int
@@ -63,61 +79,80 @@ class SampleMaker:
         captions = read_captions(raw)
         if isinstance(captions, Skip):
             return captions
+        image = self._decode(raw)
+        if isinstance(image, Skip):
+            return image
+        source = self.sources[shard_index]
+        rng = sample_rng(self.recipe.train.seed, lane, epoch, position, source)
+        draws = self._draw(rng, captions, image.height, image.width)
+        has_teacher = self.teacher_resolution is not None
+        sample = Sample(
+            key=f"{self.names[shard_index]}/{raw.key}",
+            caption=draws.caption,
+            student_boxes=np.array(draws.boxes, dtype=np.int32),
+            teacher_box=np.array(draws.around, dtype=np.int32) if has_teacher else None,
+            augment_params=draws.augment_params,
+            mask_noise=draws.mask_noise,
+            ssl_params=draws.ssl_params,
+            term_noise=draws.term_noise,
+        )
+        return self._with_pixels(sample, image, draws)
+
+    def _decode(self, raw: RawSample) -> Image.Image | WholeImage | Skip:
         content = read_image_bytes(raw)
         if isinstance(content, Skip):
             return content
-        recipe = self.recipe
-        image = whole_image = None
-        if recipe.data.crops == "worker":
-            image = decode_image(content, recipe.data.min_image_side)
-        else:
-            whole_image = read_whole_image(
-                content, recipe.data.min_image_side, recipe.data.max_image_side, self.buffer
-            )
-        if isinstance(image, Skip) or isinstance(whole_image, Skip):
-            return image or whole_image
-        width, height = image.size if image else (whole_image.width, whole_image.height)
-        # The order of draws is part of what a seed means: add new ones at the end.
-        source = self.sources[shard_index]
-        rng = sample_rng(recipe.train.seed, lane, epoch, position, source)
+        data = self.recipe.data
+        if data.crops == "worker":
+            return decode_image(content, data.min_image_side)
+        return read_whole_image(content, data.min_image_side, data.max_image_side, self.buffer)
+
+    def _draw(
+        self, rng: np.random.Generator, captions: list[str], height: int, width: int
+    ) -> Draws:
+        """Draws in an order that is part of what a seed means: add new draws at the end."""
+        recipe, views = self.recipe, self.recipe.views
         caption = captions[rng.integers(len(captions))]
-        boxes, around = draw_boxes(rng, height, width, recipe.views.student, recipe.views.scale)
-        views = cut_views(
-            image,
-            boxes,
-            around,
-            recipe.model.image.resolution,
-            recipe.teacher.resolution if recipe.needs_teacher_view else None,
-        )
-        params = draw_augment_params(rng, recipe.augment, recipe.views.student)
-        noise = None
-        if recipe.mask.policy == "random":
-            noise = rng.random((recipe.views.student, self.blocks, self.blocks), dtype=np.float32)
-        ssl_views = ssl_params = None
-        if recipe.views.ssl:
-            config = recipe.views
-            ssl_boxes, flips = draw_ssl_boxes(
-                rng, height, width, config.ssl, config.ssl_scale, config.ssl_flip_prob
+        boxes, around = draw_boxes(rng, height, width, views.student, views.scale)
+        augment_params = draw_augment_params(rng, recipe.augment, views.student)
+        mask_noise = None
+        if recipe.mask_policy.reads_noise:
+            mask_noise = rng.random((views.student, self.blocks, self.blocks), dtype=np.float32)
+        ssl_boxes, ssl_flips, ssl_params = [], [], None
+        if views.ssl:
+            ssl_boxes, ssl_flips = draw_ssl_boxes(
+                rng, height, width, views.ssl, views.ssl_scale, views.ssl_flip_prob
             )
-            ssl_params = draw_augment_params(rng, recipe.ssl_augment, config.ssl)
-            if image:
-                ssl_views = cut_ssl_views(image, ssl_boxes, flips, recipe.model.image.resolution)
-            else:
-                whole_image = replace(whole_image, ssl_boxes=ssl_boxes, ssl_flips=flips)
-        distill_noise = mlm_noise = None
-        if recipe.loss.distill > 0:
-            distill_noise = rng.random((1, self.grid, self.grid), dtype=np.float32)
-        if recipe.loss.mlm > 0:
-            mlm_noise = rng.random(recipe.model.text.context_length, dtype=np.float32)
-        return Sample(
-            f"{self.names[shard_index]}/{raw.key}",
-            caption,
-            views,
-            params,
-            noise,
-            ssl_views,
-            ssl_params,
-            distill_noise,
-            mlm_noise,
-            whole_image,
+            ssl_params = draw_augment_params(rng, recipe.ssl_augment, views.ssl)
+        return Draws(
+            caption=caption,
+            boxes=boxes,
+            around=around,
+            augment_params=augment_params,
+            mask_noise=mask_noise,
+            ssl_boxes=ssl_boxes,
+            ssl_flips=ssl_flips,
+            ssl_params=ssl_params,
+            term_noise={
+                name: rng.random(shape, dtype=np.float32)
+                for name, shape in self.noise_shapes.items()
+            },
+        )
+
+    def _with_pixels(self, sample: Sample, image: Image.Image | WholeImage, draws: Draws) -> Sample:
+        """The sample with its views, or with the whole image that they are cut from later."""
+        if isinstance(image, WholeImage):
+            if draws.ssl_boxes:
+                image = replace(image, ssl_boxes=draws.ssl_boxes, ssl_flips=draws.ssl_flips)
+            return replace(sample, whole_image=image)
+        teacher_view = ssl_views = None
+        if self.teacher_resolution is not None:
+            teacher_view = crop(image, draws.around, self.teacher_resolution)
+        if draws.ssl_boxes:
+            ssl_views = cut_ssl_views(image, draws.ssl_boxes, draws.ssl_flips, self.resolution)
+        return replace(
+            sample,
+            student_views=np.stack([crop(image, box, self.resolution) for box in draws.boxes]),
+            teacher_view=teacher_view,
+            ssl_views=ssl_views,
         )

@@ -4,7 +4,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from aclip.tokens import VOCAB_SIZE
+from aclip.method.tokens import VOCAB_SIZE, caption_lengths
 
 MAX_CHARACTERS = 8192
 """Of a caption that are read, more than any context holds: byte-pair encoding of one endless word
@@ -39,7 +39,7 @@ class Tokenizer:
         Returns:
             (B, L) int64, L the longest caption's length; 0 after the end token. A caption longer
             than context_length is cut, and its last token is the end token. What lies behind
-        MAX_CHARACTERS is not read.
+            MAX_CHARACTERS is not read.
         """
         if not captions:
             return self._simple([""])[:0, :0]
@@ -48,8 +48,8 @@ class Tokenizer:
 
 
 def cut_padding(tokens: Tensor) -> Tensor:
-    """Cuts (B, L) tokens after the last end token; the end token has the greatest id."""
-    return tokens[:, : int(tokens.argmax(1).max()) + 1]
+    """Cuts (B, L) tokens after the last end token."""
+    return tokens[:, : int(caption_lengths(tokens).max())]
 
 
 def build_tokenizer(context_length: int) -> Tokenizer:

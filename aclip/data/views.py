@@ -1,7 +1,6 @@
 """Views of an image: decode, draw boxes, crop. A box is (top, left, height, width) in pixels."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -10,20 +9,6 @@ RATIO = (3 / 4, 4 / 3)
 TRIES = 10
 
 Box = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Views:
-    """V student views of one image, and the teacher's if there is one.
-
-    Arrays: student_views (V, 3, R, R) uint8, teacher_view (3, T, T) uint8, both None where only the
-    boxes are drawn; student_boxes (V, 4) and teacher_box (4,) int32.
-    """
-
-    student_views: np.ndarray | None
-    student_boxes: np.ndarray
-    teacher_view: np.ndarray | None
-    teacher_box: np.ndarray | None
 
 
 def draw_boxes(
@@ -36,25 +21,6 @@ def draw_boxes(
     """
     boxes = [random_box(rng, height, width, scale) for _ in range(num_student)]
     return boxes, teacher_box(rng, boxes, height, width)
-
-
-def cut_views(
-    image: Image.Image | None,
-    boxes: list[Box],
-    around: Box,
-    resolution: int,
-    teacher_resolution: int | None,
-) -> Views:
-    """Cuts the student views, and the teacher view if it has a resolution; without an image, only
-    the boxes are kept."""
-    has_teacher = teacher_resolution is not None
-    cuts = image is not None
-    return Views(
-        np.stack([crop(image, box, resolution) for box in boxes]) if cuts else None,
-        np.array(boxes, dtype=np.int32),
-        crop(image, around, teacher_resolution) if cuts and has_teacher else None,
-        np.array(around, dtype=np.int32) if has_teacher else None,
-    )
 
 
 def draw_ssl_boxes(

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from aclip.config.ds_config import DsConfig
-from aclip.config.recipe import OptimizerConfig
+from aclip.config.sections import OptimizerConfig
 from aclip.engine import cpu_bf16
 from aclip.engine.optimizer import build_optimizer
 from aclip.engine.process_group import (

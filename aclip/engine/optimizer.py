@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from aclip.config.ds_config import DsConfig
-from aclip.config.recipe import OptimizerConfig
+from aclip.config.sections import OptimizerConfig
 from aclip.models.student import Student
 
 

@@ -15,8 +15,8 @@ from aclip.evaluation.texts import embed_classes
 from aclip.evaluation.towers import Progress, Towers
 from aclip.files import write_whole
 from aclip.models.student import Student
+from aclip.weights.names import TEXT_SIDE
 
-TEXT_SIDE = ("text.", "text_projection.")
 VERSION = 1
 """Goes up when the same weights and prompts give other embeddings."""
 
@@ -36,8 +36,7 @@ class ClassCache:
             if name.startswith(TEXT_SIDE):
                 digest.update(f"{name} {list(parameter.shape)}".encode())
                 digest.update(parameter.detach().float().cpu().contiguous().numpy())
-        text = student.text.transformer.config
-        digest.update(f"{text.num_attention_heads} {text.max_position_embeddings}".encode())
+        digest.update(f"{student.text.num_heads} {student.text.context_length}".encode())
         self._weights = digest.hexdigest()
 
     def embed(

@@ -12,16 +12,15 @@ from aclip.config.recipe_file import load_recipe, recipe_of_values
 from aclip.data.tokenizer import build_tokenizer
 from aclip.errors import ConfigError
 from aclip.evaluation.towers import Towers
+from aclip.method.losses.terms import no_auxiliary_terms
 from aclip.models.student import Student, build_student
 from aclip.run_folder.checkpoint_folder import locate
 from aclip.run_folder.layout import RECIPE_FILE
 from aclip.weights.checkpoint_weights import load_checkpoint_weights
 from aclip.weights.formats import open_clip, slip
 from aclip.weights.initial_weights import load_initial_weights
-from aclip.weights.names import exported_parameters
 from aclip.weights.tensors_file import read_tensors
 
-TRAINING_LOSSES = {"simclr": 0.0, "byol": 0.0, "distill": 0.0, "mlm": 0.0}
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -69,9 +68,9 @@ def load_model(path: str, model: str | None = None, recipe_name: str | None = No
     source = Path(path.removeprefix("local-dir:"))
     if locate(source) is not None:
         weights = load_checkpoint_weights(path, model)
-        student = _build(weights.recipe)
+        student = build_student(weights.recipe, for_training=False).eval()
         with torch.no_grad():
-            for name, parameter in exported_parameters(student).items():
+            for name, parameter in student.model_parameters().items():
                 parameter.copy_(weights.state[name])
         return LoadedModel(f"{weights.model} of {weights.folder}", student, weights.recipe)
     if model is not None:
@@ -87,7 +86,7 @@ def load_model(path: str, model: str | None = None, recipe_name: str | None = No
             f"the checkpoint is {path}, which {error}; give a run, or a SLIP, A-CLIP or open_clip "
             "model, or say with --recipe which towers it has"
         ) from None
-    student = _build(recipe)
+    student = build_student(recipe, for_training=False).eval()
     weights_file = source / "model.safetensors"
     is_export = source.is_dir() and weights_file.is_file()
     try:
@@ -96,12 +95,6 @@ def load_model(path: str, model: str | None = None, recipe_name: str | None = No
         message = str(error).removeprefix("--init is")
         raise ConfigError(f"the checkpoint is{message}") from None
     return LoadedModel(f"{report.layout} {path}", student, recipe, RESAMPLE[scale])
-
-
-def _build(recipe: Recipe) -> Student:
-    loss = recipe.loss.model_copy(update=TRAINING_LOSSES)
-    model = recipe.model.model_copy(update={"compile": False})
-    return build_student(recipe.model_copy(update={"loss": loss, "model": model})).eval()
 
 
 def _recipe_of(source: Path, recipe_name: str | None) -> tuple[Recipe, str]:
@@ -131,4 +124,4 @@ def _recipe_of(source: Path, recipe_name: str | None) -> tuple[Recipe, str]:
 def _towers_alone(values: dict[str, Any], source: Path) -> Recipe:
     """A recipe that builds the towers and nothing else."""
     plain = {"mask": {"policy": "none"}, "views": {"student": 1}}
-    return recipe_of_values(values | plain | {"loss": TRAINING_LOSSES}, str(source))
+    return recipe_of_values(values | plain | {"loss": no_auxiliary_terms()}, str(source))

@@ -1,1 +1,1 @@
-"""What a paper changes: losses, masks, schedules. Functions of tensors."""
+"""What a paper changes: losses, masks, schedules, captions. It knows neither recipes nor towers."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from aclip.config.recipe import Recompute
+from aclip.config.sections import Recompute
 
 
 def run_block(recompute: Recompute, function: Callable, *args) -> Tensor:

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from aclip.config.recipe import Recompute
+from aclip.config.sections import Recompute
+from aclip.method.tokens import END_ID, START_ID, VOCAB_SIZE, caption_lengths, real_token_ids
 from aclip.models.one_query_attention import one_query_attention
 from aclip.models.recompute import applied, run_block
-from aclip.tokens import real_token_ids
 
-VOCAB_SIZE = 49408
-START_TOKEN, END_TOKEN = 49406, 49407
 QUICK_GELU = 1.702
 
 
@@ -73,12 +71,14 @@ class TextTower(nn.Module):
             num_hidden_layers=layers,
             max_position_embeddings=context_length,
             hidden_act="quick_gelu",
-            bos_token_id=START_TOKEN,
-            eos_token_id=END_TOKEN,
+            bos_token_id=START_ID,
+            eos_token_id=END_ID,
             pad_token_id=0,
             attn_implementation="sdpa",
         )
         self.width = width
+        self.num_heads = heads
+        self.context_length = context_length
         self.recompute = recompute
         # Each batch has its own number of tokens, so sizes must not be compiled in.
         self._packed_layer, self._end_only_layer = (
@@ -107,7 +107,7 @@ class TextTower(nn.Module):
         *layers, last = self.transformer.encoder.layers
         for layer in layers:
             x = self._run(self._packed_layer, layer, x, packing)
-        x = self._run(self._end_only_layer, last, x, packing, tokens.argmax(1))
+        x = self._run(self._end_only_layer, last, x, packing, caption_lengths(tokens) - 1)
         return self.transformer.final_layer_norm(x)
 
     def forward_tokens(

@@ -15,10 +15,10 @@ from timm.layers import Attention, resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from aclip.config.recipe import Recompute
+from aclip.config.sections import Recompute
 from aclip.errors import ConfigError
 from aclip.kernels.attentive_pack import attentive_pack
-from aclip.method.masking import Selection
+from aclip.method.masks.policy import Selection
 from aclip.models.recompute import run_block
 from aclip.models.vit_block import cls_only_block, full_block
 
@@ -56,6 +56,7 @@ class ImageTower(nn.Module):
         self.grid = self.vit.patch_embed.grid_size[0]
         self.patch_size = self.vit.patch_embed.patch_size[0]
         self.width = self.vit.embed_dim
+        self.num_heads = self.vit.blocks[0].attn.num_heads
         if freeze_patch_embed:
             self.vit.patch_embed.requires_grad_(False)
 
@@ -179,8 +180,7 @@ def _build_vit(name: str, resolution: int, kwargs: dict[str, Any]) -> VisionTran
     if problem:
         raise ConfigError(
             f"{field}.name is {name}, which {problem}; take a VisionTransformer with a CLS token "
-            "and "
-            "learned positions, e.g. vit_base_patch16_224"
+            "and learned positions, e.g. vit_base_patch16_224"
         )
     return vit
 

@@ -9,7 +9,7 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from aclip.config.recipe import Recompute
+from aclip.config.sections import Recompute
 from aclip.kernels.cls_attention_scores import cls_attention_scores
 from aclip.models.one_query_attention import one_query_attention
 from aclip.models.recompute import applied

@@ -14,8 +14,9 @@ from typing import get_args
 import torch
 
 from aclip.config.ds_config import DsConfig, read_ds_config
-from aclip.config.recipe import Recipe, Recompute
+from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
+from aclip.config.sections import Recompute
 from aclip.engine.optimizer import parameter_groups
 from aclip.errors import ConfigError
 from aclip.method.losses import CHUNK_ROWS

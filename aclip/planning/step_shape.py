@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from aclip.config.geometry import kept_blocks
-from aclip.config.recipe import Recipe, Recompute
+from aclip.config.recipe import Recipe
+from aclip.config.sections import Recompute
 from aclip.models.student import Student
 from aclip.models.text import VOCAB_SIZE
 

@@ -12,13 +12,17 @@ from PIL import Image
 from torch import Tensor
 
 from aclip.config.geometry import count_kept_blocks
-from aclip.config.recipe import MaskConfig, Recipe, TeacherConfig
+from aclip.config.recipe import MaskConfig, Recipe
+from aclip.config.sections import AugmentConfig, TeacherConfig
+from aclip.data.augment import augment
 from aclip.data.decode import decode_image
 from aclip.data.members import read_captions, read_image_bytes
 from aclip.data.samples import Sample, SampleMaker
 from aclip.data.shards.listing import Shard, Skip
 from aclip.data.shards.tar import RawSample
-from aclip.method import masking
+from aclip.method.losses.terms import no_auxiliary_terms
+from aclip.method.masks.policies import POLICIES
+from aclip.method.masks.policy import ViewsToMask, kept_patches
 from aclip.reports.mask_pictures import MAX_SAMPLES, Column, picture_columns
 
 OBJECT_MASK = "mask.png"
@@ -33,9 +37,9 @@ class PictureSet:
 
     Attributes:
         images: (n, 3, T, T) uint8, the teacher views. captions: n texts.
-        student_views: (n, V, 3, R, R) uint8.
+        student_views: (n, V, 3, R, R) uint8. colors: how they are normalised.
         teacher_box: (n, 4), view_boxes: (n, V, 4) int32, pixels of the source image.
-        noise: (n, V, b, b) fp32, the random mask's, b blocks per side.
+        noise: (n, V, b, b) fp32 for policies that read it, b blocks per side.
         coverage: (n, V, G, G) fp32, share of each patch that the object covers; NaN where the
             sample has no object mask.
         mask: how many blocks of which size are kept. skipped: samples that can't be used, by kind.
@@ -44,6 +48,7 @@ class PictureSet:
     images: Tensor
     captions: list[str]
     student_views: Tensor
+    colors: AugmentConfig
     teacher_box: Tensor
     view_boxes: Tensor
     noise: Tensor
@@ -53,18 +58,24 @@ class PictureSet:
 
     def keep_ids(self, policy: str, scores: Tensor | None = None) -> Tensor:
         """What a policy keeps by the attention (n, g, g) on the images: (n, V, K) int64."""
-        grid = self.coverage.shape[-1]
-        block_size = self.mask.block_size
-        selection = masking.select(
-            policy,
+        grid, block_size = self.coverage.shape[-1], self.mask.block_size
+        views = ViewsToMask(
             count_kept_blocks(grid, block_size, self.mask.keep_ratio),
             block_size,
+            pixels=self._pixels() if POLICIES[policy].reads_pixels else None,
+            noise=self.noise,
             teacher_scores=scores,
             teacher_box=self.teacher_box,
             view_boxes=self.view_boxes,
-            noise=self.noise,
+            progress=1.0,
         )
-        return masking.kept_patches(selection, grid, *self.view_boxes.shape[:2])
+        selection = POLICIES[policy].select(views)
+        return kept_patches(selection, grid, *self.view_boxes.shape[:2])
+
+    def _pixels(self) -> Tensor:
+        """The student views as the student would see them without colour changes."""
+        views = augment(self.student_views.flatten(0, 1), None, self.colors, torch.float32)
+        return views.unflatten(0, self.student_views.shape[:2])
 
     def columns(
         self, policy: str, scores: Tensor | None, attention_of: str = "teacher"
@@ -115,16 +126,17 @@ def read_picture_set(
             break
     if not samples:
         return None
-    views = [sample.views for sample in samples]
-    # Of its own, since a run draws noise for a random mask only.
+    student_views = _stack([sample.student_views for sample in samples])
+    # Of its own, since a run draws noise only for a policy that reads it.
     shape = (len(samples), recipe.views.student, maker.blocks, maker.blocks)
     noise = np.random.default_rng(recipe.train.seed).random(shape, dtype=np.float32)
     return PictureSet(
-        images=_stack([view.teacher_view for view in views]),
+        images=_stack([sample.teacher_view for sample in samples]),
         captions=[sample.caption for sample in samples],
-        student_views=_stack([view.student_views for view in views]),
-        teacher_box=_stack([view.teacher_box for view in views]),
-        view_boxes=_stack([view.student_boxes for view in views]),
+        student_views=student_views,
+        colors=recipe.augment,
+        teacher_box=_stack([sample.teacher_box for sample in samples]),
+        view_boxes=_stack([sample.student_boxes for sample in samples]),
         noise=torch.from_numpy(noise),
         coverage=_stack(coverage),
         mask=recipe.mask,
@@ -189,13 +201,13 @@ def _for_pictures(recipe: Recipe) -> Recipe:
     mask = recipe.mask
     if mask.policy == "none":
         mask = MaskConfig(block_size=mask.block_size)
-    elif mask.policy == "random":
+    elif not recipe.mask_policy.reads_teacher:
         mask = mask.model_copy(update={"policy": "attentive"})
     parts = {
         "mask": mask,
         "teacher": recipe.teacher or TeacherConfig(resolution=resolution),
         "views": recipe.views.model_copy(update={"ssl": 0}),
-        "loss": recipe.loss.model_copy(update={"distill": 0, "mlm": 0}),
+        "loss": recipe.loss.model_copy(update=no_auxiliary_terms()),
         "data": recipe.data.model_copy(update={"crops": "worker"}),
     }
     recipe = recipe.model_copy(update=parts)
@@ -222,7 +234,7 @@ def _with_caption(raw: RawSample) -> RawSample | Skip:
 
 
 def _coverage_of(raw: RawSample, sample: Sample, grid: int) -> np.ndarray | Skip:
-    boxes = sample.views.student_boxes
+    boxes = sample.student_boxes
     if OBJECT_MASK not in raw.members:
         return np.full((len(boxes), grid, grid), np.nan, dtype=np.float32)
     mask = decode_image(raw.read(OBJECT_MASK))

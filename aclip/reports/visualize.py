@@ -17,6 +17,8 @@ from aclip.data.shards.remote import is_remote
 from aclip.data.shards.tar import RawSample, TarShard
 from aclip.errors import ConfigError
 from aclip.files import write_whole
+from aclip.method.masks.attentive import ATTENTIVE
+from aclip.method.masks.policies import POLICIES
 from aclip.reports.document import (
     Block,
     Gallery,
@@ -42,7 +44,6 @@ from aclip.weights.checkpoint_weights import CheckpointWeights, load_checkpoint_
 NUM_MEASURED = 256
 """Samples that the overlap with the objects is measured on; their masks must be known."""
 BATCH_SIZE = 8
-POLICIES = ("attentive", "random", "inverse")
 PAGE, FIGURE, SAMPLE = "figure.html", "figure.png", "sample-{}.png"
 
 
@@ -65,8 +66,9 @@ def visualize(arguments: argparse.Namespace) -> None:
     if len(pictured.captions) > MAX_SAMPLES:
         print(f"measuring the masks on {len(pictured.captions)} images with objects", flush=True)
     scores = attention(weights, pictured.images)
-    shown = "inverse" if weights.recipe.mask.policy == "inverse" else "attentive"
-    keep_ids = {name: pictured.keep_ids(name, scores) for name in POLICIES}
+    policy = weights.recipe.mask_policy
+    shown = policy.name if policy.reads_teacher else ATTENTIVE.name
+    keep_ids = {name: pictured.keep_ids(name, scores) for name in POLICIES if name != "none"}
     columns = pictured.columns(shown, scores, weights.model)
     overlap = _overlap(pictured, keep_ids)
     blocks = [*_explanation(weights), *overlap, *_rows(pictured, columns, keep_ids[shown])]
@@ -149,13 +151,7 @@ def _explanation(weights: CheckpointWeights) -> list[Block]:
     ]
     if weights.model == "student":
         lines.append("This run has no teacher, so the attention is the student's.")
-    policy = weights.recipe.mask.policy
-    if policy == "none":
-        lines.append("This run drops no patch: shown is the half that attention would keep.")
-    elif policy == "random":
-        lines.append("This run keeps random patches: shown is what attention would keep as well.")
-    elif policy == "inverse":
-        lines.append("This run keeps the patches of the least attention (inverse).")
+    lines.append(weights.recipe.mask_policy.explanation)
     return [Text(line) for line in lines if line]
 
 

@@ -4,36 +4,23 @@ Everything random was drawn by the data workers, so that the same batch gives th
 second pass and on any number of ranks too.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
+from aclip.config.geometry import kept_blocks
 from aclip.config.recipe import Recipe
 from aclip.data.augment import augment
 from aclip.data.batch import Batch
 from aclip.data.device_views import cut_views_on_device
-from aclip.distributed import world_size
-from aclip.method import masking
-from aclip.models.student import DistillInput, MlmInput, StudentInput
-from aclip.tokens import real_token_ids
+from aclip.method.losses.term import LossTerm, Taught, TermContext
+from aclip.method.masks.policy import Selection, ViewsToMask
+from aclip.method.tokens import real_token_ids
+from aclip.models.student import StudentInput
+from aclip.models.vit import ImageTower
 from aclip.training.teacher import Teacher
-
-
-@dataclass(frozen=True)
-class Taught:
-    """What the teacher makes of a micro-batch; parts that the recipe leaves out are None.
-
-    Attributes:
-        scores: (B, g, g) fp32 of the teacher view. features: (B, C) of the teacher view.
-        patches: (B, P, C), features of the first student view's patches.
-    """
-
-    scores: Tensor | None = None
-    features: Tensor | None = None
-    patches: Tensor | None = None
 
 
 class StepInputs:
@@ -41,27 +28,27 @@ class StepInputs:
 
     Args:
         recipe: decides which parts are made.
+        terms: the loss terms that have a weight.
         teacher: None where the recipe has none.
-        grid: patches per side of a student view. num_kept_blocks: of a masked student view.
-        patch_size: pixels per side of a patch.
-        device, dtype: of the towers.
+        image: the student's image tower, for its grid of patches.
+        device, dtype: where the towers are, and their dtype.
     """
 
     def __init__(
         self,
         recipe: Recipe,
+        terms: tuple[LossTerm, ...],
         teacher: Teacher | None,
-        grid: int,
-        num_kept_blocks: int,
-        patch_size: int,
+        image: ImageTower,
         device: torch.device,
         dtype: torch.dtype,
     ):
         self._recipe = recipe
+        self._terms = terms
         self._teacher = teacher
-        self._grid = grid
-        self._num_kept_blocks = num_kept_blocks
-        self._patch_size = patch_size
+        self._grid = image.grid
+        self._patch_size = image.patch_size
+        self._num_kept_blocks = kept_blocks(recipe, image.grid)
         self._device = device
         self._dtype = dtype
 
@@ -85,96 +72,89 @@ class StepInputs:
         if self._recipe.needs_teacher_view:
             output = self._teacher.forward(self._augment(micro.teacher_view, None))
             scores, features = output.scores, output.features
-        if self._recipe.distills_features:
+        if self._recipe.needs_teacher_patches:
             view, params = micro.student_views[:, 0], micro.augment_params[:, 0]
             patches = self._teacher.encode_patches(self._augment(view, params))
         return Taught(scores, features, patches)
 
-    def centre(self, taught: list[Taught]) -> Tensor | None:
-        """Mean direction of the global batch's patch features, (C,) fp32, for codewords."""
-        if not self._recipe.distills_features or self._recipe.distill.targets != "codewords":
-            return None
-        means = [F.normalize(t.patches.float(), dim=-1).mean((0, 1)) for t in taught]
-        centre = torch.stack(means).mean(0)
-        if world_size() > 1:
-            dist.all_reduce(centre)
-            centre /= world_size()
-        return centre
+    def student(
+        self,
+        micro: Batch,
+        taught: Taught,
+        statistics: dict[str, Tensor | None],
+        progress: float = 0.0,
+    ) -> StudentInput:
+        """The student's input of a micro-batch.
 
-    def student(self, micro: Batch, taught: Taught, centre: Tensor | None) -> StudentInput:
-        """The student's input of a micro-batch."""
+        Args:
+            micro: with views.
+            taught: what the teacher made of it.
+            statistics: each term's statistic of the global batch, by the term's name.
+            progress: of the run, in [0, 1].
+        """
         views = micro.student_views
         pixels = self._augment(views.flatten(0, 1), micro.augment_params.flatten(0, 1))
         pixels = pixels.unflatten(0, views.shape[:2])
         return StudentInput(
-            pixels,
-            self.select(micro, taught.scores),
-            self._to_device(micro.tokens),
+            pixels=pixels,
+            selection=self.select(micro, pixels, taught.scores, progress),
+            tokens=self._to_device(micro.tokens),
             # Counted while the tokens are on the CPU: on a GPU, the step would wait for the count.
-            self._to_device(real_token_ids(micro.tokens)),
-            self._ssl_pixels(micro),
-            self._distill(micro, pixels[:, 0], taught, centre),
-            self._mlm(micro),
+            real_ids=self._to_device(real_token_ids(micro.tokens)),
+            ssl_pixels=self._ssl_pixels(micro),
+            of_terms=self._of_terms(micro, pixels, taught, statistics),
         )
 
-    def select(self, micro: Batch, scores: Tensor | None) -> masking.Selection | None:
-        """The kept patches of the student views."""
-        return masking.select(
-            self._recipe.mask.policy,
+    def select(
+        self, micro: Batch, pixels: Tensor, scores: Tensor | None, progress: float
+    ) -> Selection | None:
+        """The kept patches of the student views; None for all."""
+        views = ViewsToMask(
             self._num_kept_blocks,
             self._recipe.mask.block_size,
+            pixels=pixels,
+            noise=self._to_device(micro.mask_noise),
             teacher_scores=scores,
             teacher_box=self._to_device(micro.teacher_box),
             view_boxes=self._to_device(micro.student_boxes),
-            noise=self._to_device(micro.mask_noise),
+            progress=progress,
         )
+        return self._recipe.mask_policy.select(views)
+
+    def _of_terms(
+        self,
+        micro: Batch,
+        pixels: Tensor,
+        taught: Taught,
+        statistics: dict[str, Tensor | None],
+    ) -> dict[str, Any]:
+        context = TermContext(
+            pixels=pixels,
+            tokens=micro.tokens,
+            noise=None,
+            taught=taught,
+            statistic=None,
+            teacher=None if self._teacher is None else self._teacher.model,
+            grid=self._grid,
+            patch_size=self._patch_size,
+            to_device=self._to_device,
+        )
+        return {
+            term.name: term.inputs(
+                replace(
+                    context,
+                    noise=micro.term_noise.get(term.name),
+                    statistic=statistics.get(term.name),
+                )
+            )
+            for term in self._terms
+        }
 
     def _ssl_pixels(self, micro: Batch) -> Tensor | None:
         if micro.ssl_views is None:
             return None
         pixels = self._augment(micro.ssl_views.flatten(0, 1), micro.ssl_params.flatten(0, 1))
         return pixels.unflatten(0, micro.ssl_views.shape[:2])
-
-    def _distill(
-        self, micro: Batch, pixels: Tensor, taught: Taught, centre: Tensor | None
-    ) -> DistillInput | None:
-        if micro.distill_noise is None:
-            return None
-        config = self._recipe.distill
-        num_patches = self._grid**2
-        num_kept = num_patches - int(config.mask_ratio * num_patches)
-        noise = self._to_device(micro.distill_noise)
-        selection = masking.select("random", num_kept, 1, noise=noise)
-        keep_ids = masking.kept_patches(selection, self._grid, len(micro), 1)[:, 0]
-        masked_ids = masking.other_patches(keep_ids, num_patches)
-        if config.targets == "pixels":
-            targets = normalised_patches(pixels, self._patch_size)
-        else:
-            targets = taught.patches
-        targets = targets.gather(1, masked_ids.unsqueeze(-1).expand(-1, -1, targets.shape[-1]))
-        if config.targets == "codewords":
-            targets = self._teacher.codeword_probabilities(
-                targets, centre, config.teacher_temperature
-            )
-        elif config.targets == "features":
-            targets = F.layer_norm(targets.float(), targets.shape[-1:])
-        return DistillInput(selection, masked_ids, targets)
-
-    def _mlm(self, micro: Batch) -> MlmInput | None:
-        if micro.mlm_noise is None:
-            return None
-        masked = masking.mask_tokens(micro.tokens, micro.mlm_noise, self._recipe.mlm.mask_ratio)
-        # On the CPU, where the tokens still are: the number of masked tokens needs no host sync.
-        ids = masked.flatten().nonzero().squeeze(1)
-        rows = ids // masked.shape[1]
-        parts = (
-            masked,
-            ids,
-            micro.tokens.flatten()[ids],
-            rows,
-            1.0 / masked.sum(1)[rows],
-        )
-        return MlmInput(*(self._to_device(part) for part in parts))
 
     def _augment(self, views: Tensor, params: Tensor | None) -> Tensor:
         views, params = self._to_device(views), self._to_device(params)
@@ -188,17 +168,3 @@ class StepInputs:
             # A copy from pageable or scattered memory would wait for the device.
             tensor = tensor.contiguous().pin_memory()
         return tensor.to(self._device, non_blocking=True)
-
-
-def normalised_patches(pixels: Tensor, patch_size: int) -> Tensor:
-    """Each patch's pixels with mean 0 and variance 1, MAE's targets.
-
-    Args:
-        pixels: (B, 3, R, R). patch_size: p.
-
-    Returns:
-        (B, P, 3 * p * p) fp32.
-    """
-    patches = pixels.float().unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
-    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-    return F.layer_norm(patches, patches.shape[-1:], eps=1e-6)

@@ -6,21 +6,17 @@ import torch
 from torch import Tensor
 
 from aclip.config.ds_config import DsConfig
-from aclip.config.geometry import kept_blocks
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
 from aclip.distributed import rank
 from aclip.engine.build import build_engine
 from aclip.engine.sharded_state import MASTER, ShardedState
-from aclip.method import losses
-from aclip.method.losses import StudentOutput
+from aclip.method.losses.term import StudentOutput, total
 from aclip.models.student import Student, build_student
 from aclip.training.random_state import get_random_state, set_random_state
 from aclip.training.step_inputs import StepInputs
 from aclip.training.teacher import Teacher
 from aclip.weights.initial_weights import load_initial_weights
-
-LOGIT_SCALE = "logit_scale.log_logit_scale"
 
 
 class Stepper:
@@ -36,7 +32,7 @@ class Stepper:
         engine: DeepSpeed's, around the student.
         init_report: what became of the keys of `init`; None without.
         teacher: None where the recipe has none.
-        grid: patches per side of a student view. num_kept_blocks: of a masked one.
+        terms: the loss terms that have a weight.
     """
 
     def __init__(self, recipe: Recipe, ds_config: DsConfig, device: torch.device, init: str = ""):
@@ -48,32 +44,27 @@ class Stepper:
         student = build_student(recipe)
         self.init_report = load_initial_weights(student, init) if init else None
         exact = _copy_of_weights(student) if init and self.dtype != torch.float32 else {}
-        self.grid = student.image.grid
-        self.num_kept_blocks = kept_blocks(recipe, self.grid)
+        self.terms = student.terms
         self.teacher = Teacher(student, self.dtype, device) if recipe.needs_teacher else None
         self.inputs = StepInputs(
-            recipe,
-            self.teacher,
-            self.grid,
-            self.num_kept_blocks,
-            student.image.patch_size,
-            device,
-            self.dtype,
+            recipe, student.terms, self.teacher, student.image, device=device, dtype=self.dtype
         )
         self.engine = build_engine(student, recipe.optimizer, ds_config)
         self._sharded_state = ShardedState(self.engine)
+        self._exact_scalars = student.exact_scalars()
         for name, weights in exact.items():
             self._sharded_state.load(name, MASTER, weights)
         # Weights are drawn alike on all ranks, dropout is not.
         torch.manual_seed(recipe.train.seed + rank())
 
-    def set_exact_logit_scale(self) -> None:
-        """Clamps the logit scale's fp32 master and hands its value on; also after loading."""
-        ceiling = torch.tensor(self.recipe.loss.max_logit_scale).log().item()
-        exact = self._sharded_state.clamp_max(LOGIT_SCALE, ceiling)
-        self.engine.module.logit_scale.exact = exact
+    def share_exact_scalars(self) -> None:
+        """Clamps the learned numbers' fp32 masters and hands them on; also after loading."""
+        for name, scalar in self._exact_scalars.items():
+            scalar.exact = self._sharded_state.clamp_max(name, scalar.ceiling)
 
-    def step(self, batch: Batch, learning_rate: float, momentum: float | None) -> dict[str, Tensor]:
+    def step(
+        self, batch: Batch, learning_rate: float, momentum: float | None, progress: float = 0.0
+    ) -> dict[str, Tensor]:
         """One optimizer update on this rank's part of the global batch.
 
         The losses span the whole global batch whatever the micro-batch is: with several micro_steps
@@ -83,8 +74,8 @@ class Stepper:
 
         Args:
             batch: of this rank, on the CPU.
-            learning_rate: of this step. momentum: of the teacher's average, if there
-                is one.
+            learning_rate: of this step. momentum: of the teacher's average, if there is one.
+            progress: of the run, in [0, 1].
 
         Returns:
             Unweighted loss terms and `loss`, of this rank, detached.
@@ -93,26 +84,21 @@ class Stepper:
             group["lr"] = learning_rate
         micro_batches = [self.inputs.with_views(m) for m in batch.split(self.micro_batch_size)]
         taught = [self.inputs.teach(micro) for micro in micro_batches]
-        centre = self.inputs.centre(taught)
+        statistics = {term.name: term.statistic(taught) for term in self.terms}
         # Made anew for each pass over a micro-batch, so that only one input exists at a time.
         make_inputs = [
-            partial(self.inputs.student, micro, of_teacher, centre)
+            partial(self.inputs.student, micro, of_teacher, statistics, progress)
             for micro, of_teacher in zip(micro_batches, taught, strict=True)
         ]
         features, rng_states = self._encode(make_inputs)
         joined = {name: torch.cat([part[name] for part in features]) for name in features[0]}
-        output = StudentOutput(**self.engine("project", joined))
-        byol_target = None
-        if self.recipe.loss.byol > 0:
-            byol_target = self.teacher.project(torch.cat([t.features for t in taught]))
-        weights = self.recipe.loss
-        loss, terms = losses.total(
-            output, byol_target, weights.model_dump(), weights.simclr_temperature
-        )
+        output = StudentOutput.of(self.engine("project", joined))
+        targets = {} if self.teacher is None else self.teacher.targets(self.terms, taught)
+        loss, terms = total(self.terms, output, targets)
         self._backward(loss, last=len(micro_batches) == 1)
         self._backward_through_towers(make_inputs, features, rng_states)
         self.engine.step()
-        self.set_exact_logit_scale()
+        self.share_exact_scalars()
         if self.teacher is not None:
             self.teacher.update(self.engine.module, momentum)
         return {"loss": loss.detach(), **terms}

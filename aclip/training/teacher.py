@@ -4,11 +4,11 @@ import copy
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aclip.engine.sharded_state import gathered
-from aclip.models.student import TRAINING_ONLY, Student
+from aclip.method.losses.term import LossTerm, Taught
+from aclip.models.student import Student
 
 # Parameters that ZeRO-3 gathers at once: bounds the memory of an update.
 GATHER_CHUNK = 16
@@ -23,7 +23,7 @@ class TeacherOutput:
 
 
 class Teacher:
-    """An exponential moving average of the student's towers, projections and BYOL projector.
+    """An exponential moving average of the student's towers, projections and averaged parts.
 
     The average is kept in fp32 whatever the compute dtype: at momentum 0.996 an average stored in
     bf16 misses most of a small learning rate's movement. Each rank holds all of it, so an update
@@ -37,9 +37,7 @@ class Teacher:
 
     def __init__(self, student: Student, dtype: torch.dtype, device: torch.device):
         self.model = copy.deepcopy(student)
-        for name in TRAINING_ONLY:
-            if hasattr(self.model, name):
-                delattr(self.model, name)
+        self.model.keep_parts(student.averaged_parts)
         self.model.requires_grad_(False).eval().to(device)
         self._average = {name: p.detach().float() for name, p in self.model.named_parameters()}
         self.model.to(dtype)
@@ -52,34 +50,17 @@ class Teacher:
         return TeacherOutput(scores, features)
 
     @torch.no_grad()
-    def project(self, features: Tensor) -> Tensor:
-        """BYOL's target from the features (B, C) of the whole local batch: (B, D)."""
-        return self.model.byol_projector(features)
-
-    @torch.no_grad()
     def encode_patches(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, R, R) normalised -> features of all patches (B, P, C)."""
         tokens, _ = self.model.image.forward_patches(pixels)
         return tokens[:, 1:]
 
     @torch.no_grad()
-    def codeword_probabilities(
-        self, features: Tensor, centre: Tensor, temperature: float
-    ) -> Tensor:
-        """Soft codewords of patch features; without the centre one codeword would take all.
-
-        Args:
-            features: (..., C). centre: (C,) fp32, mean of the batch's normalised features.
-            temperature: divides the similarities.
-
-        Returns:
-            (..., codewords) fp32, each row sums to one.
-
-        Source: centring and sharpening as in DINO, arXiv:2104.14294.
-        """
-        centred = F.normalize(features.float(), dim=-1) - centre
-        similarities = self.model.codewords.similarities(centred.to(features.dtype))
-        return (similarities.float() / temperature).softmax(-1)
+    def targets(
+        self, terms: tuple[LossTerm, ...], taught: list[Taught]
+    ) -> dict[str, Tensor | None]:
+        """What each loss term aims at, for the whole local batch, by the term's name."""
+        return {term.name: term.target(self.model, taught) for term in terms}
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Tensor:

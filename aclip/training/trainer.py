@@ -79,7 +79,7 @@ class Trainer:
         if resume_from is not None:
             self._resume(resume_from)
         self._saved_at = self.samples if resume_from is not None else None
-        self.stepper.set_exact_logit_scale()
+        self.stepper.share_exact_scalars()
         self._recent_skips = Counter()
         self.watch = StepWatch()
         self._local_cursors: Tensor | None = None
@@ -154,7 +154,8 @@ class Trainer:
             self.momentum = ema_momentum(
                 self.samples, total=self.total_samples, start=teacher.momentum
             )
-        terms = self.stepper.step(batch, self.learning_rate, self.momentum)
+        progress = self.samples / self.total_samples
+        terms = self.stepper.step(batch, self.learning_rate, self.momentum, progress)
         self.step += 1
         return terms
 

@@ -13,7 +13,6 @@ from aclip.errors import ConfigError
 from aclip.models.student import Student, build_student
 from aclip.run_folder.checkpoint_folder import STUDENT, TEACHER, locate, verify
 from aclip.run_folder.layout import RECIPE_FILE
-from aclip.weights.names import EXPORTED, LOGIT_SCALE, exported_parameters
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,8 @@ class CheckpointWeights:
     Attributes:
         folder: of the checkpoint. model: "student" or "teacher".
         recipe: of its run. student: that recipe's, on the meta device, for its shapes.
-        state: fp32 tensors by aclip's names, heads left out; a teacher's logit scale is the
-            student's.
+        state: the model's fp32 tensors by aclip's names; what the teacher does not average, such
+            as the logit scale, is the student's.
     """
 
     folder: Path
@@ -59,13 +58,11 @@ def load_checkpoint_weights(path: str, model: str | None) -> CheckpointWeights:
     if problem is not None:
         raise ConfigError(f"checkpoint {folder} is damaged: {problem}; take another one")
     recipe = _recipe_of(folder)
-    state = load_file(folder / file)
-    state[LOGIT_SCALE] = load_file(folder / STUDENT)[LOGIT_SCALE]
-    state = {name: tensor for name, tensor in state.items() if name.startswith(EXPORTED)}
-    # Not compiled, which takes longer than what is done with these towers.
-    plain = recipe.model.model_copy(update={"compile": False})
     with torch.device("meta"):
-        student = build_student(recipe.model_copy(update={"model": plain}))
+        student = build_student(recipe, for_training=False)
+    # What the teacher does not average, such as the logit scale, is the student's.
+    state = load_file(folder / STUDENT) | load_file(folder / file)
+    state = {name: tensor for name, tensor in state.items() if student.is_of_model(name)}
     _check_shapes(folder, student, state)
     return CheckpointWeights(folder, model, recipe, student, state)
 
@@ -81,7 +78,7 @@ def _recipe_of(folder: Path) -> Recipe:
 
 
 def _check_shapes(folder: Path, student: Student, state: dict[str, Tensor]) -> None:
-    built = {name: list(p.shape) for name, p in exported_parameters(student).items()}
+    built = {name: list(p.shape) for name, p in student.model_parameters().items()}
     saved = {name: list(tensor.shape) for name, tensor in state.items()}
     for name in sorted(built.keys() | saved.keys()):
         if built.get(name) != saved.get(name):

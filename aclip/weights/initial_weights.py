@@ -18,7 +18,7 @@ from aclip.models.student import Student
 from aclip.run_folder.checkpoint_folder import locate
 from aclip.weights.checkpoint_weights import load_checkpoint_weights
 from aclip.weights.formats import open_clip, plain, slip
-from aclip.weights.names import TowerFacts, exported_parameters, tower_facts
+from aclip.weights.names import TowerFacts, tower_facts
 from aclip.weights.tensors_file import read_tensors
 
 TIMM = "timm:"
@@ -90,7 +90,7 @@ def load_initial_weights(student: Student, init: str) -> InitReport:
     """
     source = _open(init)
     _check_heads(init, source.facts, student)
-    parameters = exported_parameters(student)
+    parameters = student.model_parameters()
     converted, keys = _convert(init, source, parameters)
     resized = []
     for name, tensor in converted.items():

@@ -1,14 +1,14 @@
-"""The model's own parameters by name, and what no shape tells of it."""
+"""Parameters' names that other formats know too, and what no shape tells of a model."""
 
 from dataclasses import dataclass
-
-import torch
 
 from aclip.models.student import Student
 
 LOGIT_SCALE = "logit_scale.log_logit_scale"
-EXPORTED = ("image.", "text.", "image_projection.", "text_projection.", LOGIT_SCALE)
-"""How the names of a model begin without what exists only during training."""
+LOGIT_BIAS = "logit_bias.logit_bias"
+"""Of a model that was trained with a loss that learns one."""
+TEXT_SIDE = ("text.", "text_projection.")
+"""How the names of all that a caption passes through begin."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,4 @@ class TowerFacts:
 
 def tower_facts(student: Student) -> TowerFacts:
     """The numbers of heads, which no shape tells."""
-    vit, text = student.image.vit, student.text.transformer
-    return TowerFacts(vit.blocks[0].attn.num_heads, text.config.num_attention_heads)
-
-
-def exported_parameters(student: Student) -> dict[str, torch.nn.Parameter]:
-    """The parameters of the model itself: towers, projections and logit scale."""
-    return {name: p for name, p in student.named_parameters() if name.startswith(EXPORTED)}
+    return TowerFacts(student.image.num_heads, student.text.num_heads)

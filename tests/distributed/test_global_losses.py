@@ -10,9 +10,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from aclip import distributed
-from aclip.method import losses
-from aclip.method.losses import StudentOutput
-from aclip.models.heads import GlobalBatchNorm
+from aclip.config.recipe_file import load_recipe
+from aclip.method.losses.byol import byol
+from aclip.method.losses.contrastive import contrastive
+from aclip.method.losses.heads import GlobalBatchNorm
+from aclip.method.losses.simclr import simclr
+from aclip.method.losses.term import StudentOutput, total
 
 pytestmark = pytest.mark.distributed
 
@@ -27,11 +30,11 @@ def randn(*shape, seed):
 def joined_contrastive(images, texts, scale):
     labels = torch.arange(len(texts))
     texts = F.normalize(texts, dim=-1)
-    total = 0
+    loss = 0
     for view in F.normalize(images, dim=-1).unbind(1):
         logits = scale * view @ texts.T
-        total = total + F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)
-    return total / (2 * images.shape[1])
+        loss = loss + F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)
+    return loss / (2 * images.shape[1])
 
 
 def joined_simclr(embeds, temperature):
@@ -59,7 +62,7 @@ def contrastive_case(num_views):
     def forward(loss, p, images, texts):
         return loss(images @ p["images"], texts @ p["texts"], p["scale"])
 
-    return parameters, inputs, forward, losses.contrastive, joined_contrastive
+    return parameters, inputs, forward, contrastive, joined_contrastive
 
 
 def simclr_case():
@@ -67,7 +70,7 @@ def simclr_case():
         return loss(embeds @ p["head"], 0.1)
 
     inputs = [randn(BATCH, 2, WIDTH, seed=6)]
-    return {"head": randn(WIDTH, 6, seed=5)}, inputs, forward, losses.simclr, joined_simclr
+    return {"head": randn(WIDTH, 6, seed=5)}, inputs, forward, simclr, joined_simclr
 
 
 def byol_case():
@@ -75,7 +78,7 @@ def byol_case():
         return loss(predictions @ p["predictor"], targets)
 
     inputs = [randn(BATCH, 2, WIDTH, seed=8), randn(BATCH, 6, seed=9)]
-    return {"predictor": randn(WIDTH, 6, seed=7)}, inputs, forward, losses.byol, joined_byol
+    return {"predictor": randn(WIDTH, 6, seed=7)}, inputs, forward, byol, joined_byol
 
 
 def total_case():
@@ -87,27 +90,24 @@ def total_case():
         "predictor": randn(WIDTH, 3, seed=7),
     }
     inputs = [randn(BATCH, 2, WIDTH, seed=3), randn(BATCH, WIDTH, seed=4), randn(BATCH, 3, seed=9)]
-    weights = {"contrastive": 1.0, "simclr": 0.5, "byol": 2.0, "distill": 0.0, "mlm": 0.0}
+    terms = load_recipe(
+        "demo", ["loss.simclr=0.5", "loss.byol=2", "loss.simclr_temperature=0.2"]
+    ).terms
 
     def forward(loss, p, images, texts, targets):
-        output = StudentOutput(
-            images @ p["images"],
-            texts @ p["texts"],
-            p["scale"],
-            images @ p["head"],
-            images @ p["predictor"],
-        )
-        return loss(output, targets, weights, 0.2)[0]
+        heads = {"simclr": images @ p["head"], "byol": images @ p["predictor"]}
+        output = StudentOutput(images @ p["images"], texts @ p["texts"], p["scale"], heads)
+        return loss(terms, output, {"byol": targets})[0]
 
-    def joined(output, targets, weights, temperature):
+    def joined(terms, output, targets):
         contrastive = joined_contrastive(
             output.image_embeds, output.text_embeds, output.logit_scale
         )
-        simclr = joined_simclr(output.simclr_embeds, temperature)
-        byol = joined_byol(output.byol_predictions, targets)
+        simclr = joined_simclr(output.heads["simclr"], 0.2)
+        byol = joined_byol(output.heads["byol"], targets["byol"])
         return (contrastive + 0.5 * simclr + 2 * byol, {})
 
-    return parameters, inputs, forward, losses.total, joined
+    return parameters, inputs, forward, total, joined
 
 
 def norm_case():
@@ -253,15 +253,15 @@ def test_gradient_of_a_gathered_or_summed_tensor_adds_up_over_the_ranks(run_dist
         weights = (rank + 1) * torch.arange(1.0, 5.0)[:, None].expand(4, 3)
         (gathered * weights).sum().backward()
         y = torch.tensor([1.0 + rank]).requires_grad_()
-        total = distributed.sum_with_grad(y)
-        (total * (rank + 5)).sum().backward()
-        return gathered.detach(), x.grad, total.detach(), y.grad
+        summed = distributed.sum_with_grad(y)
+        (summed * (rank + 5)).sum().backward()
+        return gathered.detach(), x.grad, summed.detach(), y.grad
 
-    for rank, (gathered, x_grad, total, y_grad) in enumerate(run_distributed(run_both, 2)):
+    for rank, (gathered, x_grad, summed, y_grad) in enumerate(run_distributed(run_both, 2)):
         assert gathered[:, 0].tolist() == [0, 0, 1, 1]
         own_rows = [1, 2] if rank == 0 else [3, 4]
         assert x_grad[:, 0].tolist() == [3 * row for row in own_rows]  # (1 + 2) * (i + 1)
-        assert total.item() == 3
+        assert summed.item() == 3
         assert y_grad.item() == 11  # 5 + 6
 
 

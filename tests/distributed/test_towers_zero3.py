@@ -4,9 +4,9 @@ import pytest
 import tiny_run
 import torch
 
-from aclip.method.masking import Selection
+from aclip.method.masks.policy import Selection
+from aclip.method.tokens import real_token_ids
 from aclip.models.student import Student, StudentInput
-from aclip.tokens import real_token_ids
 
 pytestmark = pytest.mark.distributed
 
@@ -47,7 +47,7 @@ def train_all_ways(folder, stage, overrides=()):
         pixels, tokens = tiny_run.make_batch(step)
         # Captions of two, three, ... tokens; what stands behind the end is padding.
         for row in range(len(tokens)):
-            tokens[row, 1 + row % 7] = tiny_run.END_TOKEN
+            tokens[row, 1 + row % 7] = tiny_run.END_ID
         size, rank = len(tokens) // tiny_run.world_size(), tiny_run.rank()
         own = slice(rank * size, (rank + 1) * size)
         loss = run.engine("all_ways", pixels[own], tokens[own])

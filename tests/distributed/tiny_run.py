@@ -12,11 +12,11 @@ from aclip.distributed import rank, world_size
 from aclip.engine.build import build_engine
 from aclip.engine.process_group import init_distributed
 from aclip.engine.sharded_state import ShardedState
-from aclip.method import losses, masking
-from aclip.method.losses import StudentOutput
+from aclip.method.losses.term import StudentOutput, Taught, total
+from aclip.method.masks.attentive import select_attentive
+from aclip.method.masks.policy import ViewsToMask
+from aclip.method.tokens import END_ID, START_ID, real_token_ids
 from aclip.models.student import StudentInput, build_student
-from aclip.models.text import END_TOKEN, START_TOKEN
-from aclip.tokens import real_token_ids
 from aclip.training.teacher import Teacher
 
 BATCH = 8
@@ -59,6 +59,7 @@ class TinyRun:
         if logit_scale is not None:
             torch.nn.init.constant_(student.logit_scale.log_logit_scale, logit_scale)
         self.initial = {name: p.detach().clone() for name, p in student.named_parameters()}
+        self.terms = student.terms
         self.teacher = Teacher(student, self.ds_config.dtype, self.device)
         self.engine = build_engine(student, self.recipe.optimizer, self.ds_config)
         self.state = ShardedState(self.engine)
@@ -77,26 +78,25 @@ class TinyRun:
         size = len(tokens)
         taught = self.teacher.forward(pixels[:, 0])
         box = torch.tensor([0, 0, SIDE, SIDE], dtype=torch.int32)
-        selection = masking.select(
-            "attentive",
+        views = ViewsToMask(
             8,
             1,
             teacher_scores=taught.scores,
             teacher_box=box.repeat(size, 1),
             view_boxes=box.repeat(size, 2, 1),
         )
-        inputs = StudentInput(pixels, selection, tokens, real_token_ids(tokens))
-        output = StudentOutput(**self.engine("project", self.engine("encode", inputs)))
-        target = self.teacher.project(taught.features)
-        loss, _ = losses.total(output, target, self.recipe.loss.model_dump(), 0.1)
+        inputs = StudentInput(pixels, select_attentive(views), tokens, real_token_ids(tokens))
+        output = StudentOutput.of(self.engine("project", self.engine("encode", inputs)))
+        targets = self.teacher.targets(self.terms, [Taught(taught.scores, taught.features)])
+        loss, _ = total(self.terms, output, targets)
         loss = loss - scale_pull * output.logit_scale.sum()
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.backward(loss, scale_wrt_gas=False)
         self.engine.step()
-        total = loss.detach().clone()
+        mean = loss.detach().clone()
         if world_size() > 1:
-            torch.distributed.all_reduce(total)
-        return total.item() / world_size()
+            torch.distributed.all_reduce(mean)
+        return mean.item() / world_size()
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of the student's whole weights in its own dtype; every rank must call."""
@@ -123,7 +123,7 @@ def make_batch(seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(BATCH, 2, 3, SIDE, SIDE, generator=generator)
     tokens = torch.randint(1, 500, (BATCH, 8), generator=generator)
-    tokens[:, 0], tokens[:, -1] = START_TOKEN, END_TOKEN
+    tokens[:, 0], tokens[:, -1] = START_ID, END_ID
     return pixels, tokens
 
 

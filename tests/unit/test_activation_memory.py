@@ -7,9 +7,8 @@ from saved_activations import saved_activation_bytes
 from aclip.config.geometry import kept_blocks
 from aclip.config.recipe_file import load_recipe
 from aclip.method import masking
+from aclip.method.tokens import END_ID, START_ID, real_token_ids
 from aclip.models.student import StudentInput, build_student
-from aclip.models.text import END_TOKEN, START_TOKEN
-from aclip.tokens import real_token_ids
 
 LENGTHS = (12, 9, 16, 39)  # mean 19, as captions of YFCC have it
 
@@ -19,7 +18,7 @@ def test_two_masked_views_keep_less_than_one_full_view_of_open_clip():
     tokens = torch.zeros(len(LENGTHS), 77, dtype=torch.int64)
     for row, length in enumerate(LENGTHS):
         tokens[row, :length] = torch.randint(1, 40000, (length,))
-        tokens[row, 0], tokens[row, length - 1] = START_TOKEN, END_TOKEN
+        tokens[row, 0], tokens[row, length - 1] = START_ID, END_ID
     clip = open_clip.create_model("ViT-B-16", pretrained=None).train()
     pixels = torch.randn(len(LENGTHS), 3, 224, 224)
     of_open_clip = saved_activation_bytes(lambda: clip(pixels, tokens), [clip])

@@ -9,13 +9,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from aclip.config.geometry import kept_blocks
 from aclip.config.recipe_file import load_recipe
 from aclip.method.masking import Selection
+from aclip.method.tokens import END_ID, START_ID
 from aclip.models.student import (
     DistillInput,
     MlmInput,
     StudentInput,
     build_student,
 )
-from aclip.models.text import END_TOKEN, START_TOKEN
 from aclip.planning.activation_memory import (
     activations,
     local_activations,
@@ -66,8 +66,8 @@ def make_input(recipe, student, dtype):
         scores = torch.rand(BATCH, num_views, grid, grid)
         size = recipe.mask.block_size
         selection = Selection(scores, None, None, kept_blocks(recipe, grid), size)
-    tokens = torch.full((BATCH, LONGEST), START_TOKEN)
-    tokens[::2, SHORTEST - 1] = tokens[1::2, -1] = END_TOKEN
+    tokens = torch.full((BATCH, LONGEST), START_ID)
+    tokens[::2, SHORTEST - 1] = tokens[1::2, -1] = END_ID
     is_real = torch.arange(LONGEST) <= tokens.argmax(1, keepdim=True)
     if recipe.views.ssl:
         ssl = torch.randn(BATCH, 2, 3, side, side, dtype=dtype)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from aclip.config.recipe import AugmentConfig
+from aclip.config.sections import AugmentConfig
 from aclip.data.augment import augment, draw_augment_params
 from aclip.kernels.augment_views import AUGMENT_PARAMS
 

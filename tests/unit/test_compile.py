@@ -7,15 +7,15 @@ import torch
 from torch._dynamo.utils import counters
 
 from aclip.config.ds_config import DsConfig
-from aclip.config.recipe import OptimizerConfig
 from aclip.config.recipe_file import load_recipe
+from aclip.config.sections import OptimizerConfig
 from aclip.engine.build import build_engine
 from aclip.errors import ConfigError
-from aclip.method.masking import Selection
+from aclip.method.masks.policy import Selection
+from aclip.method.tokens import END_ID, START_ID, real_token_ids
 from aclip.models.student import build_student
-from aclip.models.text import END_TOKEN, START_TOKEN, TextTower
+from aclip.models.text import TextTower
 from aclip.models.vit import ImageTower
-from aclip.tokens import real_token_ids
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def _captions(recompute, compile):
         tokens = torch.randint(1, 1000, (len(lengths), max(lengths)))
         for row, length in enumerate(lengths):
             tokens[row, 0], tokens[row, length - 1], tokens[row, length:] = (
-                START_TOKEN,
-                END_TOKEN,
+                START_ID,
+                END_ID,
                 0,
             )
         batches.append((tokens, real_token_ids(tokens)))

@@ -229,7 +229,7 @@ def test_both_ends_of_the_keep_ratio_are_allowed(ratio):
 @pytest.mark.parametrize(
     "recipe, overrides, named",
     [
-        ("demo", ["teacher=null"], ["teacher", "attentive", "byol"]),
+        ("demo", ["teacher=null"], ["teacher is empty", "mask.policy attentive needs"]),
         ("clip_vitb16", ["teacher.resolution=224"], ["teacher", "none", "teacher=null"]),
         ("random_2x50_vitb16", ["loss.byol=2"], ["teacher", "random", "loss.byol 2"]),
         ("slip_vitb16", ["ssl_augment.blur_sigma=[2,1]"], ["ssl_augment.blur_sigma is [2, 1]"]),
@@ -356,3 +356,14 @@ def test_sources_are_checked_like_every_other_section():
     assert "data.sources.0.weight is 0" in message
     message = refusal(sources)  # the demo has data.train
     assert "data.train is demo" in message and "one of the two" in message
+
+
+def test_a_key_that_has_another_name_today_is_still_read():
+    assert load_recipe("demo", ["data.max_slot_side=512"]).data.max_image_side == 512
+
+
+def test_a_recipe_needs_a_loss_that_brings_images_and_captions_together():
+    message = refusal("loss.contrastive=0")
+    assert (
+        message.startswith("loss.contrastive is 0") and "give loss.contrastive a weight" in message
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aclip.config.recipe import DataConfig
+from aclip.config.sections import DataConfig
 from aclip.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

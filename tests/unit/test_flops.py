@@ -14,13 +14,13 @@ from aclip.config.geometry import kept_blocks
 from aclip.config.recipe_file import load_recipe, recipe_names
 from aclip.method import losses
 from aclip.method.masking import Selection
+from aclip.method.tokens import END_ID, START_ID
 from aclip.models.student import (
     DistillInput,
     MlmInput,
     StudentInput,
     build_student,
 )
-from aclip.models.text import END_TOKEN, START_TOKEN
 from aclip.planning import flops
 from aclip.planning.step_shape import (
     BlockShape,
@@ -68,8 +68,8 @@ def make_inputs(recipe, student):
         scores = torch.rand(BATCH, num_views, grid, grid)
         size = recipe.mask.block_size
         selection = Selection(scores, None, None, kept_blocks(recipe, grid), size)
-    tokens = torch.full((BATCH, LONGEST), START_TOKEN)
-    tokens[0, SHORTEST - 1] = tokens[1, -1] = END_TOKEN
+    tokens = torch.full((BATCH, LONGEST), START_ID)
+    tokens[0, SHORTEST - 1] = tokens[1, -1] = END_ID
     ssl_pixels = torch.randn(BATCH, 2, 3, side, side) if recipe.views.ssl else None
     distill = mlm = None
     if recipe.loss.distill:

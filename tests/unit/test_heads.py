@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aclip.models.heads import GlobalBatchNorm, LogitScale, mlp_head
+from aclip.method.losses.heads import GlobalBatchNorm, LogitScale, mlp_head
 
 
 def random_norm(width):

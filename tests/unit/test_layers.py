@@ -1,11 +1,14 @@
 """The rooms of aclip import downwards only; see aclip/README.md."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "aclip"
 LAYERS = (
-    {"config", "method", "run_folder"},
+    {"method", "run_folder"},
+    {"config"},
     {"models", "data"},
     {"engine"},
     {"weights", "nodes"},
@@ -48,3 +51,8 @@ def test_rooms_import_downwards():
 def test_every_room_has_a_floor():
     rooms = {path.parent.relative_to(PACKAGE).parts[0] for path in PACKAGE.glob("*/__init__.py")}
     assert rooms == FLOOR.keys()
+
+
+def test_what_starts_over_ssh_does_not_wait_for_torch():
+    code = "import sys, aclip.nodes.agent, aclip.nodes.probe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

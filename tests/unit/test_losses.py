@@ -6,8 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aclip.method import losses
-from aclip.method.losses import StudentOutput
+from aclip.config.recipe_file import load_recipe
+from aclip.method.losses.byol import byol
+from aclip.method.losses.contrastive import contrastive
+from aclip.method.losses.simclr import simclr
+from aclip.method.losses.term import StudentOutput, total
 
 
 def vectors(*rows):
@@ -82,7 +85,7 @@ def assert_loss_and_gradients(actual_loss, actual_inputs, expected_loss, expecte
 def test_contrastive_of_two_orthogonal_pairs_by_hand():
     images = vectors([[5, 0]], [[0, 0.1]])  # lengths do not matter
     texts = vectors([2, 0], [0, 3])
-    loss = losses.contrastive(images, texts, torch.tensor([3.0]))
+    loss = contrastive(images, texts, torch.tensor([3.0]))
     # Every row and column of logits is (3, 0) with the 3 at the label.
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-3)), rel=1e-6)
 
@@ -90,7 +93,7 @@ def test_contrastive_of_two_orthogonal_pairs_by_hand():
 def test_contrastive_of_two_views_is_their_mean():
     right, wrong = [[1, 0], [0, 1]], [[0, 1], [1, 0]]
     images = vectors([right[0], wrong[0]], [right[1], wrong[1]])
-    loss = losses.contrastive(images, vectors([1, 0], [0, 1]), torch.tensor([2.0]))
+    loss = contrastive(images, vectors([1, 0], [0, 1]), torch.tensor([2.0]))
     expected = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2))) / 2
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
@@ -99,21 +102,21 @@ def test_contrastive_weighs_both_directions_equally():
     images = vectors([[1, 0]], [[1, 0]])
     texts = vectors([1, 0], [0, 1])
     # image to text: (s, 0) twice, labels 0 and 1; text to image: (s, s) and (0, 0), always log 2.
-    loss = losses.contrastive(images, texts, torch.tensor([1.0]))
+    loss = contrastive(images, texts, torch.tensor([1.0]))
     image_to_text = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))) / 2
     assert loss.item() == pytest.approx((image_to_text + math.log(2)) / 2, rel=1e-6)
 
 
 def test_contrastive_of_equal_embeds_is_the_log_of_the_batch_size():
-    loss = losses.contrastive(torch.ones(7, 2, 3), torch.ones(7, 3), torch.tensor([100.0]))
+    loss = contrastive(torch.ones(7, 2, 3), torch.ones(7, 3), torch.tensor([100.0]))
     assert loss.item() == pytest.approx(math.log(7), rel=1e-6)
 
 
 def test_contrastive_in_uneven_chunks_equals_the_whole(monkeypatch):
     images, texts = random_embeds(7, 2, 5), random_embeds(7, 5, seed=1)
     whole = slow_contrastive(images.double(), texts.double(), 20.0)
-    monkeypatch.setattr(losses, "CHUNK_ROWS", 3)
-    loss = losses.contrastive(images, texts, torch.tensor([20.0]))
+    monkeypatch.setattr("aclip.method.losses.contrastive.CHUNK_ROWS", 3)
+    loss = contrastive(images, texts, torch.tensor([20.0]))
     assert loss.item() == pytest.approx(whole.item(), rel=2e-6)
 
 
@@ -121,7 +124,7 @@ def test_simclr_of_two_equal_views_by_hand():
     embeds = vectors([[1, 0], [4, 0]], [[0, 2], [0, 1]])
     # Each view: its positive at cosine 1, the other image's two views at 0.
     expected = math.log(1 + 2 * math.exp(-1 / 0.5))
-    assert losses.simclr(embeds, 0.5).item() == pytest.approx(expected, rel=1e-6)
+    assert simclr(embeds, 0.5).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_simclr_of_two_different_views_by_hand():
@@ -129,27 +132,27 @@ def test_simclr_of_two_different_views_by_hand():
     e = math.exp(1 / 0.5)
     # The positives have cosine 0; the negatives of the rows (-1, 0), (1, 0), (1, 0), (-1, 0).
     expected = (2 * math.log(2 + 1 / e) + 2 * math.log(2 + e)) / 4
-    assert losses.simclr(embeds, 0.5).item() == pytest.approx(expected, rel=1e-6)
+    assert simclr(embeds, 0.5).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_simclr_of_one_view_twice_differs_from_that_of_both():
     embeds = random_embeds(5, 2, 8)
     twice = embeds[:, :1].repeat(1, 2, 1)
-    assert losses.simclr(twice, 0.1).item() < losses.simclr(embeds, 0.1).item() - 0.5
+    assert simclr(twice, 0.1).item() < simclr(embeds, 0.1).item() - 0.5
 
 
 def test_byol_by_hand():
     predictions = vectors([[3, 0], [0, 2]], [[-1, 0], [1, 1]])
     targets = vectors([1, 0], [5, 0])
     # 2 - 2 cos: 0, 2, 4, 2 - sqrt(2)
-    assert losses.byol(predictions, targets).item() == pytest.approx(
+    assert byol(predictions, targets).item() == pytest.approx(
         (0 + 2 + 4 + 2 - math.sqrt(2)) / 4, rel=1e-6
     )
 
 
 def test_byol_gives_the_target_no_gradient():
     predictions, targets = leaves(random_embeds(3, 2, 4), random_embeds(3, 4), dtype=torch.float32)
-    losses.byol(predictions, targets).backward()
+    byol(predictions, targets).backward()
     assert targets.grad is None
     assert predictions.grad.abs().max() > 0
 
@@ -161,14 +164,14 @@ def test_contrastive_and_its_gradients_equal_float64_loops(num_views, scale):
     actual = leaves(*inputs, dtype=torch.float32)
     expected = leaves(*inputs, dtype=torch.float64)
     expected_loss = slow_contrastive(*expected[:2], expected[2].squeeze())
-    assert_loss_and_gradients(losses.contrastive(*actual), actual, expected_loss, expected)
+    assert_loss_and_gradients(contrastive(*actual), actual, expected_loss, expected)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_simclr_and_its_gradients_equal_float64_loops(temperature):
     inputs = random_embeds(5, 2, 6, seed=2)
     actual, expected = leaves(inputs, dtype=torch.float32), leaves(inputs, dtype=torch.float64)
-    actual_loss = losses.simclr(actual[0], temperature)
+    actual_loss = simclr(actual[0], temperature)
     assert_loss_and_gradients(actual_loss, actual, slow_simclr(expected[0], temperature), expected)
 
 
@@ -177,16 +180,16 @@ def test_byol_and_its_gradients_equal_float64_loops(num_views):
     inputs, targets = random_embeds(5, num_views, 6, seed=3), random_embeds(5, 6, seed=4)
     actual, expected = leaves(inputs, dtype=torch.float32), leaves(inputs, dtype=torch.float64)
     expected_loss = slow_byol(expected[0], targets.double())
-    assert_loss_and_gradients(losses.byol(actual[0], targets), actual, expected_loss, expected)
+    assert_loss_and_gradients(byol(actual[0], targets), actual, expected_loss, expected)
 
 
 def test_swapping_the_views_changes_no_loss():
     embeds, other, scale = random_embeds(6, 2, 8), random_embeds(6, 8, seed=1), torch.tensor([10.0])
     swapped = embeds.flip(1)
     for loss in (
-        lambda e: losses.contrastive(e, other, scale),
-        lambda e: losses.simclr(e, 0.1),
-        lambda e: losses.byol(e, other),
+        lambda e: contrastive(e, other, scale),
+        lambda e: simclr(e, 0.1),
+        lambda e: byol(e, other),
     ):
         assert loss(swapped).item() == pytest.approx(loss(embeds).item(), rel=1e-6)
 
@@ -196,14 +199,21 @@ def test_bf16_embeds_are_read_exactly_and_give_an_fp32_loss():
     scale = torch.tensor([14.0])
     for actual, expected in (
         (
-            losses.contrastive(images, texts, scale),
+            contrastive(images, texts, scale),
             slow_contrastive(images.double(), texts.double(), 14.0),
         ),
-        (losses.simclr(images, 0.1), slow_simclr(images.double(), 0.1)),
-        (losses.byol(images, texts), slow_byol(images.double(), texts.double())),
+        (simclr(images, 0.1), slow_simclr(images.double(), 0.1)),
+        (byol(images, texts), slow_byol(images.double(), texts.double())),
     ):
         assert actual.dtype == torch.float32
         assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def terms_of(**weights):
+    """The demo's loss terms with these weights; others have none."""
+    values = {"simclr": 0, "byol": 0, "distill": 0, "mlm": 0} | weights
+    overrides = [f"loss.{name}={weight}" for name, weight in values.items()]
+    return load_recipe("demo", [*overrides, "loss.simclr_temperature=0.2"]).terms
 
 
 def full_output():
@@ -211,37 +221,39 @@ def full_output():
         image_embeds=random_embeds(4, 2, 6).requires_grad_(),
         text_embeds=random_embeds(4, 6, seed=1),
         logit_scale=torch.tensor([12.0]),
-        simclr_embeds=random_embeds(4, 2, 5, seed=2),
-        byol_predictions=random_embeds(4, 2, 7, seed=3),
+        heads={
+            "simclr": random_embeds(4, 2, 5, seed=2),
+            "byol": random_embeds(4, 2, 7, seed=3),
+            "mlm": torch.tensor([1.0, 2.0, 0.0, 5.0]),
+        },
     )
 
 
 def test_total_weighs_the_terms_and_reports_them_unweighted():
     output, target = full_output(), random_embeds(4, 7, seed=4)
-    weights = {"contrastive": 0.5, "simclr": 3.0, "byol": 2.0, "distill": 0, "mlm": 0}
-    loss, terms = losses.total(output, target, weights, 0.2)
-    contrastive = slow_contrastive(output.image_embeds, output.text_embeds, 12.0).item()
-    simclr = slow_simclr(output.simclr_embeds, 0.2).item()
-    byol = slow_byol(output.byol_predictions, target).item()
-    assert {name: term.item() for name, term in terms.items()} == pytest.approx(
-        {"contrastive": contrastive, "simclr": simclr, "byol": byol}, rel=1e-5
+    terms = terms_of(contrastive=0.5, simclr=3.0, byol=2.0, mlm=0.25)
+    loss, values = total(terms, output, {"byol": target})
+    expected = {
+        "contrastive": slow_contrastive(output.image_embeds, output.text_embeds, 12.0).item(),
+        "simclr": slow_simclr(output.heads["simclr"], 0.2).item(),
+        "byol": slow_byol(output.heads["byol"], target).item(),
+        "mlm": 2.0,
+    }
+    assert {name: value.item() for name, value in values.items()} == pytest.approx(
+        expected, rel=1e-5
     )
-    assert loss.item() == pytest.approx(0.5 * contrastive + 3 * simclr + 2 * byol, rel=1e-5)
+    weighted = 0.5 * expected["contrastive"] + 3 * expected["simclr"] + 2 * expected["byol"] + 0.5
+    assert loss.item() == pytest.approx(weighted, rel=1e-5)
     assert loss.requires_grad
-    assert not any(term.requires_grad for term in terms.values())
+    assert not any(value.requires_grad for value in values.values())
 
 
 def test_term_without_weight_is_neither_computed_nor_reported():
     output = full_output()
-    output.simclr_embeds = output.byol_predictions = None
-    loss, terms = losses.total(
-        output,
-        None,
-        dict.fromkeys(("simclr", "byol", "distill", "mlm"), 0) | {"contrastive": 1.0},
-        0.1,
-    )
-    assert list(terms) == ["contrastive"]
-    assert loss.item() == terms["contrastive"].item()
+    output.heads.clear()
+    loss, values = total(terms_of(contrastive=1.0), output, {})
+    assert list(values) == ["contrastive"]
+    assert loss.item() == values["contrastive"].item()
 
 
 def test_slow_formulas_agree_with_torch_on_the_trivial_case():

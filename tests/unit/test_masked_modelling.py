@@ -12,10 +12,16 @@ from aclip.data.samples import SampleMaker
 from aclip.data.shards.listing import Shard
 from aclip.data.shards.tar import TarShard
 from aclip.errors import ConfigError
-from aclip.method import losses, masking
-from aclip.models.decoders import Codewords, PatchDecoder, TextDecoder
+from aclip.method.losses.distill import (
+    Codewords,
+    PatchDecoder,
+    distill,
+    normalised_patches,
+    reconstruct,
+)
+from aclip.method.losses.mlm import TextDecoder, mask_tokens, mlm
+from aclip.method.masks.policy import other_patches
 from aclip.models.student import build_student
-from aclip.training.step_inputs import normalised_patches
 
 START, END = 49406, 49407
 
@@ -35,19 +41,19 @@ def test_distill_of_two_patches_by_hand():
     denominator = math.log(math.e + 1)
     first = 0.75 * (denominator - 1) + 0.25 * denominator
     expected = (first + math.log(2)) / 2
-    assert losses.distill(logits, targets, 2.0).tolist() == pytest.approx([expected])
+    assert distill(logits, targets, 2.0).tolist() == pytest.approx([expected])
 
 
 def test_reconstruct_is_each_samples_mean_square():
     predictions = torch.tensor([[[1.0, 2.0]], [[0.0, 0.0]]])
     targets = torch.tensor([[[1.0, 4.0]], [[3.0, 4.0]]])
-    assert losses.reconstruct(predictions, targets).tolist() == [2.0, 12.5]
+    assert reconstruct(predictions, targets).tolist() == [2.0, 12.5]
 
 
 def test_mlm_weighs_every_masked_token_of_a_caption_equally():
     logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0], [0.0, math.log(3)]])
     labels, rows = torch.tensor([0, 0, 0]), torch.tensor([0, 2, 2])
-    loss = losses.mlm(logits, labels, rows, torch.tensor([1.0, 0.5, 0.5]), 3)
+    loss = mlm(logits, labels, rows, torch.tensor([1.0, 0.5, 0.5]), 3)
     # -log 1/2; no masked token; the mean of -log 3/4 and -log 1/4.
     expected = [math.log(2), 0.0, (math.log(4 / 3) + math.log(4)) / 2]
     assert loss.tolist() == pytest.approx(expected)
@@ -56,7 +62,7 @@ def test_mlm_weighs_every_masked_token_of_a_caption_equally():
 def test_hidden_tokens_are_the_share_of_the_caption_and_never_its_ends():
     tokens = tokens_of(1, 3, 10, 20)
     noise = torch.rand(4, 30, generator=torch.Generator().manual_seed(0))
-    masked = masking.mask_tokens(tokens, noise, 0.2)
+    masked = mask_tokens(tokens, noise, 0.2)
     assert masked.sum(1).tolist() == [1, 1, 2, 4]
     assert not masked[(tokens == START) | (tokens == END) | (tokens == 0)].any()
     row = masked[3].nonzero().squeeze(1) - 1
@@ -65,18 +71,18 @@ def test_hidden_tokens_are_the_share_of_the_caption_and_never_its_ends():
 
 def test_hidden_tokens_do_not_depend_on_the_other_captions():
     noise = torch.rand(1, 30, generator=torch.Generator().manual_seed(1))
-    short = masking.mask_tokens(tokens_of(10), noise, 0.3)
-    padded = masking.mask_tokens(tokens_of(10, columns=22), noise, 0.3)
+    short = mask_tokens(tokens_of(10), noise, 0.3)
+    padded = mask_tokens(tokens_of(10, columns=22), noise, 0.3)
     assert torch.equal(padded[:, :12], short) and not padded[:, 12:].any()
 
 
 def test_caption_without_word_pieces_hides_nothing():
-    assert not masking.mask_tokens(tokens_of(0, 4), torch.rand(2, 8), 0.5)[0].any()
+    assert not mask_tokens(tokens_of(0, 4), torch.rand(2, 8), 0.5)[0].any()
 
 
 def test_other_patches_are_the_complement_in_order():
     keep = torch.tensor([[0, 3, 4], [1, 2, 5]])
-    assert masking.other_patches(keep, 6).tolist() == [[1, 2, 5], [0, 3, 4]]
+    assert other_patches(keep, 6).tolist() == [[1, 2, 5], [0, 3, 4]]
 
 
 def test_normalised_patches_have_mean_zero_variance_one_and_patch_order():
@@ -204,7 +210,9 @@ def test_sample_is_decoded_once_and_cut_for_the_parts_that_read_it(
 
         return call
 
-    monkeypatch.setattr(views, "crop", counted("crop", views.crop))
+    counted_crop = counted("crop", views.crop)
+    for module in (samples, views):
+        monkeypatch.setattr(module, "crop", counted_crop)
     monkeypatch.setattr(samples, "decode_image", counted("decode_image", samples.decode_image))
     shard = write_tar("0.tar", [("0.jpg", encode_image(90, 70)), ("0.txt", b"a thing")])
     (raw,) = TarShard(shard).walk()

@@ -6,7 +6,12 @@ import torch
 
 from aclip.config.geometry import count_kept_blocks
 from aclip.kernels.attentive_pack import attentive_pack
-from aclip.method.masking import select
+from aclip.method.masks.policies import POLICIES
+from aclip.method.masks.policy import MaskPolicy, ViewsToMask
+
+
+def select(policy, num_kept_blocks, block_size, **views):
+    return POLICIES[policy].select(ViewsToMask(num_kept_blocks, block_size, **views))
 
 
 def kept_patches(selection, batch, num_views, grid):
@@ -146,3 +151,17 @@ def test_kept_patches_are_counted_in_patches():
     selection = select("random", 25, 2, noise=torch.from_numpy(np.zeros((1, 1, 7, 7), np.float32)))
     assert selection.num_kept_patches == 100
     assert selection.scores.shape == (1, 1, 14, 14)
+
+
+def test_policy_may_score_the_pixels_of_the_views():
+    pixels = torch.zeros(2, 1, 3, 16, 16)
+    pixels[0, :, :, 8:, :8] = 1.0  # of 4 x 4 patches, the lower left four
+    pixels[1, :, :, :8, 8:] = 1.0  # the upper right four
+
+    def brightest(views: ViewsToMask):
+        patches = views.pixels.unfold(3, 4, 4).unfold(4, 4, 4)  # (B, V, 3, 4, 4, 4, 4)
+        return views.by_patch(patches.mean((2, 5, 6)))
+
+    policy = MaskPolicy("brightest", brightest, reads_pixels=True)
+    selection = policy.select(ViewsToMask(1, 2, pixels=pixels))
+    assert kept_patches(selection, 2, 1, 4) == [[{8, 9, 12, 13}], [{2, 3, 6, 7}]]

@@ -5,20 +5,18 @@ host, make a shape from values or copy to the host fails. (Fake CUDA tensors wou
 leave a process in which a fork cannot run a backward pass.)
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from aclip.config.geometry import kept_blocks
 from aclip.config.recipe_file import load_recipe
-from aclip.method import losses, masking
-from aclip.method.losses import StudentOutput
-from aclip.models.student import (
-    DistillInput,
-    MlmInput,
-    StudentInput,
-    build_student,
-)
-from aclip.tokens import real_token_ids
+from aclip.method.losses.term import StudentOutput, Taught, TermContext, total
+from aclip.method.masks.policies import POLICIES
+from aclip.method.masks.policy import Selection, ViewsToMask, kept_patches
+from aclip.method.tokens import END_ID, START_ID, real_token_ids
+from aclip.models.student import StudentInput, build_student
 from aclip.training.teacher import Teacher
 
 RECIPE = [
@@ -39,6 +37,8 @@ RECIPE = [
     "mlm.decoder_layers=1",
 ]
 BATCH, GRID = 4, 8
+TOKENS = torch.tensor([[START_ID, *range(1, 15), END_ID]] * BATCH)
+"""Tokens are on the CPU where masked language modelling chooses among them."""
 
 
 def make(*shape, dtype=torch.float32):
@@ -88,17 +88,17 @@ def test_what_waits_for_the_device_is_found(wait):
         wait(make(4))
 
 
-@pytest.mark.parametrize("policy", ["random", "attentive", "inverse"])
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "none"])
 def test_mask_does_not_wait_for_the_device(policy):
-    selection = masking.select(
-        policy,
+    views = ViewsToMask(
         5,
         2,
+        pixels=make(BATCH, 2, 3, 64, 64),
         teacher_scores=make(BATCH, GRID, GRID),
         noise=make(BATCH, 2, GRID // 2, GRID // 2),
         **_boxes(),
     )
-    keep_ids = masking.kept_patches(selection, GRID, BATCH, 2)
+    keep_ids = kept_patches(POLICIES[policy].select(views), GRID, BATCH, 2)
     assert keep_ids.shape == (BATCH, 2, 20)
 
 
@@ -112,23 +112,31 @@ def test_step_does_not_wait_for_the_device(recipe, models, dtype):
     teacher._average = {name: make(*p.shape) for name, p in teacher._compute.items()}
 
     taught = teacher.forward(make(BATCH, 3, 64, 64, dtype=dtype))
-    selection = masking.select(
-        "attentive", kept_blocks(recipe, GRID), 2, teacher_scores=taught.scores, **_boxes()
-    )
+    views = ViewsToMask(kept_blocks(recipe, GRID), 2, teacher_scores=taught.scores, **_boxes())
+    selection = POLICIES["attentive"].select(views)
     pixels = make(BATCH, 2, 3, 64, 64, dtype=dtype)
     tokens, real_ids = make(BATCH, 16, dtype=torch.int64), make(37, dtype=torch.int64)
-    random = masking.select("random", 16, 1, noise=make(BATCH, 1, GRID, GRID))
-    masked_ids = masking.other_patches(masking.kept_patches(random, GRID, BATCH, 1)[:, 0], 64)
-    patches = teacher.encode_patches(pixels[:, 0])
-    codewords = teacher.codeword_probabilities(patches[:, :48], make(24), 0.04)
-    distill = DistillInput(random, masked_ids, codewords)
-    ids = make(5, dtype=torch.int64)
-    masked = make(BATCH, 16, dtype=torch.bool)
-    mlm = MlmInput(masked, ids, ids, ids, make(5))
-    inputs = StudentInput(pixels, selection, tokens, real_ids, pixels, distill, mlm)
-    output = StudentOutput(**student("project", student("encode", inputs)))
-    target = teacher.project(taught.features)
-    loss, _ = losses.total(output, target, recipe.loss.model_dump(), 0.1)
+    taught = Taught(taught.scores, taught.features, teacher.encode_patches(pixels[:, 0]))
+    context = TermContext(
+        pixels=pixels,
+        tokens=TOKENS,
+        noise=None,
+        taught=taught,
+        statistic=None,
+        teacher=teacher.model,
+        grid=GRID,
+        patch_size=8,
+        to_device=lambda tensor: make(*tensor.shape, dtype=tensor.dtype),
+    )
+    of_terms = {}
+    for term in student.terms:
+        shape = term.noise_shape(GRID)
+        noise = None if shape is None else torch.zeros(BATCH, *shape)
+        own = replace(context, noise=noise, statistic=term.statistic([taught]))
+        of_terms[term.name] = term.inputs(own)
+    inputs = StudentInput(pixels, selection, tokens, real_ids, pixels, of_terms)
+    output = StudentOutput.of(student("project", student("encode", inputs)))
+    loss, _ = total(student.terms, output, teacher.targets(student.terms, [taught]))
     loss.backward()
     assert all(p.grad is not None for p in student.parameters() if p.requires_grad)
     teacher.update(student, 0.99)
@@ -142,6 +150,6 @@ def test_features_of_all_tokens_do_not_wait_for_the_device(models):
     features = student.text.forward_tokens(tokens, masked, make(16), real_ids)
     assert features.shape == (BATCH, 16, 16)
 
-    selection = masking.Selection(make(BATCH, 1, GRID, GRID), None, None, 5, 2)
+    selection = Selection(make(BATCH, 1, GRID, GRID), None, None, 5, 2)
     patches, keep_ids = student.image.forward_patches(make(BATCH, 3, 64, 64), selection)
     assert patches.shape == (BATCH, 21, 24) and keep_ids.shape == (BATCH, 20)

@@ -7,10 +7,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aclip.config.recipe_file import load_recipe
-from aclip.method.masking import Selection
+from aclip.method.masks.policy import Selection
+from aclip.method.tokens import END_ID, START_ID
 from aclip.models.recompute import applied
 from aclip.models.student import build_student
-from aclip.models.text import END_TOKEN, START_TOKEN, TextTower
+from aclip.models.text import TextTower
 from aclip.models.vit import ImageTower
 
 MODES = ("none", "elementwise", "blocks")
@@ -43,7 +44,7 @@ def _text(dtype=torch.float32):
     tokens = torch.zeros(3, 13, dtype=torch.int64)
     for row, length in enumerate((7, 2, 13)):
         tokens[row, :length] = torch.randint(0, 1000, (length,))
-        tokens[row, 0], tokens[row, length - 1] = START_TOKEN, END_TOKEN
+        tokens[row, 0], tokens[row, length - 1] = START_ID, END_ID
     return tower, lambda: tower(tokens)
 
 

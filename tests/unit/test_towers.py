@@ -10,10 +10,10 @@ import torch
 from transformers import CLIPTextModel
 
 from aclip.errors import ConfigError
-from aclip.method.masking import Selection
-from aclip.models.text import END_TOKEN, START_TOKEN, TextTower
+from aclip.method.masks.policy import Selection
+from aclip.method.tokens import END_ID, START_ID, real_token_ids
+from aclip.models.text import TextTower
 from aclip.models.vit import ImageTower
-from aclip.tokens import real_token_ids
 
 # Real widths and depths; few patches and, for base and large, fewer blocks keep this quick.
 TOWERS = [
@@ -205,7 +205,7 @@ def _captions(lengths):
     for row, length in enumerate(lengths):
         tokens[row, :length] = torch.randint(0, 1000, (length,))
         tokens[row, 1:2] = 0
-        tokens[row, 0], tokens[row, length - 1] = START_TOKEN, END_TOKEN
+        tokens[row, 0], tokens[row, length - 1] = START_ID, END_ID
     return tokens
 
 

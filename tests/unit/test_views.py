@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
@@ -14,16 +13,9 @@ from aclip.data.shards.listing import Skip
 from aclip.data.views import (
     center_crop,
     crop,
-    cut_views,
-    draw_boxes,
     random_box,
     teacher_box,
 )
-
-
-def make_views(image, rng, num_student, scale, resolution, teacher_resolution):
-    boxes, around = draw_boxes(rng, image.height, image.width, num_student, scale)
-    return cut_views(image, boxes, around, resolution, teacher_resolution)
 
 
 def edges(box):
@@ -102,26 +94,6 @@ def test_the_evaluation_crop_equals_torchvision(size):
     np.testing.assert_array_equal(center_crop(image, 32), np.asarray(expected).transpose(2, 0, 1))
 
 
-def test_views_have_the_asked_number_and_resolution():
-    image = Image.new("RGB", (50, 40))
-    views = make_views(image, np.random.default_rng(0), 2, (0.5, 1.0), 32, 16)
-    assert views.student_views.shape == (2, 3, 32, 32) and views.student_views.dtype == np.uint8
-    assert views.teacher_view.shape == (3, 16, 16) and views.teacher_view.dtype == np.uint8
-    assert views.student_boxes.shape == (2, 4) and views.student_boxes.dtype == np.int32
-    assert views.teacher_box.shape == (4,) and views.teacher_box.dtype == np.int32
-    assert not np.array_equal(*views.student_boxes)
-
-
-def test_a_recipe_without_a_teacher_gets_the_same_student_boxes_and_later_draws():
-    image = Image.new("RGB", (50, 40))
-    first, second = np.random.default_rng(0), np.random.default_rng(0)
-    with_teacher = make_views(image, first, 2, (0.5, 1.0), 32, 32)
-    without = make_views(image, second, 2, (0.5, 1.0), 32, None)
-    assert without.teacher_view is None and without.teacher_box is None
-    np.testing.assert_array_equal(with_teacher.student_boxes, without.student_boxes)
-    assert first.random() == second.random()
-
-
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1"])
 def test_every_mode_decodes_to_rgb(mode):
     buffer = io.BytesIO()
@@ -171,12 +143,6 @@ def test_images_with_a_short_side_are_too_small(encode_image):
     assert decode_image(encode_image(4000, 1), 16) == Skip("image_too_small")
     assert decode_image(encode_image(15, 16), 16) == Skip("image_too_small")
     assert decode_image(encode_image(16, 16), 16).size == (16, 16)
-
-
-def test_views_turn_into_tensors_without_a_warning(recwarn):
-    views = make_views(Image.new("RGB", (50, 40)), np.random.default_rng(0), 1, (0.5, 1.0), 8, 8)
-    torch.from_numpy(views.teacher_view), torch.from_numpy(views.student_views)
-    assert not [warning for warning in recwarn if "writable" in str(warning.message)]
 
 
 def with_pillow(content: bytes) -> np.ndarray | None:

@@ -1,6 +1,7 @@
 """Views cut on the device: the worker's boxes, and Pillow's pixels within one level."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,7 +162,8 @@ def take(recipe: Recipe, shards, ranks: int, count: int) -> list[Batch]:
 
 
 def on_device(batch: Batch, recipe: Recipe) -> Batch:
-    inputs = StepInputs(recipe, None, 4, 8, 8, torch.device("cpu"), torch.float32)
+    tower = SimpleNamespace(grid=4, patch_size=8)
+    inputs = StepInputs(recipe, (), None, tower, torch.device("cpu"), torch.float32)
     return inputs.with_views(batch)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from aclip.config.recipe import DataConfig
+from aclip.config.sections import DataConfig
 from aclip.data.shards.counts import count_samples
 from aclip.data.shards.remote import RemoteShards, check_protocol, is_remote
 from aclip.data.shards.tar import RawSample, TarShard

@@ -20,6 +20,7 @@ from aclip.config.recipe import Recipe
 from aclip.models.student import Student
 from aclip.weights.formats.clip_text import PREFIX, TEXT_PROJECTION
 from aclip.weights.formats.huggingface_tokenizer import build_tokenizer
+from aclip.weights.names import LOGIT_SCALE
 
 _VIT = "image.vit."
 _VIT_ONCE = {
@@ -87,7 +88,7 @@ def build_model(
     vision_config = ViTConfig(
         hidden_size=vit.embed_dim,
         num_hidden_layers=len(vit.blocks),
-        num_attention_heads=block.attn.num_heads,
+        num_attention_heads=student.image.num_heads,
         intermediate_size=block.mlp.fc1.out_features,
         image_size=recipe.model.image.resolution,
         patch_size=student.image.patch_size,
@@ -96,7 +97,7 @@ def build_model(
         # The pooler is the identity; its default, tanh, would be silently wrong.
         pooler_act="linear",
     )
-    scale = state["logit_scale.log_logit_scale"].reshape(())
+    scale = state[LOGIT_SCALE].reshape(())
     config = VisionTextDualEncoderConfig(
         vision_config=vision_config.to_dict(),
         text_config=text.config.to_dict(),
@@ -123,7 +124,7 @@ def to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
             theirs["text_model." + name.removeprefix(PREFIX)] = tensor
     theirs["visual_projection.weight"] = state["image_projection.weight"]
     theirs["text_projection.weight"] = state[TEXT_PROJECTION]
-    theirs["logit_scale"] = state["logit_scale.log_logit_scale"].reshape(())
+    theirs["logit_scale"] = state[LOGIT_SCALE].reshape(())
     return theirs
 
 

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from aclip.tokens import END_ID, START_ID
+from aclip.method.tokens import END_ID, START_ID
 
 # As open_clip's tokeniser calls them, so that a caption that spells one out gets the same id.
 START, END = "<start_of_text>", "<end_of_text>"

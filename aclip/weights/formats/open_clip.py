@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from aclip.config.recipe import Recipe
-from aclip.models.text import VOCAB_SIZE
+from aclip.method.tokens import VOCAB_SIZE
 from aclip.weights.formats.clip_text import from_clip_text, to_clip_text
-from aclip.weights.names import TowerFacts
+from aclip.weights.names import LOGIT_BIAS, LOGIT_SCALE, TowerFacts
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -30,7 +30,7 @@ BUFFERS = {"attn_mask"}
 TIMM_CONFIG = "config.json"
 _TRUNK, _OUR_TRUNK = "visual.trunk.", "image.vit."
 _PROJECTION, _OUR_PROJECTION = "visual.head.proj.weight", "image_projection.weight"
-_LOGIT_SCALE, _OUR_LOGIT_SCALE = "logit_scale", "logit_scale.log_logit_scale"
+_NUMBERS = {"logit_scale": LOGIT_SCALE, "logit_bias": LOGIT_BIAS}
 
 
 def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -40,8 +40,8 @@ def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith(_OUR_TRUNK):
             theirs[_TRUNK + name.removeprefix(_OUR_TRUNK)] = tensor
     theirs[_PROJECTION] = state[_OUR_PROJECTION]
-    theirs[_LOGIT_SCALE] = state[_OUR_LOGIT_SCALE].reshape(())
-    return theirs
+    numbers = {key: state[name].reshape(()) for key, name in _NUMBERS.items() if name in state}
+    return theirs | numbers
 
 
 def from_open_clip(key: str, tensor: Tensor) -> dict[str, Tensor] | None:
@@ -50,8 +50,8 @@ def from_open_clip(key: str, tensor: Tensor) -> dict[str, Tensor] | None:
         return {_OUR_TRUNK + key.removeprefix(_TRUNK): tensor}
     if key == _PROJECTION:
         return {_OUR_PROJECTION: tensor}
-    if key == _LOGIT_SCALE:
-        return {_OUR_LOGIT_SCALE: tensor.reshape(-1)}
+    if key in _NUMBERS:
+        return {_NUMBERS[key]: tensor.reshape(-1)}
     # CustomTextCLIP keeps its text tower under a name of its own.
     return from_clip_text(key.removeprefix("text."), tensor)
 
@@ -68,17 +68,21 @@ def has_portable_name(recipe: Recipe) -> bool:
     return default.patch_embed.img_size == (image.resolution, image.resolution)
 
 
-def config(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def config(recipe: Recipe, folder: Path, state: dict[str, Tensor]) -> dict[str, Any]:
     """open_clip_config.json of a recipe's model.
 
     Args:
+        state: the model's tensors by aclip's names.
         folder: where the export will stand. A tower without a portable name is read by timm from
             the config.json in there, see `timm_config`.
     """
     model, text = recipe.model, recipe.model.text
     name = model.image.name if has_portable_name(recipe) else f"local-dir:{folder.absolute()}"
+    # open_clip builds the bias only where the config gives it a value to start at.
+    bias = {"init_logit_bias": state[LOGIT_BIAS].item()} if LOGIT_BIAS in state else {}
     return {
         "model_cfg": {
+            **bias,
             "embed_dim": model.embed_dim,
             "quick_gelu": True,
             "vision_cfg": {

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from aclip.weights.formats.clip_text import from_clip_text, transposed
-from aclip.weights.names import TowerFacts
+from aclip.weights.names import LOGIT_SCALE, TowerFacts
 
 TRAINING_ONLY = ("image_mlp.", "im_proj_byol", "im_pred_byol")
 EMA = "visual_ema."
@@ -55,7 +55,7 @@ def from_released(key: str, tensor: Tensor) -> dict[str, Tensor] | None:
     if key == "image_projection":
         return {"image_projection.weight": transposed(tensor)}
     if key == "logit_scale":
-        return {"logit_scale.log_logit_scale": tensor.reshape(-1)}
+        return {LOGIT_SCALE: tensor.reshape(-1)}
     return from_clip_text(key, tensor)
 
 

@@ -1,4 +1,4 @@
-"""What stands behind the towers: self-supervised heads, BatchNorm over ranks, the logit scale."""
+"""Modules that terms share: heads with BatchNorm over all ranks, and learned numbers."""
 
 import math
 
@@ -45,22 +45,48 @@ def mlp_head(widths: list[int]) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=False))
 
 
-class LogitScale(nn.Module):
-    """The learnable temperature of the contrastive loss, stored as its logarithm in shape (1,).
+class ExactScalar(nn.Module):
+    """A learned number, stored as a parameter of shape (1,), whose forward pass is exact in bf16.
 
-    Near its ceiling the logarithm's bf16 step is 3 % of the scale, so the forward pass uses the
-    fp32 value that `exact` holds (the trainer sets it after each step), while the gradient goes to
-    the parameter.
+    Near 100 the bf16 step of a logit scale's logarithm is 3 % of the scale, so what is computed
+    uses the fp32 value that `exact` holds, while the gradient goes to the parameter. The stepper
+    sets `exact` after each update.
+
+    Args:
+        parameter_name: how checkpoints call the parameter.
+        initial: what it starts at.
+        ceiling: what the fp32 master is clamped to after each update.
+
+    Attributes:
+        exact: (1,) fp32, the master's value; None outside of a run, where the parameter counts.
     """
 
-    def __init__(self, initial: float = 1 / 0.07):
+    def __init__(self, parameter_name: str, initial: float, ceiling: float = math.inf):
         super().__init__()
-        self.log_logit_scale = nn.Parameter(torch.full((1,), math.log(initial)))
+        self.parameter_name = parameter_name
+        self.ceiling = ceiling
+        self.register_parameter(parameter_name, nn.Parameter(torch.full((1,), float(initial))))
         self.exact: Tensor | None = None
 
     def forward(self) -> Tensor:
-        """The scale itself, (1,) fp32."""
-        value = self.log_logit_scale.float()
+        """The number, (1,) fp32."""
+        value = getattr(self, self.parameter_name).float()
         if self.exact is not None:
             value = value + (self.exact.to(value.device) - value).detach()
-        return value.exp()
+        return value
+
+
+class LogitScale(ExactScalar):
+    """The learned inverse temperature of the losses that compare images and captions; stored as
+    its logarithm.
+
+    Args:
+        initial, ceiling: of the scale itself.
+    """
+
+    def __init__(self, initial: float = 1 / 0.07, ceiling: float = 100.0):
+        super().__init__("log_logit_scale", math.log(initial), math.log(ceiling))
+
+    def forward(self) -> Tensor:
+        """The scale itself, (1,) fp32."""
+        return super().forward().exp()

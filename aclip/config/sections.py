@@ -1,0 +1,186 @@
+"""The sections of a recipe that no method declares: towers, views, optimizer, data and so on.
+
+No torch in here, since scripts that start over ssh read them too.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, Field
+
+from aclip.section import Positive, Section, Strength
+
+Recompute = Literal["none", "elementwise", "blocks"]
+HueShift = Annotated[float, Field(ge=0, le=0.5)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ImageTowerConfig(Section):
+    name: str = "vit_base_patch16_224"
+    """Any timm VisionTransformer with a CLS token and learned positions."""
+    resolution: int = Field(224, gt=0)
+    """Side of a student view, pixels; overrides the size in the name."""
+    kwargs: dict[str, Any] = {}
+    """More keyword arguments for timm, e.g. {embed_dim: 192, depth: 3, num_heads: 3}."""
+    freeze_patch_embed: bool = True
+    """Patch embedding stays at its initialisation (MoCo v3), in student and teacher."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again to save memory: elementwise (norms and activations,
+    about a third less, cheap) or blocks (all of each block, far less, a third more time)."""
+
+
+class TextTowerConfig(Section):
+    width: int = Field(512, gt=0)
+    heads: int = Field(8, gt=0)
+    layers: int = Field(12, gt=0)
+    context_length: int = Field(77, ge=3)
+    """Tokens of a caption, start and end included; longer captions are cut, the end token stays."""
+    recompute: Recompute = "none"
+
+
+class ModelConfig(Section):
+    image: ImageTowerConfig = ImageTowerConfig()
+    text: TextTowerConfig = TextTowerConfig()
+    embed_dim: int = Field(512, gt=0)
+    """Size of the joint embedding."""
+    init: str = ""
+    """Weights that a new run starts from, student and teacher: see aclip/weights/README.md."""
+    compile: bool = False
+    """torch.compile of the towers' blocks. On a GPU in bf16 a step waits for memory more than for
+    matrix products; the compiler fuses norms, activations and residuals, which move most of it. The
+    first step takes minutes longer. Not with ZeRO stage 3."""
+
+
+class ViewsConfig(Section):
+    student: int = Field(2, ge=1, le=2)
+    """Views of an image that the student contrasts with the caption."""
+    scale: tuple[float, float] = (0.5, 1.0)
+    """Area of a student view as a share of the image, RandomResizedCrop's `scale`."""
+    ssl: Literal[0, 2] = 0
+    """Views with all patches and strong augmentation that SimCLR compares, as in SLIP; with 0 it
+    compares the student views."""
+    ssl_scale: tuple[float, float] = (0.08, 1.0)
+    ssl_flip_prob: float = Field(0.5, ge=0, le=1)
+
+
+class ColorConfig(Section):
+    """How the colours of a view are changed."""
+
+    jitter: tuple[Strength, Strength, Strength, HueShift] = (0.4, 0.4, 0.2, 0.1)
+    """ColorJitter's brightness, contrast, saturation, hue."""
+    jitter_prob: float = Field(0.8, ge=0, le=1)
+    grayscale_prob: float = Field(0.2, ge=0, le=1)
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
+    """Range of the Gaussian's standard deviation, pixels."""
+    blur_prob: float = Field(0.1, ge=0, le=1)
+    solarize_prob: float = Field(0.2, ge=0, le=1)
+
+
+class SslColorConfig(ColorConfig):
+    """Colours of the SSL views, SLIP's."""
+
+    jitter: tuple[Strength, Strength, Strength, HueShift] = (0.4, 0.4, 0.4, 0.1)
+    blur_prob: float = Field(0.5, ge=0, le=1)
+    solarize_prob: float = Field(0.0, ge=0, le=1)
+
+
+class AugmentConfig(ColorConfig):
+    """Colours of the student views (the teacher view keeps its own), and every view's scaling."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+
+
+class TeacherConfig(Section):
+    resolution: int = Field(224, gt=0)
+    """Side of the teacher view, pixels; half the student's in A-CLIP-eff."""
+    momentum: float = Field(0.996, ge=0, le=1)
+    """EMA momentum at the first step; it rises to 1 on a cosine over the run."""
+
+
+class OptimizerConfig(Section):
+    """AdamW; biases, norms and other 1-d parameters get no weight decay."""
+
+    lr: float = Field(5e-4, gt=0)
+    """At the end of the warm-up."""
+    warmup_start_lr: float = Field(1e-6, ge=0)
+    """At the first step, from where it rises linearly."""
+    final_lr: float = Field(1e-5, ge=0)
+    """At the last step, to where it falls on a cosine."""
+    weight_decay: float = Field(0.5, ge=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    eps: float = Field(1e-8, gt=0)
+
+
+class SourceConfig(Section):
+    shards: str | list[str]
+    """As data.train."""
+    weight: Positive
+    """Share of the samples that come from here, relative to the other sources' weights."""
+
+
+class DataConfig(Section):
+    train: str | list[str] = []
+    """Shards: path, glob or braces, /data/*.tar or /data/{00000..01482}.tar; `pipe:` and a command;
+    an address such as s3://bucket/{00000..01482}.tar; `demo` for the built-in scenes."""
+    sources: list[SourceConfig] = []
+    """Several data sets in place of data.train: [{shards: ..., weight: 3}, ...]. An epoch is as
+    many samples as all of them hold together; each gives its weight's share of it. One with more
+    weight than its size comes several times, one with less in part, and goes on in the next."""
+    val: str | list[str] = []
+    """Shards for evaluation; empty for none. For zero-shot accuracy, samples have a .cls and
+    classnames.txt lies beside the shards or one folder up."""
+    on_shard_error: Literal["stop", "skip"] = "stop"
+    """When a shard stays unreadable: end the run, or skip its samples, counted and named."""
+    retries: int = Field(5, ge=0)
+    """Further tries to fetch a remote shard, after 1, 2, 4, ... seconds."""
+    cache: str = ""
+    """Folder for fetched shards; empty for `shards` in ACLIP_CACHE (~/.cache/aclip)."""
+    cache_gb: Positive = 100
+    """Size to which that folder is kept, 10^9 bytes; shards being fetched or read come on top."""
+    lanes: int | None = Field(None, ge=1)
+    """Virtual lanes that fix the global order; ranks x workers divides them, they the batch."""
+    workers: int | None = Field(None, ge=0)
+    """Worker processes of a rank; empty for as many, up to 8, as cores and lanes allow."""
+    shuffle_block: int = Field(512, ge=1)
+    """Samples that a lane shuffles together."""
+    crops: Literal["worker", "device"] = "worker"
+    """Where views are cut: exactly as Pillow does, by the worker; or on the device, from the whole
+    decoded image, which costs the worker about a third of the time. Boxes are the same, pixels
+    within 1 level of 255, but for images that max_image_side reduces."""
+    max_image_side: int = Field(
+        1024, ge=64, validation_alias=AliasChoices("max_image_side", "max_slot_side")
+    )
+    """With crops: device, an image with a longer side, pixels, is first reduced by the smallest
+    whole factor that brings it to this, each pixel the mean of a square."""
+    min_image_side: int = Field(16, ge=1)
+    """Images with a shorter side, pixels, are skipped and counted."""
+
+
+class TrainConfig(Section):
+    global_batch_size: int = Field(4096, ge=2)
+    """Images of one optimizer step over all ranks."""
+    epochs: float = Field(25, gt=0)
+    """Passes over the data; the schedules end there."""
+    warmup_epochs: float = Field(1, ge=0)
+    """Of them, those in which the learning rate rises."""
+    seed: int = Field(0, ge=0)
+    """Of weights, order, views and masks."""
+    log_every: int = Field(10, ge=1)
+    """Steps between two progress lines."""
+    checkpoint_every: int = Field(1_000_000, ge=1)
+    """Samples between two checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """The newest N checkpoints stay."""
+    keep_every: int = Field(0, ge=0)
+    """Samples; the first checkpoint after each multiple stays for good, beside the newest; 0 for
+    none."""
+    upload_to: str = ""
+    """A folder that gets a copy of each checkpoint in the background, as an fsspec URL such as
+    s3://bucket/run; empty for none."""
+    evaluate_every: int = Field(5_000_000, ge=0)
+    """Samples between two evaluations; 0 for the end only."""
+    wandb: str = ""
+    """Project of Weights & Biases that gets the metrics too; empty for none."""
+    hang_timeout: float = Field(600, gt=0)
+    """Seconds without progress after which a run ends on every rank and says who stalled; six times
+    as long for the start, the first step, an evaluation and a checkpoint."""

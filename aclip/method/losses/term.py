@@ -1,0 +1,220 @@
+"""What a term of the loss is: all that it adds to recipe, student, batch and step, in one file.
+
+Dimensions: B samples of this rank, V views, E embedding, C image and W text features, D head
+outputs, G patches per side of a view, P = G * G.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from aclip.section import Section
+
+
+@dataclass(frozen=True)
+class TermPart:
+    """A module that a term adds to the student, under the name it is given there.
+
+    Attributes:
+        module: a module, or a single parameter.
+        averaged: whether the teacher holds its average.
+        exported: whether it belongs to the model; otherwise it exists only during training.
+    """
+
+    module: nn.Module | nn.Parameter
+    averaged: bool = False
+    exported: bool = False
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What the teacher makes of a micro-batch; what nothing in the recipe reads is None.
+
+    Attributes:
+        scores: (B, g, g) fp32 attention per patch of the teacher view.
+        features: (B, C) of the teacher view.
+        patches: (B, P, C), features of the first student view's patches.
+    """
+
+    scores: Tensor | None = None
+    features: Tensor | None = None
+    patches: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TermContext:
+    """What a term may read of a micro-batch to make its own input.
+
+    Attributes:
+        pixels: (B, V, 3, R, R) normalised, on the student's device.
+        tokens: (B, L) int64, on the CPU.
+        noise: (B, ...) fp32 uniform in [0, 1) on the CPU, in the term's `noise_shape`; or None.
+        taught: what the teacher made of the micro-batch. statistic: the term's `statistic`.
+        teacher: the averaged student, for its parts; None where the recipe has no teacher.
+        grid: G. patch_size: pixels per side of a patch.
+        to_device: copies a tensor to the student's device without waiting for it.
+    """
+
+    pixels: Tensor
+    tokens: Tensor
+    noise: Tensor | None
+    taught: Taught
+    statistic: Tensor | None
+    teacher: nn.Module | None
+    grid: int
+    patch_size: int
+    to_device: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """What the terms are computed from.
+
+    Attributes:
+        image_embeds: (B, V, E), unnormalised. text_embeds: (B, E), unnormalised.
+        logit_scale: (1,) fp32, the factor itself.
+        heads: what each term's `project` gave, by the term's name.
+    """
+
+    image_embeds: Tensor
+    text_embeds: Tensor
+    logit_scale: Tensor
+    heads: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, projected: dict[str, Tensor]) -> "StudentOutput":
+        """From the flat dictionary that the student's `project` returns."""
+        own = ("image_embeds", "text_embeds", "logit_scale")
+        heads = {name: value for name, value in projected.items() if name not in own}
+        return cls(**{name: projected[name] for name in own}, heads=heads)
+
+
+class LossTerm:
+    """One term of the loss. A subclass is listed in terms.py and overrides the hooks that it needs;
+    those here add nothing. `Stepper.step` calls them in the order in which they stand here.
+
+    A term with weight 0 is never made: it builds no module, draws no noise and costs nothing.
+
+    Args:
+        recipe: aclip.config.recipe.Recipe; a term keeps what it needs of it.
+
+    Attributes:
+        name: its weight is the recipe's `loss.<name>`, and so the term is called everywhere.
+        keys: what it adds to the recipe's section `loss`, `<name>` among them.
+        section: a section of the recipe of its own, called `<name>`; None for none.
+        aligns: whether it brings images and captions together. A recipe needs a term that does;
+            the others are auxiliary.
+        reads_ssl_views: whether it reads views.ssl, views of full tokens and strong augmentation.
+        reads_teacher_view: whether it reads Taught.features. reads_teacher_patches: Taught.patches.
+    """
+
+    name: ClassVar[str]
+    keys: ClassVar[type[Section]]
+    section: ClassVar[type[Section] | None] = None
+    aligns: ClassVar[bool] = False
+    reads_ssl_views: ClassVar[bool] = False
+    reads_teacher_view = False
+    reads_teacher_patches = False
+
+    def __init__(self, recipe):
+        self.weight: float = getattr(recipe.loss, self.name)
+
+    @classmethod
+    def check(cls, recipe) -> None:
+        """Refuses a recipe in which the term has a weight and another part does not fit it.
+
+        Raises:
+            ValueError: one sentence with field, value and what to do.
+        """
+
+    def parts(self, student: nn.Module) -> dict[str, TermPart]:
+        """The modules that the term adds, by their names in the student, which has its towers."""
+        return {}
+
+    def noise_shape(self, grid: int) -> tuple[int, ...] | None:
+        """Shape of the uniform noise that the term wants with every sample; the worker draws it."""
+        return None
+
+    def statistic(self, taught: list[Taught]) -> Tensor | None:
+        """A statistic of the global batch that `inputs` reads. A collective: every rank calls."""
+        return None
+
+    def inputs(self, context: TermContext) -> Any | None:
+        """What `encode` reads of a micro-batch, on the student's device; no gradient."""
+        return None
+
+    def encode(self, student: nn.Module, inputs) -> Tensor | None:
+        """What the term computes of a micro-batch with the towers, besides their features.
+
+        Args:
+            student: its towers and the term's own parts.
+            inputs: models.student.StudentInput; `inputs.of_terms[name]` is the term's.
+
+        Returns:
+            (B, ...), which must not compare samples: micro-batches come one by one.
+        """
+        return None
+
+    def project(self, student: nn.Module, features: dict[str, Tensor]) -> Tensor | None:
+        """What the term's head makes of the features of the whole local batch.
+
+        Args:
+            features: image (B, V, C), text (B, W), ssl (B, 2, C) if the recipe has such views, and
+                under the term's name what `encode` gave.
+        """
+        return None
+
+    def target(self, teacher: nn.Module, taught: list[Taught]) -> Tensor | None:
+        """What the teacher gives for the whole local batch; no gradient. Called if there is one."""
+        return None
+
+    def loss(self, output: StudentOutput, target: Tensor | None) -> Tensor:
+        """The unweighted term, a scalar in fp32.
+
+        Each rank returns the mean over its own rows against the columns of all ranks. The mean of
+        the ranks' values is the global loss, and averaging the ranks' gradients gives its gradient.
+        """
+        raise NotImplementedError
+
+
+def total(
+    terms: tuple[LossTerm, ...], output: StudentOutput, targets: dict[str, Tensor | None]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the terms.
+
+    Args:
+        terms: those with a weight. output: the student's.
+        targets: what each term's `target` gave, by the term's name.
+
+    Returns:
+        Scalar fp32 loss with gradient, and the unweighted, detached terms by name.
+    """
+    values = {term.name: term.loss(output, targets.get(term.name)) for term in terms}
+    loss = sum(term.weight * values[term.name] for term in terms)
+    return loss, {name: value.detach() for name, value in values.items()}
+
+
+def by_view(head: nn.Module, features: Tensor) -> Tensor:
+    """Runs a head on (B, V, C) as rows, since its BatchNorm spans all views."""
+    return head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+
+
+def transformer_blocks(width: int, num_layers: int) -> nn.Sequential:
+    """A decoder's blocks, with heads of 64 channels where the width divides by them."""
+    # Here, because timm takes seconds to import, and a recipe is read without it.
+    from timm.models.vision_transformer import Block
+
+    num_heads = max(1, width // 64)
+    while width % num_heads:
+        num_heads -= 1
+    return nn.Sequential(
+        *(Block(width, num_heads=num_heads, qkv_bias=True) for _ in range(num_layers))
+    )
+
+
+def trunc_normal(*shape: int) -> nn.Parameter:
+    """A parameter drawn as ViTs draw their tokens: a truncated normal of deviation 0.02."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))

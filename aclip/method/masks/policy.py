@@ -1,0 +1,130 @@
+"""What a mask policy is: a function from what may be read of the views to scores of their blocks.
+
+Dimensions: B samples, V views, G patches per side of a view, b patches per side of a block,
+g = G / b.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aclip.kernels.attentive_pack import attentive_pack
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Scores per view source and how many blocks of them are kept: what the `attentive_pack` op
+    reads. The highest are kept, the lower index first where scores are equal.
+
+    Attributes:
+        scores: with boxes (B, 1, S, S), the teacher's scores of its own view; without (B, V, G, G),
+            scores that lie on each student view's grid already. Float, no gradient.
+        teacher_box: (B, 4) int32, pixels of the source image, or None.
+        view_boxes: (B, V, 4) int32, same convention, or None.
+        num_kept_blocks: of the g * g blocks of a view.
+        block_size: b.
+    """
+
+    scores: Tensor
+    teacher_box: Tensor | None
+    view_boxes: Tensor | None
+    num_kept_blocks: int
+    block_size: int
+
+    @property
+    def num_kept_patches(self) -> int:
+        return self.num_kept_blocks * self.block_size**2
+
+
+@dataclass(frozen=True)
+class ViewsToMask:
+    """What a policy may select from. What a policy does not declare to read may be None.
+
+    Attributes:
+        num_kept_blocks, block_size: see Selection.
+        pixels: (B, V, 3, R, R) normalised, the student views; for a policy that `reads_pixels`.
+        noise: (B, V, g, g) uniform in [0, 1), for a policy that `reads_noise`.
+        teacher_scores: (B, S, S) float, the teacher's attention on its own view; like the boxes
+            for a policy that `reads_teacher`.
+        teacher_box: (B, 4), view_boxes: (B, V, 4) int32, pixels of the source image.
+        progress: of the run, in [0, 1].
+    """
+
+    num_kept_blocks: int
+    block_size: int
+    pixels: Tensor | None = None
+    noise: Tensor | None = None
+    teacher_scores: Tensor | None = None
+    teacher_box: Tensor | None = None
+    view_boxes: Tensor | None = None
+    progress: float = 0.0
+
+    def by_block(self, scores: Tensor) -> Selection:
+        """A selection by scores of the views' blocks, (B, V, g, g)."""
+        # The op takes scores per patch; the mean over a block of equal ones is the block's.
+        scores = scores.repeat_interleave(self.block_size, 2).repeat_interleave(self.block_size, 3)
+        return self.by_patch(scores)
+
+    def by_patch(self, scores: Tensor) -> Selection:
+        """A selection by scores of the views' patches, (B, V, G, G); a block has their mean."""
+        return Selection(scores.detach(), None, None, self.num_kept_blocks, self.block_size)
+
+    def by_teacher(self, scores: Tensor) -> Selection:
+        """A selection by scores of the teacher view's patches, (B, S, S), seen from each view."""
+        return Selection(
+            scores.detach().unsqueeze(1),
+            self.teacher_box,
+            self.view_boxes,
+            self.num_kept_blocks,
+            self.block_size,
+        )
+
+
+@dataclass(frozen=True)
+class MaskPolicy:
+    """A way to choose the patches that are kept.
+
+    Attributes:
+        name: its value of the recipe's `mask.policy`.
+        select: select(views) gives a selection; None keeps every patch.
+        explanation: what a run with it keeps, a sentence for pages; empty where pictures show it.
+        reads_teacher: whether it reads the teacher's scores, so that a teacher runs.
+        reads_noise: whether it reads noise, which the data workers draw.
+        reads_pixels: whether it reads the views' pixels.
+    """
+
+    name: str
+    select: Callable[[ViewsToMask], Selection | None]
+    explanation: str = ""
+    reads_teacher: bool = False
+    reads_noise: bool = False
+    reads_pixels: bool = False
+
+
+def kept_patches(selection: Selection, grid: int, num_samples: int, num_views: int) -> Tensor:
+    """The ids that the student's op keeps, without a tower; for pictures and measurements.
+
+    Returns:
+        (B, V, K) int64, ascending.
+    """
+    rows, patches = num_samples * num_views, grid * grid
+    blank = selection.scores.new_zeros(rows, patches, 1)
+    _, keep_ids = attentive_pack(
+        blank,
+        blank.new_zeros(1),
+        blank.new_zeros(1 + patches, 1),
+        selection.scores,
+        selection.teacher_box,
+        selection.view_boxes,
+        selection.num_kept_blocks,
+        selection.block_size,
+    )
+    return keep_ids
+
+
+def other_patches(keep_ids: Tensor, num_patches: int) -> Tensor:
+    """The patches that are not kept: (B, K) int64 -> (B, num_patches - K) int64, ascending."""
+    kept = keep_ids.new_zeros(len(keep_ids), num_patches, dtype=torch.int8).scatter(1, keep_ids, 1)
+    return kept.argsort(dim=1, stable=True)[:, : num_patches - keep_ids.shape[1]]
