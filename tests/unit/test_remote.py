@@ -14,8 +14,8 @@ import pytest
 
 from aclip.config.recipe import Recipe
 from aclip.data.loader import build_train_loader
+from aclip.data.shards import remote as remote_module
 from aclip.data.shards.listing import Shard, index_shards, list_shards, read_shard
-from aclip.data.shards.listing import remote as remote_module
 from aclip.data.shards.remote import RemoteShards
 from aclip.data.shards.tar import ShardError
 from aclip.errors import ConfigError, DataError

@@ -14,7 +14,7 @@ from aclip.data.device_views import cut_views_on_device
 from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import Shard, Skip
 from aclip.data.views import crop, random_box
-from aclip.data.whole_images import read_whole_image, stack_images
+from aclip.data.whole_images import PixelBuffer, read_whole_image, stack_images
 from aclip.training.step_inputs import StepInputs
 
 SIZES = [(64, 64), (91, 47), (47, 91), (200, 33), (33, 200), (120, 160)]
@@ -107,7 +107,7 @@ def test_images_in_a_buffer_are_handed_over_without_a_copy():
     contents[2] = encode(*SIZES[2], 2, "PNG")  # decoded elsewhere, by Pillow
     damaged = contents[1][:300]
     expected = stack_images([read_whole_image(content, 1, 1024) for content in contents]).pixels
-    buffer = device_views.PixelBuffer()
+    buffer = PixelBuffer()
     places = []
     for some in (contents, contents[:2] + contents[3:], [damaged, *contents[3:]], contents):
         whole_images = [read_whole_image(content, 1, 1024, buffer) for content in some]
