@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from aclip.config.geometry import patch_grid
 from aclip.config.recipe import DataConfig, Recipe
 from aclip.data.batch import Batch, collate, join
-from aclip.data.lanes import LaneStream, cost_of_striding, resolve_lanes, resolve_workers
+from aclip.data.lane_counts import cost_of_striding, resolve_lanes, resolve_workers
+from aclip.data.lane_order import LaneOrder
+from aclip.data.lanes import LaneStream
 from aclip.data.mixing import MixedLane
 from aclip.data.samples import SampleMaker
 from aclip.data.shards.listing import Shard
@@ -103,16 +105,25 @@ class LaneDataset(IterableDataset):
         return MixedLane(streams, weights, lane, self.num_lanes, self.recipe.train.seed, taken)
 
     def _stream(self, maker: SampleMaker, lane: int, cursor: list[int], source: int) -> LaneStream:
-        return LaneStream(
-            self.shards,
+        sizes = {
+            index: shard.num_samples
+            for index, shard in enumerate(self.shards)
+            if shard.source == source
+        }
+        order = LaneOrder(
+            sizes,
             lane,
             self.num_lanes,
             self.recipe.train.seed,
             self.recipe.data.shuffle_block,
+            source,
+        )
+        return LaneStream(
+            self.shards,
+            order,
             tuple(cursor),
             partial(maker.make, lane),
-            source,
-            self.recipe.data.on_shard_error == "skip",
+            skips_unreadable=self.recipe.data.on_shard_error == "skip",
         )
 
 
