@@ -42,7 +42,7 @@ VERSION = 1
 a file, or the old ones stay in use. A change of a constant in _folder_name needs no new version."""
 TRAIN_SHARDS, TRAIN_SHARD_SIZE = 48, 160
 VAL_PER_CLASS = 40
-VAL_SHARD = TRAIN_SHARDS  # its number, and its seed like every other shard's
+VAL_SHARD = TRAIN_SHARDS  # a shard's number is its seed
 MAX_PROCESSES = 4
 PROMPTS = ("a photo of a {c}", "a picture of a {c}", "a {c}", "the {c}")
 JPEG_QUALITY = 90
@@ -53,7 +53,7 @@ class DemoData:
     train: list[str]
     val: list[str]
     folder: Path
-    """Also holds classnames.txt and zeroshot_classification_templates.txt."""
+    """Holds the shards, classnames.txt and zeroshot_classification_templates.txt."""
 
 
 def ensure_demo_data(progress: Callable[[str], None] = print) -> DemoData:
@@ -96,7 +96,7 @@ def _folder_name() -> str:
 
 
 def _write_folder(folder: Path) -> None:
-    # One fixed name, so that what a killed process left is replaced; the lock is held.
+    # One fixed name, so that what a killed process left is replaced; the caller holds the lock.
     temporary = folder.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -147,7 +147,8 @@ def _train_contents(rng: np.random.Generator) -> list[tuple[str, str, str]]:
 
 
 def _val_contents(rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """As many of each class, and no content twice, so that every caption fits one scene only."""
+    """Contents with equally many scenes of each class. None comes twice, so that every caption
+    fits one scene only."""
     looks = [(color, background) for color in COLORS for background in BACKGROUNDS]
     contents = [
         (name, *looks[index])

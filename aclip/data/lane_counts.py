@@ -6,7 +6,7 @@ MAX_WORKERS = 8
 
 
 def resolve_lanes(lanes: int | None, num_shards: int, global_batch_size: int) -> int:
-    """The number of lanes: as given, or the largest divisor of the batch that shards suffice for.
+    """The number of lanes: as given, or the batch's largest divisor that shards suffice for.
 
     It never depends on the number of ranks, so that a run keeps its order on another number.
 
@@ -35,7 +35,7 @@ def cost_of_striding(num_shards: int, num_lanes: int, name: str) -> str:
 
 
 def resolve_workers(workers: int | None, lanes: int, world_size: int, cores_per_rank: int) -> int:
-    """Worker processes of a rank: as given, or the largest number that cores and lanes allow.
+    """A rank's number of workers: as given, or the largest that its cores and lanes allow.
 
     Raises:
         ConfigError: ranks x workers does not divide the lanes; 0 workers count as 1.

@@ -61,18 +61,18 @@ CAPTIONS = (
     "a picture of {a_color_object}",
     "{a_color_object}",
 )
-"""The first is the caption of a validation scene; a training scene has three different ones. Few
-name the background and not all the colour: both are learned long before the object is, and captions
-that can be told apart by them alone teach nothing else in the minutes that the demo takes."""
+"""A validation scene has the first caption, a training scene three different ones. Few captions
+name the background, and not all name the colour: both are learned long before the object is, and
+captions that differ in them alone would teach nothing else in the minutes that the demo takes."""
 
 
 @dataclass(frozen=True)
 class Scene:
     image: Image.Image
     mask: Image.Image
-    """Mode 1, the object's pixels."""
+    """The object's pixels, in mode 1."""
     box: tuple[int, int, int, int]
-    """(top, left, height, width) of the mask, pixels."""
+    """(top, left, height, width) of the mask, in pixels."""
 
 
 def draw_scene(rng: np.random.Generator, name: str, color: str, background: str) -> Scene:
@@ -153,7 +153,7 @@ def _draw_blobs(rng: np.random.Generator, canvas: Image.Image) -> None:
 
 
 def _draw_object(rng: np.random.Generator, name: str) -> Image.Image:
-    """The object's coverage, mode L, cut to its edges."""
+    """The object's coverage in mode L, cut to the object's edges."""
     glyph = _render_glyph(name).rotate(
         rng.uniform(-MAX_ROTATION, MAX_ROTATION), Image.Resampling.BICUBIC, expand=True
     )

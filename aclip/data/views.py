@@ -1,4 +1,4 @@
-"""Views of an image: decode, draw boxes, crop. A box is (top, left, height, width) in pixels."""
+"""Views of an image: draw boxes, crop. A box is (top, left, height, width) in pixels."""
 
 import math
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ Box = tuple[int, int, int, int]
 class Views:
     """V student views of one image, and the teacher's if there is one.
 
-    Arrays: student_views (V, 3, R, R) uint8, teacher_view (3, T, T) uint8, both None where only the
-    boxes are drawn; student_boxes (V, 4) and teacher_box (4,) int32.
+    student_views is (V, 3, R, R) uint8 and teacher_view (3, T, T) uint8; both are None where only
+    the boxes are drawn. student_boxes is (V, 4) int32 and teacher_box (4,) int32.
     """
 
     student_views: np.ndarray | None
@@ -31,8 +31,8 @@ def draw_boxes(
 ) -> tuple[list[Box], Box]:
     """Draws the student boxes and the teacher box that contains them.
 
-    The teacher's is drawn whether it is used or not, so that what is drawn after it does not
-    depend on that.
+    The teacher box is drawn whether it is used or not, so that later draws are the same in both
+    cases.
     """
     boxes = [random_box(rng, height, width, scale) for _ in range(num_student)]
     return boxes, teacher_box(rng, boxes, height, width)
@@ -45,8 +45,8 @@ def cut_views(
     resolution: int,
     teacher_resolution: int | None,
 ) -> Views:
-    """Cuts the student views, and the teacher view if it has a resolution; without an image, only
-    the boxes are kept."""
+    """Cuts the student views, and the teacher view if there is a resolution for it. Without an
+    image the result holds boxes only."""
     has_teacher = teacher_resolution is not None
     cuts = image is not None
     return Views(
@@ -65,7 +65,7 @@ def draw_ssl_boxes(
     scale: tuple[float, float],
     flip_prob: float,
 ) -> tuple[list[Box], list[bool]]:
-    """Draws boxes of views for SimCLR alone, and which views are mirrored.
+    """Draws the boxes of the views for SimCLR alone, and which of these views are mirrored.
 
     Source: SLIP, arXiv:2112.12750.
     """
@@ -79,7 +79,7 @@ def draw_ssl_boxes(
 def cut_ssl_views(
     image: Image.Image, boxes: list[Box], flips: list[bool], resolution: int
 ) -> np.ndarray:
-    """(S, 3, R, R) uint8."""
+    """Cuts the S views for SimCLR alone: (S, 3, R, R) uint8."""
     views = [crop(image, box, resolution) for box in boxes]
     return np.stack(
         [view[:, :, ::-1] if flip else view for view, flip in zip(views, flips, strict=True)]
@@ -155,5 +155,5 @@ def center_crop(
 
 
 def _channels_first(image: Image.Image) -> np.ndarray:
-    # A copy: what numpy sees of an image can't be written, and torch warns of that.
+    # A copy, because numpy's view of an image is read-only, and torch warns of that.
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
