@@ -69,6 +69,17 @@ def test_the_order_is_the_documented_one(shards, lane, num_lanes, block, seed):
     assert found == expected
 
 
+@pytest.mark.parametrize(("num_lanes", "block"), [(1, 4), (3, 100), (8, 2)])
+def test_a_stream_gives_the_samples_that_its_order_names(shards, num_lanes, block):
+    for lane in range(num_lanes):
+        stream = open_lane(shards, lane, num_lanes, block)
+        for epoch in range(2):
+            lane_epoch = stream.order.epoch(epoch)
+            for position in range(lane_epoch.num_samples):
+                shard, index = lane_epoch.sample_at(position)
+                assert stream.take(1) == [(f"{shard}-{index}", epoch, position)]
+
+
 @pytest.mark.parametrize("num_lanes", [6, 8, 40])
 def test_lanes_that_share_shards_give_every_sample_once_an_epoch(shards, num_lanes):
     streams = [open_lane(shards, lane, num_lanes) for lane in range(num_lanes)]
