@@ -72,7 +72,7 @@ class LaneEpoch:
         return range(first, min(first + self._shuffle_block, self.num_samples))
 
     def shuffled(self, block: range) -> np.ndarray:
-        """(len(block),) int64: the sample of the block, as they are read, at each position."""
+        """(len(block),) int64: which of the block's samples, as read, comes at each position."""
         number = block.start // self._shuffle_block
         return _rng(*self._block_seed, number).permutation(len(block))
 
@@ -143,7 +143,7 @@ class LaneOrder:
         for shard in (self._shards[place] for place in order):
             samples = range(first, self._sizes[shard], step)
             spans.append(Span(shard, samples))
-            # Where the next shard is taken up, as if it were the end of this one.
+            # The next shard goes on where the turns of the lanes ended in this one.
             first = (first - self._sizes[shard]) % step
         return LaneEpoch(
             spans,
