@@ -10,13 +10,13 @@ from aclip.config.sections import AugmentConfig, ColorConfig
 from aclip.kernels.augment_views import AUGMENT_PARAMS, augment_views
 
 NUM_ORDERS = math.factorial(4)
-"""Orders of brightness, contrast, saturation and hue."""
+"""Number of orders in which brightness, contrast, saturation and hue can be changed."""
 
 
 def draw_augment_params(
     rng: np.random.Generator, config: ColorConfig, num_views: int
 ) -> np.ndarray:
-    """Draws what augment_views does to each view; takes equally many numbers from `rng` every time.
+    """Draws what augment_views does to each view; every call draws equally many numbers.
 
     Returns:
         (V, 9) fp32, columns AUGMENT_PARAMS. Factors follow torchvision's ColorJitter: uniform in
@@ -52,8 +52,8 @@ def augment(
     Args:
         views: (M, 3, R, R) uint8.
         params: (M, 9) fp32 from draw_augment_params, or None for normalisation only.
-        config: gives mean and std.
-        dtype: of the result.
+        config: gives the mean and the standard deviation to normalise with.
+        dtype: the result's dtype.
 
     Returns:
         (M, 3, R, R) in `dtype`, no gradient.
@@ -63,5 +63,5 @@ def augment(
 
 
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """fp32, filled there: a copy from plain memory would wait for what runs on the device."""
+    """(3,) fp32, filled on the device: a copy from plain memory would wait for what runs there."""
     return torch.stack([torch.full((), value, device=device) for value in values])

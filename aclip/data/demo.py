@@ -1,7 +1,7 @@
 """Built-in captioned scenes: a small object on a cluttered background, made on first use as shards.
 
-The object's box and mask are known, so that the quality of a token selection can be measured.
-Objects are pictographs of DejaVu Sans, the font that matplotlib ships.
+The object's box and mask are known, so that the quality of a token selection can be measured;
+scenes.py draws them.
 """
 
 import hashlib
@@ -14,75 +14,38 @@ import tarfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image
 
+from aclip.data.scenes import (
+    BACKGROUNDS,
+    CAPTIONS,
+    CLASSES,
+    COLORS,
+    IMAGE_SIDE,
+    MAX_ROTATION,
+    OBJECT_SIDE,
+    PICTOGRAPHS,
+    draw_scene,
+    make_caption,
+)
 from aclip.data.shards.counts import SIZES_FILE
 from aclip.errors import ConfigError
 from aclip.files import cache_folder
 
-IMAGE_SIDE = 80
-OBJECT_SIDE = (0.30, 0.42)
-"""Longer side of the object as a share of the image's."""
-MAX_ROTATION = 12  # degrees
+VERSION = 1
+"""Raise it with every change of the code here or in scenes.py that changes a picture, a caption or
+a file, or the old ones stay in use. A change of a constant in _folder_name needs no new version."""
 TRAIN_SHARDS, TRAIN_SHARD_SIZE = 48, 160
 VAL_PER_CLASS = 40
-VAL_SHARD = TRAIN_SHARDS  # its number, and its seed like every other shard's
+VAL_SHARD = TRAIN_SHARDS  # a shard's number is its seed
 MAX_PROCESSES = 4
-
-PICTOGRAPHS = {
-    "airplane": "\u2708",
-    "anchor": "\u2693",
-    "arrow": "\u2794",
-    "cat": "\U0001f431",
-    "cloud": "\u2601",
-    "clover": "\u2618",
-    "crown": "\u265b",
-    "dice": "\u2684",
-    "envelope": "\u2709",
-    "flag": "\u2691",
-    "flower": "\u273f",
-    "gear": "\u2699",
-    "hammer": "\u2692",
-    "heart": "\u2665",
-    "horse": "\u265e",
-    "monkey": "\U0001f435",
-    "music note": "\u266b",
-    "skull": "\u2620",
-    "snowflake": "\u2744",
-    "star": "\u2605",
-    "sun": "\u2600",
-    "telephone": "\u260e",
-    "tower": "\u265c",
-    "umbrella": "\u2602",
-}
-CLASSES = tuple(PICTOGRAPHS)
-COLORS = {
-    "red": (222, 35, 35),
-    "orange": (250, 135, 15),
-    "yellow": (250, 222, 40),
-    "green": (35, 165, 60),
-    "blue": (35, 80, 225),
-    "purple": (140, 45, 190),
-    "pink": (250, 120, 185),
-    "white": (250, 250, 250),
-}
-BACKGROUNDS = ("striped", "dotted", "checkered", "cloudy", "grainy", "wavy")
-CAPTIONS = (
-    "a photo of {a_color_object} on {a_background} background",
-    "a photo of {an_object}",
-    "a picture of {an_object}",
-    "a picture of {a_color_object}",
-    "{a_color_object}",
-)
-"""The first is the caption of a validation scene; a training scene has three different ones. Few
-name the background and not all the colour: both are learned long before the object is, and captions
-that can be told apart by them alone teach nothing else in the minutes that the demo takes."""
 PROMPTS = ("a photo of a {c}", "a picture of a {c}", "a {c}", "the {c}")
+JPEG_QUALITY = 90
 
 
 @dataclass(frozen=True)
@@ -90,29 +53,19 @@ class DemoData:
     train: list[str]
     val: list[str]
     folder: Path
-    """Also holds classnames.txt and zeroshot_classification_templates.txt."""
-
-
-@dataclass(frozen=True)
-class Scene:
-    image: Image.Image
-    mask: Image.Image
-    """Mode 1, the object's pixels."""
-    box: tuple[int, int, int, int]
-    """(top, left, height, width) of the mask, pixels."""
+    """Holds the shards, classnames.txt and zeroshot_classification_templates.txt."""
 
 
 def ensure_demo_data(progress: Callable[[str], None] = print) -> DemoData:
     """Gives the demo data, after writing it into the cache folder if it is not there.
 
     Any number of processes may call it at once: one writes, the others wait. The folder appears
-    whole or not at all, and its name changes with this file.
+    whole or not at all, and its name changes with VERSION and the constants that shape the data.
 
     Raises:
         ConfigError: the cache folder can't be written.
     """
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:10]
-    folder = cache_folder() / f"demo-{version}"
+    folder = cache_folder() / _folder_name()
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -129,31 +82,21 @@ def ensure_demo_data(progress: Callable[[str], None] = print) -> DemoData:
     return DemoData(train, [str(folder / _shard_name(VAL_SHARD))], folder)
 
 
-def draw_scene(rng: np.random.Generator, name: str, color: str, background: str) -> Scene:
-    """Draws one object of a class and colour on a background with distracting blobs."""
-    canvas = Image.fromarray(_draw_texture(rng, background))
-    _draw_blobs(rng, canvas)
-    alpha = _draw_object(rng, name)
-    whole = Image.new("L", canvas.size)
-    whole.paste(alpha, tuple(int(rng.integers(1, IMAGE_SIDE - side)) for side in alpha.size))
-    # A dark rim keeps the object apart from a background of its own colour.
-    canvas.paste((25, 25, 25), mask=whole.filter(ImageFilter.MaxFilter(3)))
-    canvas.paste(COLORS[color], mask=whole)
-    mask = whole.point(lambda value: 255 * (value > 127)).convert("1", dither=Image.Dither.NONE)
-    left, top, right, bottom = mask.getbbox()
-    return Scene(canvas, mask, (top, left, bottom - top, right - left))
-
-
-def make_caption(template: str, name: str, color: str, background: str) -> str:
-    return template.format(
-        a_color_object=_with_article(f"{color} {name}"),
-        a_background=_with_article(background),
-        an_object=_with_article(name),
-    )
+def _folder_name() -> str:
+    """The data's version, and a hash of the constants that shape them."""
+    parameters = {
+        "image": (IMAGE_SIDE, JPEG_QUALITY),
+        "object": (OBJECT_SIDE, MAX_ROTATION),
+        "sizes": (TRAIN_SHARDS, TRAIN_SHARD_SIZE, VAL_PER_CLASS, VAL_SHARD),
+        "contents": (list(PICTOGRAPHS.items()), list(COLORS.items()), BACKGROUNDS),
+        "texts": (CAPTIONS, PROMPTS),
+    }
+    digest = hashlib.sha256(json.dumps(parameters).encode()).hexdigest()
+    return f"demo-{VERSION}-{digest[:8]}"
 
 
 def _write_folder(folder: Path) -> None:
-    # One fixed name, so that what a killed process left is replaced; the lock is held.
+    # One fixed name, so that what a killed process left is replaced; the caller holds the lock.
     temporary = folder.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -183,7 +126,7 @@ def _write_shard(folder: Path, shard: int) -> int:
             captions = [make_caption(text, name, color, background) for text in templates]
             facts = {"captions": captions, "class": name, "color": color, "box": scene.box}
             members = {
-                "jpg": _encode(scene.image, "JPEG", quality=90),
+                "jpg": _encode(scene.image, "JPEG", quality=JPEG_QUALITY),
                 "txt": captions[0].encode(),
                 "json": json.dumps(facts | {"background": background}).encode(),
                 "mask.png": _encode(scene.mask, "PNG"),
@@ -204,7 +147,8 @@ def _train_contents(rng: np.random.Generator) -> list[tuple[str, str, str]]:
 
 
 def _val_contents(rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """As many of each class, and no content twice, so that every caption fits one scene only."""
+    """Contents with equally many scenes of each class. None comes twice, so that every caption
+    fits one scene only."""
     looks = [(color, background) for color in COLORS for background in BACKGROUNDS]
     contents = [
         (name, *looks[index])
@@ -222,79 +166,3 @@ def _encode(image: Image.Image, image_format: str, **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, image_format, **options)
     return buffer.getvalue()
-
-
-def _with_article(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-def _draw_texture(rng: np.random.Generator, background: str) -> np.ndarray:
-    """(80, 80, 3) uint8: two muted colours mixed by a pattern, with a gradient of light."""
-    y, x = np.mgrid[:IMAGE_SIDE, :IMAGE_SIDE].astype(np.float32)
-    angle, phase = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi)
-    period = rng.uniform(7, 14)
-    along = x * np.cos(angle) + y * np.sin(angle)
-    across = y * np.cos(angle) - x * np.sin(angle)
-    waves = 2 * np.pi / period
-    if background == "striped":
-        pattern = np.sin(along * waves + phase) > 0
-    elif background == "dotted":
-        pattern = np.cos(along * waves + phase) + np.cos(across * waves) > 0.9
-    elif background == "checkered":
-        pattern = np.sin(along * waves / 1.4 + phase) * np.sin(across * waves / 1.4) > 0
-    elif background == "wavy":
-        pattern = np.sin(along * waves + 2 * np.sin(across * waves / 2 + phase)) * 0.5 + 0.5
-    elif background == "cloudy":
-        pattern = _smooth_noise(rng, 5)
-    else:
-        pattern = rng.random(x.shape)
-    pattern = pattern.astype(np.float32)[..., None]
-    color, contrast = rng.uniform(60, 200, 3), rng.uniform(-20, 70, 3)
-    muted = color.mean() + 0.35 * (color - color.mean())
-    light = 1 + 0.15 * np.sin(x / IMAGE_SIDE * np.pi + phase)[..., None]
-    noise = rng.normal(0, 5, (*x.shape, 1))
-    return ((muted + pattern * contrast) * light + noise).clip(0, 255).astype(np.uint8)
-
-
-def _smooth_noise(rng: np.random.Generator, cells: int) -> np.ndarray:
-    coarse = Image.fromarray(rng.random((cells, cells)).astype(np.float32))
-    return np.asarray(coarse.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC))
-
-
-def _draw_blobs(rng: np.random.Generator, canvas: Image.Image) -> None:
-    draw = ImageDraw.Draw(canvas, "RGBA")
-    palette = list(COLORS.values())
-    for _ in range(rng.integers(3, 7)):
-        x, y = rng.uniform(0, IMAGE_SIDE, 2)
-        radius = rng.uniform(3, 8)
-        corners = rng.integers(4, 9)
-        angles = np.sort(rng.uniform(0, 2 * np.pi, corners))
-        lengths = radius * rng.uniform(0.6, 1.4, corners)
-        outline = [
-            (x + length * np.cos(angle), y + length * np.sin(angle))
-            for angle, length in zip(angles, lengths, strict=True)
-        ]
-        color = palette[rng.integers(len(palette))]
-        draw.polygon(outline, fill=(*color, int(rng.integers(120, 220))))
-
-
-def _draw_object(rng: np.random.Generator, name: str) -> Image.Image:
-    """The object's coverage, mode L, cut to its edges."""
-    glyph = _render_glyph(name).rotate(
-        rng.uniform(-MAX_ROTATION, MAX_ROTATION), Image.Resampling.BICUBIC, expand=True
-    )
-    glyph = glyph.crop(glyph.getbbox())
-    scale = IMAGE_SIDE * rng.uniform(*OBJECT_SIDE) / max(glyph.size)
-    size = tuple(max(1, round(side * scale)) for side in glyph.size)
-    return glyph.resize(size, Image.Resampling.BOX)
-
-
-@cache
-def _render_glyph(name: str) -> Image.Image:
-    import matplotlib  # here, because only writing the data needs it
-
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    image = Image.new("L", (240, 240))
-    font = ImageFont.truetype(str(path), 140)
-    ImageDraw.Draw(image).text((120, 120), PICTOGRAPHS[name], fill=255, font=font, anchor="mm")
-    return image.crop(image.getbbox())

@@ -10,7 +10,7 @@ from torch import Tensor
 from aclip.data.whole_images import WholeImages
 
 IMAGES_AT_ONCE = 32
-"""Padded to one size and resampled together; bounds the memory on the device."""
+"""This many images are padded to one size and resampled together, to bound the device's memory."""
 
 
 def cut_views_on_device(
@@ -20,13 +20,15 @@ def cut_views_on_device(
     resolution: int,
     teacher_resolution: int | None,
 ) -> dict[str, Tensor | None]:
-    """Cuts the views of a batch where its images are.
+    """Cuts a batch's views on the device where its images lie.
 
     Args:
         whole: B images, on any device.
-        student_boxes: (B, V, 4) int32, in pixels of the images before reduction, there.
-        teacher_box: (B, 4) int32 likewise, or None.
-        resolution, teacher_resolution: sides of the views, R and T pixels.
+        student_boxes: (B, V, 4) int32, in pixels of the images before they were reduced; on the
+            images' device.
+        teacher_box: (B, 4) int32, likewise; None if there is no teacher view.
+        resolution: R, the side of a student view and of a view for SimCLR in pixels.
+        teacher_resolution: T, the side of a teacher view in pixels.
 
     Returns:
         student_views (B, V, 3, R, R), teacher_view (B, 3, T, T) or None, ssl_views (B, S, 3, R, R)
@@ -56,8 +58,10 @@ def cut_views_on_device(
 
 
 def _pad(whole: WholeImages) -> tuple[Tensor, Tensor]:
-    """Images as (B, H, W, 3) uint8, padded to the largest with what is never read, and their sizes
-    (B, 3) int64 beside them. No value is read back from the device."""
+    """Images of one size (B, H, W, 3) uint8, and their own sizes (B, 3) int64 on the same device.
+
+    The padding holds pixels that are never read. No value is read back from the device.
+    """
     device = whole.pixels.device
     height, width, _ = whole.sizes.amax(0).tolist()
     places = torch.cat([whole.sizes.long(), whole.ends.unsqueeze(1)], dim=1)
@@ -75,10 +79,10 @@ def _pad(whole: WholeImages) -> tuple[Tensor, Tensor]:
 def _resample(
     images: Tensor, sizes: Tensor, boxes: Tensor, side: int, dtype: torch.dtype
 ) -> Tensor:
-    """(B, K, 3, side, side) uint8 of boxes (B, K, 4); products in `dtype`.
+    """Views of boxes (B, K, 4) as (B, K, 3, side, side) uint8; products are computed in `dtype`.
 
-    Rounded once, so within half a level of the exact value. Pillow rounds after each axis and lies
-    within one level of it, so the two are one level apart at most.
+    A view is rounded once, so it is within half a level of the exact value. Pillow rounds after
+    each axis and lies within one level of it, so the two are one level apart at most.
     """
     images = images.to(dtype)
     factors = sizes[:, 2].view(-1, 1)
@@ -97,7 +101,9 @@ def resampling_weights(
 
     Args:
         start, length: (B, K) float, interval of the axis that becomes `side` pixels.
-        size: (B, 1) int, pixels of each image's axis. padded: of the tensor's, at least as many.
+        size: (B, 1) int, length of each image's axis in pixels.
+        padded: length of the padded images' axis in pixels.
+        side: length of the view's axis in pixels.
 
     Returns:
         (B, K, side, padded) fp32; each row sums to 1 and is 0 from the image's size on.

@@ -1,8 +1,8 @@
 """The stream of batches: parts from worker processes, joined in the main process in lane order.
 
-Global batch t is, for each lane in order, its next samples. Rank r owns consecutive lanes and each
-of its workers a consecutive part of those, so the ranks' batches joined are the same for any number
-of ranks and workers.
+A global batch joins the next samples of all lanes, in the lanes' order. Each rank owns consecutive
+lanes, and each of its workers a consecutive part of those. So the ranks' batches together are the
+same for any number of ranks and workers.
 """
 
 import logging
@@ -21,7 +21,9 @@ from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
 from aclip.config.sections import DataConfig
 from aclip.data.batch import Batch, collate, join
-from aclip.data.lanes import LaneStream, cost_of_striding, resolve_lanes, resolve_workers
+from aclip.data.lane_counts import cost_of_striding, resolve_lanes, resolve_workers
+from aclip.data.lane_order import LaneOrder
+from aclip.data.lanes import LaneStream
 from aclip.data.mixing import MixedLane
 from aclip.data.samples import SampleMaker
 from aclip.data.shards.listing import Shard
@@ -52,7 +54,7 @@ class Part:
 
 
 class LaneDataset(IterableDataset):
-    """The parts of one rank's batches; in a worker process, that worker's parts. Never ends."""
+    """Endless parts of one rank's batches; in a worker process, only that worker's parts."""
 
     def __init__(
         self, recipe: Recipe, shards: list[Shard], num_lanes: int, first: int, cursors: np.ndarray
@@ -104,25 +106,34 @@ class LaneDataset(IterableDataset):
         return MixedLane(streams, weights, lane, self.num_lanes, self.recipe.train.seed, taken)
 
     def _stream(self, maker: SampleMaker, lane: int, cursor: list[int], source: int) -> LaneStream:
-        return LaneStream(
-            self.shards,
+        sizes = {
+            index: shard.num_samples
+            for index, shard in enumerate(self.shards)
+            if shard.source == source
+        }
+        order = LaneOrder(
+            sizes,
             lane,
             self.num_lanes,
             self.recipe.train.seed,
             self.recipe.data.shuffle_block,
+            source,
+        )
+        return LaneStream(
+            self.shards,
+            order,
             tuple(cursor),
             partial(maker.make, lane),
-            source,
-            self.recipe.data.on_shard_error == "skip",
+            skips_unreadable=self.recipe.data.on_shard_error == "skip",
         )
 
 
 class TrainLoader:
-    """Iterates over one rank's batches without end, each time from the cursors it was built with.
+    """Iterates over one rank's batches without end; starts at the same cursors each time.
 
     Attributes:
-        num_lanes: of all ranks.
-        num_workers: of this rank; they live as long as the iteration.
+        num_lanes: number of lanes of all ranks together.
+        num_workers: number of this rank's workers, which live as long as the iteration.
     """
 
     def __init__(self, dataset: LaneDataset, num_workers: int, pin_memory: bool):
@@ -173,10 +184,12 @@ def build_train_loader(
     """Builds the stream of this rank's batches of global_batch_size / world_size samples.
 
     Args:
-        recipe: with data.lanes and data.workers resolved here if they are empty.
-        shards: of the whole data set, the same on every rank.
-        rank, world_size: this process among all.
-        cursors: of all ranks' lanes, as Batch.cursors, to continue from; None for the beginning.
+        recipe: data.lanes and data.workers may be empty; they are resolved here.
+        shards: all shards of the data set, the same on every rank.
+        rank: this process's rank.
+        world_size: number of ranks.
+        cursors: where the lanes of all ranks continue, rows as in Batch.cursors; None to start at
+            the beginning.
 
     Raises:
         ConfigError: lanes, batch, ranks and workers do not fit, or the cursors belong to other

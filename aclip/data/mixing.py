@@ -12,27 +12,31 @@ from aclip.data.lanes import LaneStream
 CIRCLE = 2**64
 PLASTIC = (0xC13FA9A902A6328F, 0x91E10DA5C79E7B1D)
 """2^64 / p and 2^64 / p^2 with p^3 = p + 1: multiples of both together fill a square evenly."""
-MIXING = 5  # first word of a seed, after those of lanes.py
+MIXING = 5  # first word of a seed, after those of lane_order.py
 
 
 class MixedLane:
     """One lane's samples from several sources, each usable sample from the source whose turn it is.
 
-    Sources own arcs of a circle, as long as their weights. At every turn the lanes stand at even
-    distances on it, so each global batch holds every source by its weight to within two samples.
-    From turn to turn a lane's place and the shift of all by less than a distance spread evenly, so
-    the same holds for a lane and for an epoch. The turns depend on the number of usable samples
-    alone; a bad sample is followed by the next of the same source.
+    Each source owns an arc of a circle, as long as its weight. At every turn the lanes stand on the
+    circle at even distances, and a lane takes a sample of the source on whose arc it stands. So
+    each global batch holds every source by its weight to within two samples. At every turn all
+    lanes also move around the circle: by whole distances, and by a part of one. Both numbers follow
+    a sequence that covers their range evenly, so a single lane and an epoch hold every source by
+    its weight, too. The turns depend on the number of usable samples alone; a bad sample is
+    followed by the next one of the same source.
 
     Args:
-        streams: of this lane, one a source.
-        weights: of the sources, in their order.
-        lane, num_lanes, seed: as of the streams.
-        taken: usable samples that this lane has given so far.
+        streams: this lane's streams, one for each source.
+        weights: the sources' weights, in the same order.
+        lane: this lane's index.
+        num_lanes: number of lanes.
+        seed: the run's seed.
+        taken: number of usable samples that this lane has given so far.
 
     Attributes:
-        cursor: (taken, epoch and position of each source).
-        skipped, warnings: as LaneStream's.
+        cursor: (taken, then epoch and position of each source's stream).
+        skipped, warnings: all streams' together; see LaneStream.
     """
 
     def __init__(
@@ -75,7 +79,7 @@ class MixedLane:
             stream.prefetch()
 
     def take(self, count: int) -> list[Any]:
-        """The next `count` usable samples; raises as LaneStream does."""
+        """The next `count` usable samples; raises what LaneStream.take raises."""
         samples = []
         for _ in range(count):
             samples += self.streams[self._turn()].take(1)

@@ -9,7 +9,7 @@ from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
 from aclip.data.augment import draw_augment_params
 from aclip.data.decode import decode_image
-from aclip.data.lanes import sample_rng
+from aclip.data.lane_order import sample_rng
 from aclip.data.members import read_captions, read_image_bytes
 from aclip.data.shards.listing import Shard, Skip, shard_names
 from aclip.data.shards.tar import RawSample

@@ -1,4 +1,4 @@
-"""Views of an image: decode, draw boxes, crop. A box is (top, left, height, width) in pixels."""
+"""Views of an image: draw boxes, crop. A box is (top, left, height, width) in pixels."""
 
 import math
 
@@ -16,8 +16,8 @@ def draw_boxes(
 ) -> tuple[list[Box], Box]:
     """Draws the student boxes and the teacher box that contains them.
 
-    The teacher's is drawn whether it is used or not, so that what is drawn after it does not
-    depend on that.
+    The teacher box is drawn whether it is used or not, so that later draws are the same in both
+    cases.
     """
     boxes = [random_box(rng, height, width, scale) for _ in range(num_student)]
     return boxes, teacher_box(rng, boxes, height, width)
@@ -31,7 +31,7 @@ def draw_ssl_boxes(
     scale: tuple[float, float],
     flip_prob: float,
 ) -> tuple[list[Box], list[bool]]:
-    """Draws boxes of views for SimCLR alone, and which views are mirrored.
+    """Draws the boxes of the views for SimCLR alone, and which of these views are mirrored.
 
     Source: SLIP, arXiv:2112.12750.
     """
@@ -45,7 +45,7 @@ def draw_ssl_boxes(
 def cut_ssl_views(
     image: Image.Image, boxes: list[Box], flips: list[bool], resolution: int
 ) -> np.ndarray:
-    """(S, 3, R, R) uint8."""
+    """Cuts the S views for SimCLR alone: (S, 3, R, R) uint8."""
     views = [crop(image, box, resolution) for box in boxes]
     return np.stack(
         [view[:, :, ::-1] if flip else view for view, flip in zip(views, flips, strict=True)]
@@ -121,5 +121,5 @@ def center_crop(
 
 
 def _channels_first(image: Image.Image) -> np.ndarray:
-    # A copy: what numpy sees of an image can't be written, and torch warns of that.
+    # A copy, because numpy's view of an image is read-only, and torch warns of that.
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

@@ -17,12 +17,13 @@ from aclip.data.views import Box
 
 @dataclass(frozen=True, slots=True)
 class WholeImage:
-    """One image.
+    """One decoded image.
 
     Attributes:
-        pixels: (h, w, 3) uint8, reduced `factor` times. height, width: of the image before that,
-            which boxes refer to.
-        ssl_boxes, ssl_flips: of the views for SimCLR alone, S of each, if there are any.
+        pixels: (h, w, 3) uint8, reduced `factor` times.
+        height, width: the image's size before it was reduced; boxes refer to it.
+        ssl_boxes: boxes of the S views for SimCLR alone, if the recipe has such views.
+        ssl_flips: whether each of these views is mirrored.
     """
 
     pixels: np.ndarray
@@ -36,7 +37,8 @@ class WholeImage:
 class PixelBuffer:
     """Memory that the images of one part of a batch are decoded into, one behind the other.
 
-    As large as the part before needed, and some; so all but the first are handed over as they lie.
+    It is a little larger than the previous part needed. So most parts, except the first one, are
+    handed over without a copy.
     """
 
     SPARE = 1.1
@@ -51,12 +53,12 @@ class PixelBuffer:
         self._used = 0
 
     def room(self, num_bytes: int) -> np.ndarray | None:
-        """The next bytes, if there are as many; they count as free until `keep`."""
+        """The next free bytes, or None if there are too few. They stay free until `keep`."""
         end = self._used + num_bytes
         return self._array[self._used : end] if end <= self._capacity else None
 
     def keep(self, pixels: np.ndarray) -> np.ndarray:
-        """The pixels, from now on in the buffer if it has room: where they lie, or moved there."""
+        """The pixels in the buffer, copied unless they lie there; unchanged if it has no room."""
         place = self.room(pixels.nbytes)
         if place is None:
             return pixels
@@ -66,8 +68,8 @@ class PixelBuffer:
         return place.reshape(pixels.shape)
 
     def take(self, arrays: list[np.ndarray]) -> Tensor:
-        """All bytes of the arrays in their order, (bytes,) uint8; a copy only where some of them
-        found no room. Then begins anew."""
+        """All bytes of the arrays in their order, (bytes,) uint8. They are copied only if some of
+        the arrays found no room in the buffer. The buffer is empty afterwards."""
         num_bytes = sum(array.nbytes for array in arrays)
         if self._used == num_bytes:
             taken = self._bytes[:num_bytes]
@@ -80,7 +82,7 @@ class PixelBuffer:
 
 
 def _new_bytes(count: int) -> Tensor:
-    """(count,) uint8; in a worker process in shared memory, or DataLoader would copy it there."""
+    """(count,) uint8. A worker process takes shared memory, or DataLoader would copy it there."""
     if get_worker_info() is None or not count:
         return torch.empty(count, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(count, device="cpu")
@@ -90,9 +92,11 @@ def _new_bytes(count: int) -> Tensor:
 def read_whole_image(
     content: bytes, min_side: int, max_side: int, buffer: PixelBuffer | None = None
 ) -> WholeImage | Skip:
-    """Decodes an image, into the buffer if it has room; one with a side over `max_side` is reduced
-    by a whole factor: each new pixel averages a factor x factor square; squares at the right and
-    lower edge may be smaller."""
+    """Decodes an image, into the buffer if it has room.
+
+    An image with a side over `max_side` is reduced by a whole factor: each new pixel averages a
+    factor x factor square; squares at the right and lower edge may be smaller.
+    """
 
     def room(height: int, width: int) -> np.ndarray | None:
         is_kept = buffer is not None and max(height, width) <= max_side
@@ -112,14 +116,14 @@ def read_whole_image(
 
 @dataclass(frozen=True)
 class WholeImages:
-    """B images of sizes of their own."""
+    """B images, each of its own size."""
 
     pixels: Tensor
     """(P, 3) uint8, all pixels of the first image row by row, then of the next"""
     sizes: Tensor
-    """(B, 3) int32, (height, width, factor) of each as it lies in `pixels`; stays on the CPU"""
+    """(B, 3) int32, each image's (height, width, factor) after it was reduced; stays on the CPU"""
     ssl_boxes: Tensor | None
-    """(B, S, 4) int32, as Batch.student_boxes"""
+    """(B, S, 4) int32, boxes as in Batch.student_boxes"""
     ssl_flips: Tensor | None
     """(B, S) bool"""
 
@@ -142,7 +146,7 @@ class WholeImages:
         )
 
     def to(self, device: torch.device | str) -> "WholeImages":
-        """Moves what is computed with; asynchronous from pinned memory."""
+        """Moves all tensors but `sizes`; asynchronous from pinned memory."""
 
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
@@ -158,7 +162,7 @@ class WholeImages:
 def stack_images(
     images: list[WholeImage | None], buffer: PixelBuffer | None = None
 ) -> WholeImages | None:
-    """Joins the images of a part of a batch, without a copy if they lie in the buffer."""
+    """Joins the images of one part of a batch, without a copy if they lie in the buffer."""
     if images[0] is None:
         return None
     pixels = (buffer or PixelBuffer()).take([image.pixels for image in images])

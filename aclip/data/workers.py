@@ -19,18 +19,21 @@ HANDLED_BY_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SECONDS_BETWEEN_LOOKS = 2.0
 """How long a worker may outlive a main process that was killed."""
 ITEMS_AHEAD = 2
-"""Batches that lie ready in pinned memory before a CUDA device asks for them."""
+"""Number of batches that lie ready in pinned memory before a CUDA device asks for them."""
 
 
 def allow_many_open_files() -> None:
-    """Raises this process's limit, and its workers', as far as it may: each sample that waits in a
-    block keeps its shard open, and a lane that shares shards reads a block from many."""
+    """Raises the limit of open files, for this process and its workers, as far as it may.
+
+    Each sample that waits in a block keeps its shard open, and a lane that shares its shards with
+    other lanes reads a block from many of them.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def start_method() -> multiprocessing.context.BaseContext:
-    """fork, or forkserver once CUDA runs in this process, which a fork must not inherit."""
+    """How workers start: fork, or forkserver once CUDA runs here, which a fork can't inherit."""
     if not torch.cuda.is_initialized():
         return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")
@@ -44,8 +47,8 @@ def start_method() -> multiprocessing.context.BaseContext:
 def signals_held():
     """Processes started inside never see the signals that the main process handles.
 
-    They inherit the signal mask, also through the forkserver. Blocked rather than ignored, so that
-    one that comes for the main process meanwhile is not lost.
+    They inherit the signal mask, also through the forkserver. The signals are blocked rather than
+    ignored, so that a signal for the main process that comes meanwhile is not lost.
     """
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_BY_MAIN)
     try:
@@ -57,10 +60,10 @@ def signals_held():
 def end_when_told_by(main_process: int, worker: int) -> None:
     """Ends this worker at SIGTERM from the main process, and when the main process is gone.
 
-    The first is how a main process stops its children at exit. SIGTERM from elsewhere, such as a
+    A main process stops its children with SIGTERM at exit. SIGTERM from elsewhere, such as a
     launcher that sends it to the whole process tree, is for the main process, which may need the
-    worker's batches until it has saved a checkpoint. The second is not left to DataLoader, because
-    it watches the forkserver, which lives as long as its workers.
+    worker's batches until it has saved a checkpoint. DataLoader can't notice that the main process
+    is gone, because it watches the forkserver, which lives as long as its workers.
     """
 
     def wait() -> None:

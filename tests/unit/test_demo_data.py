@@ -1,15 +1,17 @@
 """The demo data: whole, reproducible, balanced, and true about where the object is."""
 
+import importlib.util
 import io
 import json
 import threading
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from aclip.data import demo
+from aclip.data import demo, scenes
 from aclip.data.members import read_captions
 from aclip.data.shards.listing import Shard, index_shards, read_shard
 from aclip.errors import ConfigError
@@ -44,6 +46,43 @@ def test_the_folder_holds_listed_shards_class_names_and_prompts():
     assert len(set(names)) == NUM_CLASSES
     prompts = (data.folder / "zeroshot_classification_templates.txt").read_text().splitlines()
     assert prompts and all(prompt.count("{c}") == 1 for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("VERSION", demo.VERSION + 1),
+        ("IMAGE_SIDE", 96),
+        ("OBJECT_SIDE", (0.3, 0.5)),
+        ("MAX_ROTATION", 13),
+        ("TRAIN_SHARDS", 3),
+        ("TRAIN_SHARD_SIZE", 31),
+        ("VAL_PER_CLASS", 3),
+        ("VAL_SHARD", 3),
+        ("PICTOGRAPHS", dict(reversed(demo.PICTOGRAPHS.items()))),
+        ("COLORS", demo.COLORS | {"white": (255, 255, 255)}),
+        ("BACKGROUNDS", demo.BACKGROUNDS[:-1]),
+        ("CAPTIONS", demo.CAPTIONS[::-1]),
+        ("PROMPTS", demo.PROMPTS[:-1]),
+        ("JPEG_QUALITY", 91),
+    ],
+)
+def test_what_shapes_the_data_changes_the_folders_name(monkeypatch, name, value):
+    before = demo._folder_name()
+    assert demo._folder_name() == before and before.startswith(f"demo-{demo.VERSION}-")
+    monkeypatch.setattr(demo, name, value)
+    assert demo._folder_name() != before
+
+
+def test_a_comment_in_the_code_does_not_change_the_folders_name(tmp_path):
+    copy = tmp_path / "copied_demo.py"
+    copy.write_text(Path(demo.__file__).read_text() + "# one more comment\n")
+    spec = importlib.util.spec_from_file_location("copied_demo", copy)
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    for name in ("TRAIN_SHARDS", "TRAIN_SHARD_SIZE", "VAL_SHARD", "VAL_PER_CLASS"):
+        setattr(copied, name, getattr(demo, name))
+    assert copied._folder_name() == demo._folder_name()
 
 
 def test_validation_has_as_many_scenes_of_each_class_and_no_caption_twice():
@@ -82,21 +121,22 @@ def test_the_box_is_the_masks_and_the_object_has_its_size():
 
 
 def test_the_object_shows_its_colour_where_the_mask_is():
-    scene = demo.draw_scene(np.random.default_rng(0), "heart", "blue", "striped")
+    scene = scenes.draw_scene(np.random.default_rng(0), "heart", "blue", "striped")
     pixels = np.asarray(scene.image)[np.asarray(scene.mask)]
     np.testing.assert_allclose(np.median(pixels, axis=0), (35, 80, 225), atol=3)
 
 
 def test_the_font_has_every_pictograph(monkeypatch):
-    monkeypatch.setitem(demo.PICTOGRAPHS, "missing", "\U0010fffd")
-    missing = demo._render_glyph.__wrapped__("missing")
-    glyphs = {demo._render_glyph(name).tobytes() for name in demo.CLASSES}
+    monkeypatch.setitem(scenes.PICTOGRAPHS, "missing", "\U0010fffd")
+    missing = scenes._render_glyph.__wrapped__("missing")
+    glyphs = {scenes._render_glyph(name).tobytes() for name in scenes.CLASSES}
     assert len(glyphs) == NUM_CLASSES and missing.tobytes() not in glyphs
 
 
 def test_articles_fit_the_words():
     made = [
-        demo.make_caption(template, "umbrella", "orange", "striped") for template in demo.CAPTIONS
+        scenes.make_caption(template, "umbrella", "orange", "striped")
+        for template in scenes.CAPTIONS
     ]
     assert made == [
         "a photo of an orange umbrella on a striped background",

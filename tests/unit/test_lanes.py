@@ -7,7 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from aclip.data.lanes import LaneStream, cost_of_striding, resolve_lanes, resolve_workers
+from aclip.data.lane_counts import cost_of_striding, resolve_lanes, resolve_workers
+from aclip.data.lane_order import LaneOrder
+from aclip.data.lanes import LaneStream
 from aclip.data.shards.listing import Shard, Skip
 from aclip.data.workers import allow_many_open_files
 from aclip.errors import ConfigError
@@ -27,11 +29,13 @@ def open_lane(shards, lane=0, num_lanes=2, block=4, cursor=(0, 0), seed=0, bad=(
     def prepare(shard_index, raw, epoch, position):
         return Skip("no_image") if raw.key in bad else (raw.key, epoch, position)
 
-    return LaneStream(shards, lane, num_lanes, seed, block, cursor, prepare, skips_unreadable=skips)
+    sizes = {index: shard.num_samples for index, shard in enumerate(shards)}
+    order = LaneOrder(sizes, lane, num_lanes, seed, block)
+    return LaneStream(shards, order, cursor, prepare, skips_unreadable=skips)
 
 
 def by_formula(lane, num_lanes, block, seed, epoch):
-    """An epoch of a lane as lanes.py documents it: shards dealt, blocks shuffled."""
+    """An epoch of a lane as lane_order.py documents it: shards dealt, blocks shuffled."""
     dealt = np.random.default_rng([1, seed, epoch]).permutation(len(COUNTS))[lane::num_lanes]
     keys = [f"{shard}-{index}" for shard in dealt for index in range(COUNTS[shard])]
     samples = []
@@ -63,6 +67,17 @@ def test_the_order_is_the_documented_one(shards, lane, num_lanes, block, seed):
     ]
     found = open_lane(shards, lane, num_lanes, block, seed=seed).take(len(expected))
     assert found == expected
+
+
+@pytest.mark.parametrize(("num_lanes", "block"), [(1, 4), (3, 100), (8, 2)])
+def test_a_stream_gives_the_samples_that_its_order_names(shards, num_lanes, block):
+    for lane in range(num_lanes):
+        stream = open_lane(shards, lane, num_lanes, block)
+        for epoch in range(2):
+            lane_epoch = stream.order.epoch(epoch)
+            for position in range(lane_epoch.num_samples):
+                shard, index = lane_epoch.sample_at(position)
+                assert stream.take(1) == [(f"{shard}-{index}", epoch, position)]
 
 
 @pytest.mark.parametrize("num_lanes", [6, 8, 40])

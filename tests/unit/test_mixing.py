@@ -7,6 +7,7 @@ import pytest
 
 from aclip.config.recipe import Recipe
 from aclip.data.find_data import find_data
+from aclip.data.lane_order import LaneOrder
 from aclip.data.lanes import LaneStream
 from aclip.data.mixing import MixedLane
 from aclip.data.shards.listing import Shard, Skip
@@ -33,14 +34,12 @@ def open_lane(shards, weights, lane=0, num_lanes=2, cursor=None, bad=(), seed=0)
         return Skip("no_image") if raw.key in bad else (shards[shard_index].source, raw.key, epoch)
 
     taken, *places = cursor or (0,) * (1 + 2 * len(weights))
-    streams = [
-        LaneStream(
-            *(shards, lane, num_lanes, seed, 4, tuple(places[2 * source : 2 * source + 2])),
-            prepare,
-            source,
-        )
-        for source in range(len(weights))
-    ]
+    streams = []
+    for source in range(len(weights)):
+        sizes = {i: shard.num_samples for i, shard in enumerate(shards) if shard.source == source}
+        order = LaneOrder(sizes, lane, num_lanes, seed, shuffle_block=4, source=source)
+        cursor = tuple(places[2 * source : 2 * source + 2])
+        streams.append(LaneStream(shards, order, cursor, prepare))
     return MixedLane(streams, weights, lane, num_lanes, seed, taken)
 
 
@@ -117,7 +116,8 @@ def test_sources_draw_different_orders_and_the_first_as_without_sources(write_ta
     samples = open_lane(shards, (1, 1), num_lanes=1).take(100)
     first, second = ([key for its, key, _ in samples if its == source] for source in range(2))
     assert first[:30] != second[:30]
-    alone = LaneStream(shards[:1], 0, 1, 0, 4, (0, 0), lambda index, raw, *place: raw.key)
+    order = LaneOrder({0: 50}, lane=0, num_lanes=1, seed=0, shuffle_block=4)
+    alone = LaneStream(shards[:1], order, (0, 0), lambda index, raw, *place: raw.key)
     assert first == alone.take(len(first))
 
 

@@ -1,7 +1,7 @@
 """A folder of fetched shards with a size limit, shared by all processes of a machine.
 
-A file appears complete or not at all; the least recently opened go first; one that a process reads
-stays. Processes agree through locks on files, which end with their holder.
+A file appears complete or not at all. The least recently opened files are removed first, but never
+one that a process reads. Processes agree through locks on files, which end with their holder.
 """
 
 import fcntl
@@ -23,11 +23,11 @@ PARTIAL = ".partial"
 
 
 class ShardCache:
-    """Shards by url.
+    """Fetched shards, found by their url.
 
     Args:
-        folder: made on first use.
-        limit: bytes that the folder may hold; what is being fetched or read comes on top.
+        folder: where the files lie; made on first use.
+        limit: number of bytes that the folder may hold, besides what is being fetched or read.
     """
 
     _warned: set[Path] = set()
@@ -40,7 +40,7 @@ class ShardCache:
         """Opens the shard of `url`; if it is absent, `fetch(path)` writes it, in one process.
 
         Raises:
-            OSError: the folder can't be written, or what fetch raises.
+            OSError: the folder can't be written, or `fetch` raised it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(url)
@@ -127,6 +127,6 @@ def _remove_unless_used(path: Path) -> bool:
 
 
 def _name(url: str) -> str:
-    """A file name of a url: unique by its hash, readable by its end."""
+    """The file name for a url: its hash makes it unique, the url's end readable."""
     end = re.sub(r"[^A-Za-z0-9]+", "-", url)[-40:].strip("-")
     return f"{hashlib.sha256(url.encode()).hexdigest()[:20]}-{end}"

@@ -1,4 +1,4 @@
-"""How many samples each shard holds: from its sizes file, else by a scan whose result is kept."""
+"""How many samples each shard holds: from a sizes file, else by a scan whose result is kept."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ PROGRESS_SHARDS = 64
 def count_samples(
     urls: list[str], progress: Callable[[str], None] | None, remote: RemoteShards
 ) -> dict[str, int]:
-    """{url: number of samples}.
+    """The number of samples of each shard, by its url.
 
     Counts come from a `sizes.json` beside the shards where it lists them (webdataset's shard list,
     or open_clip's {name: count}). Other shards are scanned once, header by header; their counts are
@@ -33,7 +33,7 @@ def count_samples(
     ones are fetched for that, and their counts cached by address.
 
     Args:
-        urls: as list_shards gives them.
+        urls: paths and addresses as list_shards gives them.
         progress: gets a line now and then while many shards are scanned; or None.
         remote: how remote shards are fetched.
 
@@ -49,7 +49,7 @@ def count_samples(
 
 
 def _folder(url: str) -> str:
-    """Where a shard's sizes.json lies; empty for a command, which has no folder."""
+    """The folder where a shard's sizes.json lies; empty for a command, which has none."""
     if url.startswith("pipe:"):
         return ""
     return _full(url).rpartition("/")[0]
@@ -139,7 +139,9 @@ def _scan(
         logger.warning(
             "%d remote shards are fetched whole to count their samples, %s for one; a %s beside "
             "them would save that",
-            *(num_remote, next(filter(is_remote, urls)), SIZES_FILE),
+            num_remote,
+            next(filter(is_remote, urls)),
+            SIZES_FILE,
         )
     counts = {}
     # Threads, because a scan waits for the file system more than it computes.

@@ -33,8 +33,8 @@ SKIP_KINDS = (
     "unreadable_shard",
     "not_in_index",
 )
-"""Why a sample can't be used. An image too large to be decoded safely is an unreadable one, and
-text over MAX_TEXT_BYTES is no caption."""
+"""Why a sample can't be used. An image too large to be decoded safely counts as unreadable, and
+text over MAX_TEXT_BYTES as no caption."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,12 @@ class Shard:
     url: str
     num_samples: int
     source: int = 0
-    """Which of data.sources it belongs to."""
+    """Index of the shard's source in data.sources."""
     remote: RemoteShards | None = None
-    """How it is fetched; None for a local file."""
+    """How the shard is fetched; None for a local file."""
 
     def prefetch(self) -> None:
-        """Begins to fetch it in the background."""
+        """Begins to fetch the shard in the background, if it is remote."""
         if self.remote is not None:
             self.remote.prefetch(self.url)
 
@@ -98,9 +98,9 @@ def index_shards(
     """Counts the samples of each shard and leaves out, with a warning, shards that hold none.
 
     Args:
-        urls: as list_shards gives them.
+        urls: paths and addresses as list_shards gives them.
         progress: gets a line now and then while many shards are scanned.
-        remote: how remote shards are fetched; by default as a recipe without such keys does.
+        remote: how remote shards are fetched; by default as a recipe's defaults say.
 
     Raises:
         ConfigError: a sizes.json is malformed, a shard can't be read, or no shard holds a sample.
@@ -127,8 +127,8 @@ def read_shard(shard: Shard, start: int = 0) -> Iterator[tuple[int, RawSample | 
     the tar ends early or is corrupt, the rest comes as Skip("truncated_shard"). Samples beyond the
     index come as Skip("not_in_index") with positions from num_samples on.
 
-    The walk uses tarfile, not webdataset's own stream: that one reads every byte it passes and
-    gives no offsets, while here skipped samples cost a seek a member and bytes are read when used.
+    The walk uses tarfile, not webdataset's own stream, which reads every byte that it passes and
+    gives no offsets. Here a skipped sample costs one seek a member, and bytes are read when used.
 
     Raises:
         ShardError: the shard can't be fetched, opened or read.
@@ -145,7 +145,7 @@ def read_shard(shard: Shard, start: int = 0) -> Iterator[tuple[int, RawSample | 
 
 
 def shard_names(urls: list[str]) -> list[str]:
-    """A name for each shard: its stem, or its path without suffix where stems repeat."""
+    """A name for each shard: its stem, or its path without suffix if some stems are equal."""
     stems = [Path(url).stem for url in urls]
     if len(set(stems)) == len(set(urls)):
         return stems

@@ -27,13 +27,14 @@ from aclip.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
-"""Seconds before the first and at most before a later retry; they double, give or take a half."""
+"""Seconds before the first retry, and the most before a later one. They double from try to try, and
+each wait is drawn between half and one and a half of that."""
 STALL = 60.0
 """Seconds without a byte after which a transfer has failed."""
 CHUNK = 2**20
 PREFETCH_THREADS = 2
 FINAL_ERRORS = (FileNotFoundError, PermissionError)
-"""What another try would not change."""
+"""Errors that another try would not change."""
 
 
 def is_remote(url: str) -> bool:
@@ -64,8 +65,9 @@ class RemoteShards:
     """How shards are fetched.
 
     Attributes:
-        folder: of the cache. limit: of its size, bytes.
-        retries: further tries after a transfer that failed.
+        folder: the cache's folder.
+        limit: the number of bytes that the cache may hold.
+        retries: number of further tries after a transfer that failed.
     """
 
     folder: Path
@@ -82,10 +84,10 @@ class RemoteShards:
         return cache.open(url, lambda path: self._with_retries(url, lambda: _fetch(url, path)))
 
     def read_text(self, url: str) -> str | None:
-        """A small text file beside the shards; None where there is none.
+        """A small text file beside the shards; None if there is none, or it may not be read.
 
         Raises:
-            OSError: as `open`.
+            OSError: it can't be fetched, after the last try.
         """
         try:
             return self._with_retries(url, lambda: _read(url)).decode()
@@ -93,7 +95,7 @@ class RemoteShards:
             return None
 
     def prefetch(self, url: str) -> None:
-        """Begins to fetch a shard in the background. `open` tries again and reports failures."""
+        """Begins to fetch a shard in the background. If it fails, `open` tries again and raises."""
         once = replace(self, retries=0)
 
         def run() -> None:

@@ -11,7 +11,7 @@ from aclip.data.shards.remote import RemoteShards, is_remote
 from aclip.errors import ConfigError
 
 MAX_HEADER_BYTES = 2**20
-"""What a header may ask to be read of itself; a longer name or attribute is a corrupt one."""
+"""The most bytes that a header may hold; a longer name or attribute means a corrupt header."""
 # What tarfile raises on damaged headers, besides its own errors.
 HEADER_ERRORS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
 
@@ -28,17 +28,17 @@ class TarShard:
     """An open shard: a walk over its headers, and bytes at any offset.
 
     Args:
-        url: a file, or what `remote` fetches.
-        remote: how to fetch it; None for a local file.
+        url: a file's path, or an address that `remote` fetches.
+        remote: how to fetch the shard; None for a local file.
 
     Raises:
-        ShardError: it can't be opened or read.
+        ShardError: the shard can't be opened or read.
     """
 
     def __init__(self, url: str, remote: RemoteShards | None = None):
         self.url = url
         self.is_broken = False
-        """The last walk ended where the archive does not: the file is truncated or corrupt."""
+        """Whether the last walk ended before the archive did: the file is truncated or corrupt."""
         try:
             self._file = open_shard(url, remote)
             self.size = os.fstat(self._file.fileno()).st_size
@@ -99,7 +99,7 @@ class TarShard:
 
 
 class _HeaderFile:
-    """A file as tarfile sees it, for which headers may name any number of bytes and any place."""
+    """The file that tarfile reads: refuses the sizes and places that corrupt headers name."""
 
     def __init__(self, file: io.BufferedReader):
         self._file = file
@@ -118,7 +118,7 @@ class _HeaderFile:
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """Where the members of one sample lie; bytes are read when asked for."""
+    """Where one sample's members lie; their bytes are read when asked for."""
 
     key: str
     members: dict[str, tuple[int, int]]
@@ -137,7 +137,7 @@ class RawSample:
 
 
 def open_shard(url: str, remote: RemoteShards | None) -> io.BufferedReader:
-    """The only place that opens a shard."""
+    """Opens a shard for reading in binary; no other function does."""
     return open(url, "rb") if remote is None else remote.open(url)
 
 
