@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from aclip.benchmarks.scaling_rank import RESULT, SPEC
-from aclip.benchmarks.step_cost import MIB
 from aclip.benchmarks.synthetic import caption_lengths
+from aclip.cli import MIB, text_table
 from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
@@ -74,17 +74,26 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{mode}: {ranks} ranks, {size} images a step", flush=True)
         found = _measure(hosts, ranks, size, name, overrides, arguments)
         lengths = caption_lengths(size // ranks, recipe.model.text.context_length)
-        tokens = sum(lengths) / len(lengths), max(lengths)
-        on_host = not torch.cuda.is_available()
-        planned = plan_memory(recipe, ds_config, ranks, *tokens, on_host)
+        planned = plan_memory(
+            recipe,
+            ds_config,
+            ranks,
+            caption_tokens=sum(lengths) / len(lengths),
+            longest_caption=max(lengths),
+            on_host=not torch.cuda.is_available(),
+        )
         speed = found["images_per_second"]
         first = next((row for row in rows if row.mode == mode), None)
-        efficiency = speed / (ranks * first.images_per_second) if first else 1.0
         rows.append(
             Measured(
-                *(mode, ranks, size, speed, efficiency, found["communication"]),
-                found["memory_bytes"] / MIB,
-                planned / MIB,
+                mode,
+                ranks,
+                global_batch_size=size,
+                images_per_second=speed,
+                efficiency=speed / (ranks * first.images_per_second) if first else 1.0,
+                communication=found["communication"],
+                memory_mib=found["memory_bytes"] / MIB,
+                planned_mib=planned / MIB,
             )
         )
     print(format_table(rows))
@@ -109,17 +118,14 @@ def first_slots(hosts: list[Host], ranks: int) -> list[Host]:
 
 
 def format_table(rows: list[Measured]) -> str:
-    lines = [
-        f"{'':7}{'ranks':>6}{'batch':>7}{'img/s':>9}{'efficiency':>12}{'communication':>15}"
-        f"{'MiB a rank':>12}{'planned':>9}{'off':>8}"
-    ]
-    lines += [
-        f"{row.mode:7}{row.ranks:6}{row.global_batch_size:7}{row.images_per_second:9.4g}"
-        f"{row.efficiency:12.0%}{row.communication:15.0%}{row.memory_mib:12,.1f}"
-        f"{row.planned_mib:9,.1f}{row.planned_mib / row.memory_mib - 1:+8.1%}"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    cells = [["", "ranks", "batch", "img/s", "efficiency", "communication"]]
+    cells[0] += ["MiB a rank", "planned", "off"]
+    for row in rows:
+        line = [row.mode, f"{row.ranks}", f"{row.global_batch_size}"]
+        line += [f"{row.images_per_second:.4g}", f"{row.efficiency:.0%}"]
+        line += [f"{row.communication:.0%}", f"{row.memory_mib:,.1f}", f"{row.planned_mib:,.1f}"]
+        cells.append([*line, f"{row.planned_mib / row.memory_mib - 1:+.1%}"])
+    return text_table(cells)
 
 
 def _read(name, overrides, path, ranks: int, batch_size: int) -> tuple[Recipe, DsConfig]:

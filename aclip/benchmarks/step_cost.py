@@ -24,6 +24,7 @@ from aclip.benchmarks.host_pages import kept_pages
 from aclip.benchmarks.open_clip_step import OpenClipStep
 from aclip.benchmarks.peak_memory import peak_growth
 from aclip.benchmarks.synthetic import caption_lengths, synthetic_batch
+from aclip.cli import MIB, text_table
 from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
@@ -34,8 +35,6 @@ from aclip.errors import ConfigError
 from aclip.planning.flops import step_flops
 from aclip.planning.step_shape import describe_step
 from aclip.training.stepper import Stepper
-
-MIB = 2**20
 
 
 @dataclass
@@ -115,23 +114,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def format_table(rows: list[Row], baselines: list[str], environment: dict) -> str:
     """The rows as text, the environment below."""
-    width = max(len(row.name) for row in rows)
-    titles = [f"/ {name}" for name in baselines]
-    columns = [max(8, len(title)) for title in titles]
-    head = f"{'':<{width}}  {'s a step':>9}"
-    head += "".join(f"  {title:>{w}}" for title, w in zip(titles, columns, strict=True))
-    head += f"  {'min - max':>13}  {'img/s':>8}  {'GFLOP':>7}  {'state MiB':>9}  {'step MiB':>8}"
-    lines = [head]
+    ratios = [f"/ {name}" for name in baselines]
+    cells = [["", "s a step", *ratios, "min - max", "img/s", "GFLOP", "state MiB", "step MiB"]]
     for row in rows:
-        line = f"{row.name:<{width}}  {row.step_seconds:9.4g}"
-        for name, column in zip(baselines, columns, strict=True):
-            line += f"  {row.ratios[name]:{column}.3f}"
-        line += f"  {row.spread[0]:6.3f}-{row.spread[1]:.3f}  {row.images_per_second:8.4g}"
-        line += f"  {row.gflops:7.1f}" if row.gflops is not None else f"  {'':7}"
-        lines.append(f"{line}  {row.state_mib:9,.0f}  {row.step_mib:8,.0f}")
-    lines.append("GFLOP: of one image-caption pair, forward and backward; step: on top of state")
-    lines.append(", ".join(f"{key} {value}" for key, value in environment.items()))
-    return "\n".join(lines)
+        line = [row.name, f"{row.step_seconds:.4g}"]
+        line += [f"{row.ratios[name]:.3f}" for name in baselines]
+        line += [f"{row.spread[0]:.3f}-{row.spread[1]:.3f}", f"{row.images_per_second:.4g}"]
+        line.append("" if row.gflops is None else f"{row.gflops:.1f}")
+        cells.append([*line, f"{row.state_mib:,.0f}", f"{row.step_mib:,.0f}"])
+    legend = "GFLOP: of one image-caption pair, forward and backward; step: on top of state"
+    facts = ", ".join(f"{key} {value}" for key, value in environment.items())
+    return f"{text_table(cells)}\n{legend}\n{facts}"
 
 
 def _build(name: str, recipe: Recipe, batch_size: int, device: torch.device) -> System:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from aclip.cli import text_table
 from aclip.evaluation.sets.catalog import Task, catalog, is_retrieval
 from aclip.reports.document import Table, Text, to_markdown
 
@@ -85,15 +86,7 @@ def make_rows(results: list[tuple[Task, dict[str, float]]], published: str) -> l
 
 def table(rows: list[Row], published: str) -> str:
     """Aligned text."""
-    header, *lines = _cells(rows, published)
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in (header, *lines)
-    )
+    return text_table(_cells(rows, published), left=(0, 1))
 
 
 def markdown(heading: str, rows: list[Row], published: str, facts: list[str]) -> str:

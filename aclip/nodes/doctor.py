@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from aclip.cli import EXIT_BAD_INPUT
+from aclip.cli import EXIT_BAD_INPUT, GIB, MIB, text_table
 from aclip.config.arguments import DEMO, parse, read_recipe, run_folder
 from aclip.nodes.hostfile import Host, check_hostfile, environment_for_nodes
 from aclip.nodes.node import Node
@@ -26,9 +26,8 @@ from aclip.nodes.remote_shell import LOCAL, SSH, check_remote_shell, open_python
 ANSWER_SECONDS = 60.0
 ALL_REDUCE_SECONDS = 180.0
 MOST_SKEW_SECONDS = 2.0
-LEAST_DISK_BYTES = 5 * 2**30
-LEAST_SHM_BYTES = 2**29
-GIB = 2**30
+LEAST_DISK_BYTES = 5 * GIB
+LEAST_SHM_BYTES = 512 * MIB
 NETWORK = "set NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME without GPUs) in .deepspeed_env"
 
 
@@ -286,8 +285,4 @@ def format_table(nodes: list[Examined]) -> str:
         row.append(f"{len(answer['gpus'])} {'/'.join(sorted(kinds))}".strip())
         row += [f"{answer[name] / GIB:,.1f}" for name in ("disk_bytes", "shm_bytes")]
         rows.append([*row, f"{node.skew:+.2f}"])
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
-        for row in rows
-    )
+    return text_table(rows, left=range(len(rows[0])))

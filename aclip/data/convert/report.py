@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from aclip.cli import text_table
 from aclip.data.convert.entries import SKIP_KINDS
 from aclip.data.convert.plan import Plan, Rejections
 from aclip.data.convert.shard_writer import ShardRecord
@@ -63,7 +64,7 @@ def make_report(
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report as lines of a table."""
+    """The report as a text table."""
     rows = [("entries", report["entries"], "of the source")]
     rows += [("samples", report["samples"], f"in {report['shards']:,} shards")]
     rows += [(f"  {what}", count, WHAT[what]) for what, count in report["images"].items()]
@@ -71,7 +72,7 @@ def format_report(report: dict[str, Any]) -> str:
     for kind, count in report["skipped"].items():
         example = report["examples"][kind][0]
         rows.append((f"  {kind}", count, f"{REASONS[kind]}, e.g. {example[:EXAMPLE_LENGTH]}"))
-    return "\n".join(f"{name:20}{count:>14,}  {text}".rstrip() for name, count, text in rows)
+    return text_table([(name, f"{count:,}", text) for name, count, text in rows], left=(0, 2))
 
 
 def write_json(path: Path, content: Any) -> None:
