@@ -38,7 +38,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> None:
             f"{', '.join(published_results())}"
         )
     out = Path(arguments.output)
-    check_writable(out)
+    check_writable(out, "--output")
     tasks, missing = find_tasks(
         arguments.suite,
         Path(arguments.data).expanduser() if arguments.data else None,

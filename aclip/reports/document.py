@@ -89,8 +89,11 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
 
 
 @contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
+def writing_to(folder: Path, option: str) -> Iterator[None]:
     """Turns a failure to write into what a user can change.
+
+    Args:
+        option: gave the folder, such as --out.
 
     Raises:
         ConfigError: the disk is full, or the folder is a file or not this user's.
@@ -99,8 +102,8 @@ def writing_to(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"--out is {folder}, which can't be written ({error.strerror or error}); give another "
-            "folder"
+            f"{option} is {folder}, which can't be written ({error.strerror or error}); "
+            "give another folder"
         ) from None
 
 

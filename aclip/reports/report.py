@@ -85,7 +85,7 @@ def report(arguments: argparse.Namespace) -> None:
     folders = [Path(folder) for folder in arguments.runs]
     default = folders[0] if len(folders) == 1 else Path("comparison")
     out = Path(arguments.out) if arguments.out else default
-    with writing_to(out):
+    with writing_to(out, "--out"):
         write_report(folders, out)
     print(f"wrote {out / REPORT_PAGE} and {out / REPORT_MARKDOWN}", flush=True)
 

@@ -34,7 +34,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     ds_config = read_ds_config(arguments.ds_config, recipe.train.global_batch_size, num_ranks)
     check_wandb(recipe.train.wandb, is_writer=os.environ["RANK"] == "0")
     run_folder = choose_run_folder(arguments)
-    check_writable(run_folder)
+    check_writable(run_folder, "--output")
     resume_from = checkpoint_folder.find(run_folder / CHECKPOINTS_FOLDER, arguments.resume)
     say = print if os.environ["RANK"] == "0" else _silent
     if recipe.data.train == DEMO:

@@ -26,6 +26,7 @@ from aclip.data.convert.report import REPORT_FILE, make_report, write_json
 from aclip.data.convert.shard_writer import ShardRecord
 from aclip.data.shards.counts import SIZES_FILE
 from aclip.errors import ConfigError
+from aclip.files import remove_leftovers, write_whole
 
 STATE_FOLDER = ".conversion"
 FORMAT_VERSION = 1
@@ -175,8 +176,8 @@ def _convert(job: Job, processes: int, identity: dict[str, Any], state: Path) ->
             raise _other(job.out)
     else:
         write_json(identity_file, identity)
-    for leftover in job.out.glob("*.tar.tmp-*"):
-        leftover.unlink()
+    remove_leftovers(job.out)
+    remove_leftovers(state)
     plan_file = state / "plan.sqlite"
     if not plan_file.exists():
         with tqdm(desc="planning", unit=" entries") as bar:
@@ -215,9 +216,8 @@ class _Records:
             if tar.is_file() and tar.stat().st_size == record.bytes:
                 self.finished[record.number] = record
         # Written anew, since a kill may have left half a line at its end.
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(f"{record.dump()}\n" for record in self.finished.values()))
-        os.replace(partial, path)
+        lines = "".join(f"{record.dump()}\n" for record in self.finished.values())
+        write_whole(path, lines.encode())
         self._path = path
 
     def add(self, record: ShardRecord) -> None:

@@ -5,14 +5,15 @@ image is read, and a continued conversion needs no second pass.
 """
 
 import json
-import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from aclip.data.convert.entries import Entry, Rejected
+from aclip.files import appearing
 
 EXAMPLES = 10
 """Rejected entries of a kind that a report names."""
@@ -57,30 +58,24 @@ def write_plan(
         entries: of a source.
         progress: gets the number of entries read now and then.
     """
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.unlink(missing_ok=True)
     rejections = Rejections()
     planned = seen = 0
-    database = sqlite3.connect(partial)
-    database.executescript(SCHEMA)
-    for seen, entry in enumerate(entries, 1):
-        if seen % ENTRIES_A_REPORT == 0:
-            progress(seen)
-        if isinstance(entry, Entry):
-            entry = _usable(entry)
-        if isinstance(entry, Entry) and _insert(database, planned, entry):
-            planned += 1
-        elif isinstance(entry, Entry):
-            rejections.add(Rejected(entry.key, "duplicate_key", "an earlier entry has the key"))
-        else:
-            rejections.add(entry)
-    facts = {"planned": planned, "seen": seen} | vars(rejections)
-    database.execute("INSERT INTO counts VALUES (?)", (json.dumps(facts),))
-    database.commit()
-    database.close()
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with appearing(path) as temporary, closing(sqlite3.connect(temporary)) as database:
+        database.executescript(SCHEMA)
+        for seen, entry in enumerate(entries, 1):
+            if seen % ENTRIES_A_REPORT == 0:
+                progress(seen)
+            if isinstance(entry, Entry):
+                entry = _usable(entry)
+            if isinstance(entry, Entry) and _insert(database, planned, entry):
+                planned += 1
+            elif isinstance(entry, Entry):
+                rejections.add(Rejected(entry.key, "duplicate_key", "an earlier entry has the key"))
+            else:
+                rejections.add(entry)
+        facts = {"planned": planned, "seen": seen} | vars(rejections)
+        database.execute("INSERT INTO counts VALUES (?)", (json.dumps(facts),))
+        database.commit()
     progress(seen)
 
 

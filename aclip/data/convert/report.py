@@ -1,7 +1,6 @@
 """What a conversion wrote and what it left out, as JSON and as a table."""
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from aclip.cli import text_table
 from aclip.data.convert.entries import SKIP_KINDS
 from aclip.data.convert.plan import Plan, Rejections
 from aclip.data.convert.shard_writer import ShardRecord
-from aclip.files import sync
+from aclip.files import write_whole
 
 REPORT_FILE = "report.json"
 EXAMPLE_LENGTH = 100
@@ -77,10 +76,4 @@ def format_report(report: dict[str, Any]) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file that appears complete."""
-    partial = path.with_name(f"{path.name}.tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync(path.parent)
+    write_whole(path, json.dumps(content, indent=1).encode())

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -13,7 +12,7 @@ from aclip.data.convert.entries import Entry, Rejected
 from aclip.data.convert.images import FileReader, ImageRule, prepare_image
 from aclip.data.convert.plan import Rejections
 from aclip.errors import ConfigError
-from aclip.files import sync
+from aclip.files import appearing
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,9 @@ def write_shard(
     """
     rejections = Rejections()
     images: Counter[str] = Counter()
-    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        with open(partial, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        with appearing(path) as temporary:
+            with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
                 for entry in entries:
                     members = _make_members(entry, reader, rule, images)
                     if isinstance(members, Rejected):
@@ -71,11 +69,7 @@ def write_shard(
                     else:
                         _add(archive, entry.key, members)
                     on_entry()
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        os.replace(partial, path)
-        sync(path.parent)
+            size = temporary.stat().st_size
     except OSError as error:  # the source's are ConfigErrors by now
         raise ConfigError(
             f"--out holds {path}, which can't be written ({error.strerror or error}); make room, "
