@@ -27,13 +27,17 @@ from aclip.planning.flops import step_flops
 from aclip.planning.step_shape import describe_step
 
 CAPTION_TOKENS = 17
-"""Of a caption on average, start and end included, for the table's FLOPs."""
+"""The mean length of a caption, start and end included, for the table's FLOPs."""
 LEAST_STEPS = 40
-"""With fewer, whole steps are no quarters of the schedule."""
+"""With fewer steps, the schedule can't be cut into equal quarters of whole steps."""
 DECIDED_HERE = {
     *DECIDED_BY_ROWS,
-    *("mask.keep_ratio", "train.seed", "train.evaluate_every", "train.checkpoint_every"),
-    *("train.keep_checkpoints", "train.upload_to"),
+    "mask.keep_ratio",
+    "train.seed",
+    "train.evaluate_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.upload_to",
 }
 """Keys of the recipe that no override may set."""
 

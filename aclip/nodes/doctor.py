@@ -36,8 +36,10 @@ class Examined:
     """What is known of a node.
 
     Attributes:
-        host: of the hostfile. answer: of probe.examine(); None when there was none.
-        skew: seconds that its clock is ahead of this one. token: the file that it wrote.
+        host: its line of the hostfile.
+        token: the name of the file that it writes to the run folder.
+        answer: what probe.examine() returned there; None when no answer came.
+        skew: seconds that its clock is ahead of this node's.
         problems: sentences without the node's name.
     """
 
@@ -65,7 +67,7 @@ def examine(
     Args:
         run_arguments: pretrain.py's, of which shards and run folder are checked.
         options: rsh, master_addr and master_port.
-        problems: that are known already.
+        problems: those that are known already.
     """
     remote_shell = options.rsh or SSH
     if any(host.name != LOCAL for host in hosts):
@@ -116,7 +118,9 @@ def _what_to_check(run_arguments: list[str]) -> tuple[Path, list[tuple[str, str 
 def _ask(node: Examined, is_first: bool, remote_shell, question, barrier) -> None:
     """Fills in a node's answer and its clock."""
     process = open_python(
-        *(remote_shell, node.host.name, "aclip.nodes.probe"),
+        remote_shell,
+        node.host.name,
+        "aclip.nodes.probe",
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -27,7 +27,9 @@ class Node:
         self.host = host
         self._on_line = on_line
         self._process = open_python(
-            *(remote_shell, host.name, "aclip.nodes.agent"),
+            remote_shell,
+            host.name,
+            "aclip.nodes.agent",
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -43,7 +43,9 @@ class Supervisor:
     """Starts, watches, ends and starts again.
 
     Args:
-        options: of the command line. hosts: of the hostfile. output: the run folder.
+        options: the command line's.
+        hosts: those that the hostfile names.
+        output: the run folder.
     """
 
     def __init__(self, options: argparse.Namespace, hosts: list[Host], output: Path):
@@ -126,13 +128,14 @@ class Supervisor:
         with open(log, "a") as file:
             file.write(f"=== start {start}, {datetime.now().isoformat(' ', 'seconds')}\n")
         world = json.dumps({each.name: list(range(each.slots)) for each in self.hosts})
-        arguments = [
-            *(sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
+        arguments = [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
+        arguments += [
             f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}",
             f"--node_rank={index}",
             f"--master_addr={self.options.master_addr or self.hosts[0].name}",
             f"--master_port={self.options.master_port}",
-            *(self.options.script, *self._run_arguments()),
+            self.options.script,
+            *self._run_arguments(),
         ]
         spec = {
             "folder": os.getcwd(),
