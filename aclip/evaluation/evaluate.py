@@ -14,8 +14,9 @@ from aclip.evaluation.class_cache import ClassCache
 from aclip.evaluation.evaluate_set import evaluate
 from aclip.evaluation.load_model import LoadedModel, load_model
 from aclip.evaluation.results import make_rows, markdown, published_results, table, to_json
-from aclip.evaluation.sets.catalog import Task, find_tasks
+from aclip.evaluation.sets.catalog import find_tasks
 from aclip.evaluation.sets.prompts import CLASS_NAMES_FILE
+from aclip.evaluation.sets.task import Task
 from aclip.evaluation.towers import Towers
 from aclip.files import cache_folder, check_writable, write_whole
 

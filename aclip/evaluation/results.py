@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from aclip.cli import text_table
-from aclip.evaluation.sets.catalog import Task, catalog, is_retrieval
+from aclip.evaluation.sets.catalog import catalog, is_retrieval
+from aclip.evaluation.sets.task import Task
 from aclip.reports.document import Table, Text, to_markdown
 
 METRICS = {
