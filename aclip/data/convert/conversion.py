@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from aclip.data.convert.entries import Entry, Source
 from aclip.data.convert.images import ImageRule
-from aclip.data.convert.plan import Plan, shard_bounds, write_plan
-from aclip.data.convert.pool import Task, write_shards
+from aclip.data.convert.plan import ConversionPlan, shard_bounds, write_plan
+from aclip.data.convert.pool import ShardTask, write_shards
 from aclip.data.convert.report import REPORT_FILE, make_report, write_json
 from aclip.data.convert.shard_writer import ShardRecord
 from aclip.data.shards.counts import SIZES_FILE
@@ -183,10 +183,10 @@ def _convert(job: Job, processes: int, identity: dict[str, Any], state: Path) ->
         with tqdm(desc="planning", unit=" entries") as bar:
             entries = job.source.entries()
             write_plan(plan_file, entries, lambda seen: bar.update(seen - bar.n))
-    plan = Plan(plan_file)
+    plan = ConversionPlan(plan_file)
     bounds = shard_bounds(plan.num_planned, job.shard_size)
     tasks = [
-        Task(number, job.out / shard_name(number, len(bounds) - 1), first, last)
+        ShardTask(number, job.out / shard_name(number, len(bounds) - 1), first, last)
         for number, (first, last) in enumerate(pairwise(bounds))
     ]
     records = _Records(state / "finished.jsonl", tasks)
@@ -209,7 +209,7 @@ def shard_name(number: int, num_shards: int) -> str:
 class _Records:
     """The finished shards, one JSON line each."""
 
-    def __init__(self, path: Path, tasks: list[Task]):
+    def __init__(self, path: Path, tasks: list[ShardTask]):
         self.finished: dict[int, ShardRecord] = {}
         for record in _read_records(path):
             tar = tasks[record.number].path

@@ -79,7 +79,7 @@ def write_plan(
     progress(seen)
 
 
-class Plan:
+class ConversionPlan:
     """A complete plan, read only.
 
     Attributes:

@@ -7,7 +7,7 @@ from typing import Any
 
 from aclip.cli import text_table
 from aclip.data.convert.entries import SKIP_KINDS
-from aclip.data.convert.plan import Plan, Rejections
+from aclip.data.convert.plan import ConversionPlan, Rejections
 from aclip.data.convert.shard_writer import ShardRecord
 from aclip.files import write_whole
 
@@ -31,7 +31,7 @@ WHAT = {
 
 
 def make_report(
-    conversion: dict[str, Any], plan: Plan, records: list[ShardRecord]
+    conversion: dict[str, Any], plan: ConversionPlan, records: list[ShardRecord]
 ) -> dict[str, Any]:
     """Sums up; the same whether the conversion was interrupted or not.
 
