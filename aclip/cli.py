@@ -119,7 +119,7 @@ def _let_other_ranks_report() -> None:
         while store.add("ranks_in_error", 0) < num_ranks and time.monotonic() < deadline:
             time.sleep(0.05)
     except (OSError, RuntimeError, ValueError):
-        pass  # The master is gone, so it has reported; this rank has too.
+        pass  # The first rank is gone, so it has reported, and so has this one.
 
 
 def print_stacks_on_signal() -> None:

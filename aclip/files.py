@@ -16,7 +16,7 @@ def appearing(path: Path) -> Iterator[Path]:
     raises, nothing is left; a killed process leaves what `remove_leftovers` removes.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)  # of a killed process that had this one's number
+    temporary.unlink(missing_ok=True)  # may be left of a killed process with the same number
     try:
         yield temporary
         sync(temporary)
@@ -49,7 +49,7 @@ def sync(path: Path) -> None:
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Makes a folder if need be and writes a file into it, one of each rank, to see that it can.
+    """Makes a folder if need be and tries to write into it; every rank tries a file of its own.
 
     Args:
         option: gave the folder, such as --output.
@@ -69,5 +69,5 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Where aclip keeps what it can make again: ACLIP_CACHE, or ~/.cache/aclip."""
+    """The folder of what aclip can make again: ACLIP_CACHE, or ~/.cache/aclip."""
     return Path(os.environ.get("ACLIP_CACHE") or Path.home() / ".cache" / "aclip")

@@ -148,7 +148,7 @@ def _devices(num_processes: int | None, num_runs: int) -> list[dict[str, str]]:
     """Environment variables that give a process its device: a free GPU, or a share of the cores.
 
     Args:
-        num_processes: at a time; None for as many as there are free devices.
+        num_processes: how many run at a time; None for as many as there are free devices.
 
     Raises:
         ConfigError: every GPU is in use, or nvidia-smi, which knows that, is not there.
@@ -170,12 +170,12 @@ def _devices(num_processes: int | None, num_runs: int) -> list[dict[str, str]]:
         raise ConfigError(
             f"each of {len(allowed)} GPUs has more than {BUSY_MIB} MiB in use; end what runs there"
         )
-    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # nvidia-smi's
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # the order in which nvidia-smi counts
     return [order | {"CUDA_VISIBLE_DEVICES": name} for name in free[:num_processes]]
 
 
 def _only_one(output: Path) -> AcquireReturnProxy:
-    """Held while runs are started in the folder."""
+    """A lock on the folder, to be held while runs are started in it."""
     try:
         return FileLock(output / ".lock").acquire(timeout=0)
     except Timeout:

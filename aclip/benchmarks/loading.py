@@ -1,7 +1,8 @@
 """What loading costs: this loader's two ways, open_clip's pipeline and a plain one, in one run.
 
-All read the same shards in this process and take turns, and what counts is CPU time: so other
-processes and a drifting machine are fair to each. Each hands over batches as its trainer gets them.
+All read the same shards in this process and take turns, and what counts is CPU time, so that other
+processes and a machine whose speed drifts are fair to each. Each makes the batches that its own
+trainer would get.
 """
 
 import argparse
@@ -54,14 +55,14 @@ class Pipeline:
 class Row:
     name: str
     milliseconds: float
-    """CPU time of an image."""
+    """The CPU time of an image."""
     images_per_second: float
-    """Of one core."""
+    """The speed of one core."""
     to_open_clip: float
-    """Speed as a multiple of open_clip's, median of the rounds' ratios."""
+    """Its speed as a multiple of open_clip's, median of the rounds' ratios."""
     to_plain: float
     cores: float
-    """That feed one GPU at the stated rate."""
+    """How many cores feed one GPU at the stated rate."""
 
 
 def run(arguments: argparse.Namespace) -> int:

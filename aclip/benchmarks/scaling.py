@@ -35,10 +35,14 @@ class Measured:
     """One line of the table.
 
     Attributes:
-        mode: weak or strong. ranks: that took part. global_batch_size: images a step.
-        images_per_second: of all ranks. efficiency: share of `ranks` times the first line's.
-        communication: share of a step in collectives.
-        memory_mib: the most on any rank at its peak. planned_mib: the planner's.
+        mode: weak or strong.
+        ranks: how many ranks took part.
+        global_batch_size: images of a step.
+        images_per_second: the speed of all ranks together.
+        efficiency: that speed as a share of `ranks` times the speed of one rank.
+        communication: the share of a step that collectives take.
+        memory_mib: the peak on the rank where it is highest.
+        planned_mib: what the planner says of it.
     """
 
     mode: str

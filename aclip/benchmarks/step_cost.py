@@ -42,11 +42,12 @@ class System:
     """One row of the table.
 
     Attributes:
-        name: as printed.
+        name: what the table calls it.
         step: runs one optimizer update.
-        state_bytes: of weights, optimizer and teacher; resident between steps.
+        state_bytes: what weights, optimizer and teacher take between steps.
         gflops: of one sample, forward and backward; None where it is not counted.
-        seconds: of each round. peak_bytes: of a step, on top of what is resident.
+        seconds: the time of a step in each round.
+        peak_bytes: what a step takes at its peak, on top of what stays between steps.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Row:
     name: str
     step_seconds: float
     ratios: dict[str, float]
-    """To each baseline, median over the rounds."""
+    """The time over each baseline's, median over the rounds."""
     spread: tuple[float, float]
     """Least and greatest ratio to the first baseline."""
     images_per_second: float
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--json is {arguments.json}, whose folder is not there; make it first")
     on_gpu = torch.cuda.is_available()
     batch_size = arguments.batch_size or (128 if on_gpu else 8)
-    # Each recipe is read before the first one is built.
+    # Every recipe is read before the first one is built, which takes time.
     overrides = [*arguments.set, f"train.global_batch_size={batch_size}", "data.train=demo"]
     recipes = {name: load_recipe(name, overrides) for name in arguments.recipes}
     baseline = arguments.baseline or arguments.recipes[0]
@@ -208,7 +209,7 @@ def _state_bytes(stepper: Stepper) -> int:
 
 
 def make_row(system: System, systems: list[System], baselines: list[str], batch_size: int) -> Row:
-    """Medians over the rounds; a ratio is that of the rounds' ratios to the baseline's."""
+    """Medians over the rounds; a ratio is the median of the rounds' ratios."""
     by_name = {other.name: other for other in systems}
     ratios = {
         name: [a / b for a, b in zip(system.seconds, by_name[name].seconds, strict=True)]

@@ -27,7 +27,7 @@ DEFAULT_PUBLISHED = "aclip-25"
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; ours and published in percent, None where there is none."""
+    """A line of the table; `ours` and `published` are percent, or None."""
 
     title: str
     metric: str
@@ -38,7 +38,8 @@ class Row:
 
 @cache
 def published_results() -> dict[str, dict[str, Any]]:
-    """By name: `title`, `average`, and percent by set; of retrieval sets R@1 in both directions."""
+    """By name: `title`, `average`, and each set's result in percent; a retrieval set has R@1 in
+    both directions."""
     text = (resources.files("aclip.evaluation") / "published.yaml").read_text(encoding="utf-8")
     columns = [name for name in catalog() if not is_retrieval(name)]
     results = {}
@@ -86,7 +87,7 @@ def make_rows(results: list[tuple[Task, dict[str, float]]], published: str) -> l
 
 
 def table(rows: list[Row], published: str) -> str:
-    """Aligned text."""
+    """The rows as a text table."""
     return text_table(_cells(rows, published), left=(0, 1))
 
 

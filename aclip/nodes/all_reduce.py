@@ -13,7 +13,7 @@ TIMEOUT = datetime.timedelta(seconds=60)
 
 
 def main() -> None:
-    # Here, since the doctor reads this module's numbers and torch takes seconds.
+    # Imported here: torch takes seconds.
     import torch
     import torch.distributed as dist
 

@@ -126,7 +126,7 @@ def _ask(node: Examined, is_first: bool, remote_shell, question, barrier) -> Non
         stderr=subprocess.PIPE,
         text=True,
     )
-    # Ends it when it hangs: the reads below come back empty then.
+    # Ends a process that hangs, so that the reads below return nothing.
     end = threading.Timer(ANSWER_SECONDS, process.kill)
     end.start()
     try:
@@ -138,7 +138,7 @@ def _ask(node: Examined, is_first: bool, remote_shell, question, barrier) -> Non
     except (OSError, ValueError):
         node.problems.append(_why_silent(process, remote_shell, node.host))
     finally:
-        # Its file stays until every node has looked for it.
+        # The node's file stays until every node has looked for it.
         barrier.wait()
         end.cancel()
         try:
@@ -178,7 +178,7 @@ def _why_silent(process: subprocess.Popen, remote_shell: str, host: Host) -> str
 
 
 def _compare(nodes: list[Examined], output: Path) -> None:
-    """Adds the problems that show beside the first node that answered."""
+    """Adds the problems that show when a node is compared with the first one that answered."""
     answered = [node for node in nodes if node.answer is not None]
     with_gpus = any(node.answer["gpus"] for node in answered)
     for node in answered:

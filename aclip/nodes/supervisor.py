@@ -32,7 +32,7 @@ from aclip.run_folder.layout import CHECKPOINTS_FOLDER, LOGS_FOLDER
 
 LOOK = 0.5
 SECONDS_TO_END = 15.0
-"""From the first node's failure until the others, which hear of it themselves, are killed."""
+"""When a node has failed, the others have this time to notice and end before they are killed."""
 LONGEST_BACKOFF = 300.0
 FINAL = {EXIT_BAD_INPUT: "bad input", EXIT_NON_FINITE: "a loss that is not finite"}
 """Statuses after which the same command would fail again."""
@@ -94,7 +94,7 @@ class Supervisor:
         return any(number != signal.SIGUSR1 for number in self._signals)
 
     def _run_once(self, start: int) -> dict[Host, int]:
-        """Runs until every node has ended; nothing of it is left then."""
+        """Starts every node and returns their statuses once all processes on them have ended."""
         self.logs.mkdir(parents=True, exist_ok=True)
         nodes = [self._start_node(index, host, start) for index, host in enumerate(self.hosts)]
         try:
@@ -146,7 +146,7 @@ class Supervisor:
         return Node(self.remote_shell, host, spec, _Log(log, echo=index == 0))
 
     def _run_arguments(self) -> list[str]:
-        """pretrain.py's own; once the run has a checkpoint of its own, that is what it resumes."""
+        """pretrain.py's arguments; once this run has saved a checkpoint, they resume from it."""
         if self._newest() == self.first_checkpoint:
             return self.options.arguments
         return [*self.options.arguments, "--resume", "auto"]

@@ -59,8 +59,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures side by side, each at least `width` pixels wide: as many in a row as fit. A page
-    that is narrower shrinks them, but not below `least`; then the picture scrolls in its place."""
+    """Pictures side by side, as many in a row as fit when each is at least `width` pixels wide. A
+    narrower page shrinks them to `least` pixels; below that, each picture scrolls in its place."""
 
     pictures: Sequence[Picture]
     width: int
@@ -73,7 +73,7 @@ Block = Heading | Text | Code | Table | Gallery
 def to_html(title: str, blocks: Sequence[Block]) -> str:
     """The page as one file; its images are in it."""
     body = "\n".join(_html(block) for block in blocks)
-    # An empty icon, or the browser asks for /favicon.ico.
+    # Without an icon the browser would ask for /favicon.ico.
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -65,8 +65,10 @@ class RunRecord:
     """What a run folder says.
 
     Attributes:
-        name: how pages call the run. steps, evaluations: lines of metrics.jsonl.
-        recipe: resolved, as YAML. pictures: of kept patches, by samples seen.
+        name: how pages call the run.
+        steps, evaluations: lines of metrics.jsonl.
+        recipe: the resolved recipe as YAML.
+        pictures: the pictures of kept patches, by samples seen.
     """
 
     name: str
@@ -133,7 +135,7 @@ def _read(folder: Path, name: str) -> RunRecord:
             )
     lines = read_metrics(folder)
     evaluations = [line for line in lines if "evaluation" in line]
-    # Only of evaluations that count: the folder may hold pictures of a run that began anew.
+    # A run that began anew leaves pictures whose evaluations metrics.jsonl holds no more.
     paths = {line["samples"]: picture_path(folder, line["samples"]) for line in evaluations}
     return RunRecord(
         name,
@@ -232,7 +234,7 @@ def _over_evaluations(runs: list[RunRecord], metric: str) -> list[Line]:
 
 
 def _pictures(runs: list[RunRecord], out: Path) -> Iterator[Picture]:
-    """Of one run over time, of several the latest of each."""
+    """The pictures of one run over time, or the latest of each of several runs."""
     for run in runs:
         every = list(run.pictures.items())
         if len(runs) == 1 and len(every) > MAX_PICTURES:

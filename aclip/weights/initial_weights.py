@@ -34,8 +34,9 @@ class InitialWeights:
     """Weights of one format.
 
     Attributes:
-        layout: the format, in words. tensors: by the file's names.
-        convert: one of them to aclip's names, None if it has no counterpart.
+        layout: the format, in words.
+        tensors: the tensors by the file's names.
+        convert: renames one of them to aclip's names; None if it has no counterpart.
         ignored: names that exist only for training or for a classifier.
         facts: what must agree with the recipe's towers besides shapes.
         image_only: no text tower is expected.
@@ -54,7 +55,8 @@ class InitReport:
     """What became of every key.
 
     Attributes:
-        init: as the recipe says it. layout: what was recognised.
+        init: the recipe's model.init.
+        layout: the format that was recognised.
         used, resized, ignored: keys of the file; resized ones are used too.
         random: parameters of the student that keep their random initialisation.
     """

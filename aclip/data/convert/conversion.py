@@ -30,7 +30,7 @@ from aclip.files import remove_leftovers, write_whole
 
 STATE_FOLDER = ".conversion"
 FORMAT_VERSION = 1
-"""Of the shards; a conversion that another version began is not continued."""
+"""The version of the shards' format; a conversion that another version began is not continued."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Job:
         source: the data set.
         arguments: how the source is read, for the report.
         rule: what is kept of an image.
-        shard_size: entries of a shard at most.
-        out: folder of the shards.
+        shard_size: the most entries of a shard.
+        out: the folder of the shards.
     """
 
     source: Source
@@ -109,7 +109,7 @@ def run(job: Job, processes: int) -> dict[str, Any]:
 
 
 def _stamps(source: Source) -> dict[str, Any]:
-    """By path, what changes with the metadata; without any, with what is in the folder."""
+    """By path, what changes when the metadata do; without metadata, when the folder's files do."""
     if not source.files:
         return {str(source.images.absolute()): _digest(source)}
     stamps = {path: path.stat() for path in source.files}
@@ -120,9 +120,9 @@ def _stamps(source: Source) -> dict[str, Any]:
 
 
 def _digest(source: Source) -> str:
-    """Of path, size and time of every image and caption file, and of what is left out.
+    """A digest of path, size and time of every image and caption file, and of what is left out.
 
-    Not of the folders: --out may lie in one of them.
+    Folders are not in it, since --out may lie in one of them.
     """
     digest = hashlib.sha256()
     for entry in tqdm(source.entries(), desc="looking for changes", unit=" entries"):

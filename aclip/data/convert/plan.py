@@ -16,7 +16,7 @@ from aclip.data.convert.entries import Entry, Rejected
 from aclip.files import appearing
 
 EXAMPLES = 10
-"""Rejected entries of a kind that a report names."""
+"""How many rejected entries of each kind a report names."""
 ENTRIES_A_REPORT = 1000
 SCHEMA = """
 PRAGMA journal_mode = OFF;
@@ -41,7 +41,7 @@ class Rejections:
             examples.append(f"{rejected.key}: {rejected.why}")
 
     def merge(self, counts: dict[str, int], examples: dict[str, list[str]]) -> None:
-        """Adds those of a later part of the data set."""
+        """Adds the rejections of a later part of the data set."""
         self.counts.update(counts)
         for kind, names in examples.items():
             own = self.examples.setdefault(kind, [])
@@ -54,9 +54,9 @@ def write_plan(
     """Plans the entries that have a caption and a key of their own; the first of a key counts.
 
     Args:
-        path: file to write; appears complete.
-        entries: of a source.
-        progress: gets the number of entries read now and then.
+        path: the file to write, which appears complete.
+        entries: a source's entries.
+        progress: is called now and then with the number of entries read.
     """
     rejections = Rejections()
     planned = seen = 0
@@ -85,7 +85,7 @@ class ConversionPlan:
     Attributes:
         num_planned: entries that are to become samples, numbered from 0.
         num_seen: entries of the source.
-        rejections: of the entries that were not planned.
+        rejections: the entries that were not planned.
     """
 
     def __init__(self, path: Path):
@@ -111,7 +111,8 @@ class ConversionPlan:
 
 
 def shard_bounds(num_entries: int, shard_size: int) -> list[int]:
-    """Where shards begin and end: as few as hold `shard_size` entries each, equally long by one."""
+    """Where shards begin and end: the fewest of at most `shard_size` entries, whose lengths differ
+    by one at most."""
     shards = -(-num_entries // shard_size)
     return [number * num_entries // shards for number in range(shards + 1)] if shards else [0]
 

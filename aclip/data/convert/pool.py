@@ -47,11 +47,11 @@ def write_shards(
 
     Args:
         tasks: the shards.
-        plan_file: of the conversion.
-        images: folder of the source's images.
+        plan_file: the conversion's plan.
+        images: the folder of the source's images.
         rule: what is kept of an image.
         processes: how many write at once.
-        done: entries of shards that were finished before, for the bar.
+        done: how many entries are in shards that were finished before, for the bar.
 
     Raises:
         ConfigError: a shard can't be written, a file of the source can't be read, or a process was

@@ -33,14 +33,14 @@ WHAT = {
 def make_report(
     conversion: dict[str, Any], plan: ConversionPlan, records: list[ShardRecord]
 ) -> dict[str, Any]:
-    """Sums up; the same whether the conversion was interrupted or not.
+    """The report, which is the same whether the conversion was interrupted or not.
 
-    Entries equal samples and all that was skipped.
+    The number of entries is the number of samples and of all that was skipped.
 
     Args:
-        conversion: its arguments.
-        plan: complete.
-        records: of all shards, in their order.
+        conversion: the conversion's arguments.
+        plan: its complete plan.
+        records: the records of all shards, in their order.
     """
     rejections = Rejections()
     rejections.merge(plan.rejections.counts, plan.rejections.examples)

@@ -22,12 +22,12 @@ class ShardRecord:
     number: int
     samples: int
     bytes: int
-    """Size of the tar."""
+    """The size of the tar."""
     images: dict[str, int] = field(default_factory=dict)
     """Samples by StoredImage.what."""
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    """Of rejected entries, see Rejections."""
+    """The rejected entries' counts and examples, see Rejections."""
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -47,9 +47,9 @@ def write_shard(
     tarfile, not webdataset's writer: that one imports torch and takes no long names.
 
     Args:
-        path: of the tar.
-        number: of the shard.
-        entries: with captions that are not blank, or a caption file.
+        path: the tar's path.
+        number: the shard's number.
+        entries: entries with captions that are not blank, or with a caption file.
         reader: reads their files.
         rule: what is kept of an image.
         on_entry: called after each entry.
@@ -70,7 +70,7 @@ def write_shard(
                         _add(archive, entry.key, members)
                     on_entry()
             size = temporary.stat().st_size
-    except OSError as error:  # the source's are ConfigErrors by now
+    except OSError as error:  # errors of the source are ConfigErrors by now
         raise ConfigError(
             f"--out holds {path}, which can't be written ({error.strerror or error}); make room, "
             "and run the same command again to continue"
