@@ -3,7 +3,8 @@ says why)."""
 
 from setuptools import find_packages, setup
 
-PYARROW = "pyarrow>=18.0"
+# The converters of parquet tables, and of COCO and RedCaps.
+CONVERT = ["pyarrow>=18.0", "ijson>=3.3"]
 WANDB = "wandb==0.31.0"
 
 setup(
@@ -24,6 +25,7 @@ setup(
         "timm==1.0.31",
         "transformers==5.24.0",
         "open_clip_torch==3.3.0",
+        # It belongs to the stack that users fix; only `launch/benchmark.py --loader` imports it.
         "webdataset==1.0.2",
         "pydantic==2.14.4",
         "pyyaml==6.0.4",
@@ -32,7 +34,6 @@ setup(
         "filelock>=3.16",
         "braceexpand>=0.1.7",
         "tqdm>=4.66",
-        "ijson>=3.3",
         "numpy>=2.0",
         "pillow>=11.0",
         "simplejpeg>=1.9",
@@ -40,12 +41,12 @@ setup(
         "tensorboard>=2.19",
     ],
     extras_require={
-        "convert": [PYARROW],
+        "convert": CONVERT,
         "wandb": [WANDB],
         # Class prompts of the papers' sets; scipy reads the files of some.
         "eval": ["clip-benchmark==1.6.2", "scipy>=1.14"],
         "dev": [
-            PYARROW,
+            *CONVERT,
             WANDB,
             "scikit-learn>=1.6",
             "pytest==9.2.0",

@@ -1,5 +1,5 @@
-"""How the launch scripts speak: --help, one line about an error, the exit status, stacks on a
-signal."""
+"""How the launch scripts speak: --help, tables, one line about an error, the exit status, stacks
+on a signal."""
 
 import argparse
 import datetime
@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from itertools import zip_longest
 
 from aclip.errors import ConfigError, DataError
 
@@ -28,6 +29,7 @@ EXIT_INTERRUPTED = 130
 """Ctrl-C ended a conversion: what a shell gives for SIGINT."""
 EXIT_STOPPED_BY_SIGNAL = 143
 """SIGTERM, after a checkpoint: what a shell gives for a process that this signal ended."""
+MIB, GIB = 2**20, 2**30
 WAIT_FOR_RANKS = datetime.timedelta(seconds=10)
 
 
@@ -38,6 +40,36 @@ class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
         if action.default in (None, False, []):
             return action.help
         return super()._get_help_string(action)
+
+
+def text_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """Rows of cells as aligned lines, with two spaces between the columns.
+
+    Args:
+        rows: the header comes first, if there is one; a row may end early.
+        left: the columns that are aligned on the left; the others are aligned on the right.
+    """
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    lines = []
+    for row in rows:
+        cells = (
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=False))
+        )
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def show_duration(seconds: float) -> str:
+    """`45 s`, `3 min 05 s`, `2 h 07 min` or `3 d 04 h`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    if seconds < 86400:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    return f"{seconds // 86400} d {seconds % 86400 // 3600:02d} h"
 
 
 def run_reporting_errors(main: Callable[[], int | None]) -> None:
@@ -87,7 +119,7 @@ def _let_other_ranks_report() -> None:
         while store.add("ranks_in_error", 0) < num_ranks and time.monotonic() < deadline:
             time.sleep(0.05)
     except (OSError, RuntimeError, ValueError):
-        pass  # The master is gone, so it has reported; this rank has too.
+        pass  # The first rank is gone, so it has reported, and so has this one.
 
 
 def print_stacks_on_signal() -> None:

@@ -1,5 +1,4 @@
-"""Collectives of the loss and the evaluation: rank, world size, all-gather with gradient, global
-sum.
+"""Rank, world size, and the collectives that losses and evaluation need.
 
 Without an initialised process group everything is the identity, so that losses run in one process.
 """
@@ -106,6 +105,6 @@ def default_to_one_rank() -> None:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     if "OMP_NUM_THREADS" not in os.environ:
-        # Ranks that share cores lose far more to contention than they gain from threads.
+        # Ranks that share cores lose more by waiting for each other than they gain from threads.
         ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))

@@ -33,7 +33,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, help="at a time (default: one per free GPU, or per core)"
     )
-    parser.add_argument("--output", default="runs/ablation", help="folder of runs and report")
+    parser.add_argument(
+        "--output", "--out", default="runs/ablation", help="folder of runs and report"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="recipe values to change in all rows"
     )

@@ -58,7 +58,9 @@ def parse_arguments() -> argparse.Namespace:
     scaling.add_argument("--scaling", metavar="HOSTFILE", help="measure 1, 2, 4, ... of its slots")
     scaling.add_argument("--ds_config", default="ds_configs/zero2.json")
     scaling.add_argument("--steps", type=int, default=30, help="timed steps of each case")
-    scaling.add_argument("--out", default="scaling", help="folder for table, plot and figures")
+    scaling.add_argument(
+        "--out", "--output", default="scaling", help="folder for table, plot and figures"
+    )
     scaling.add_argument("--master_port", type=int, default=29500)
     scaling.add_argument("--rsh", help="remote shell; see launch/multinode.sh --help")
     arguments = parser.parse_args()

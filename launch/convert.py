@@ -40,20 +40,29 @@ def parse_arguments() -> argparse.Namespace:
     source = add("table", "a csv, tsv or parquet of image paths and captions", shards)
     source.add_argument("table")
     source.add_argument("--images", help="folder that paths start from (default: the table's)")
-    source.add_argument("--image-column", default="filepath", help="(default: filepath)")
+    source.add_argument(
+        "--image-column", "--image_column", default="filepath", help="(default: filepath)"
+    )
     source.add_argument(
         "--caption-column",
+        "--caption_column",
         action="append",
         help="give it again for further captions (default: caption)",
     )
-    source.add_argument("--no-quotes", action="store_true", help="the file does not quote fields")
+    source.add_argument(
+        "--no-quotes", "--no_quotes", action="store_true", help="the file does not quote fields"
+    )
     source = add("img2dataset", "img2dataset's shards: writes their sizes.json only", processes)
     source.add_argument("folder")
     source = add("yfcc-list", "YFCC100M's raw metadata: writes the list for yfcc15m", None)
     source.add_argument("metadata", help="yfcc100m_dataset, plain, .bz2 or .gz")
     source.add_argument("--subset", required=True, help="OpenAI's yfcc100m_subset_data.tsv(.bz2)")
-    source.add_argument("--image-ids", help="flickr_unique_ids.npy (default: all of the subset)")
-    source.add_argument("--out", required=True, help="file to write, such as yfcc15m.jsonl")
+    source.add_argument(
+        "--image-ids", "--image_ids", help="flickr_unique_ids.npy (default: all of the subset)"
+    )
+    source.add_argument(
+        "--out", "--output", required=True, help="file to write, such as yfcc15m.jsonl"
+    )
     return parser.parse_args()
 
 
@@ -61,13 +70,22 @@ def _common_arguments() -> tuple[argparse.ArgumentParser, argparse.ArgumentParse
     processes = argparse.ArgumentParser(add_help=False)
     processes.add_argument("--processes", type=int, help="(default: one a core)")
     shards = argparse.ArgumentParser(add_help=False, parents=[processes])
-    shards.add_argument("--out", required=True, help="folder of the shards; new or to continue")
-    shards.add_argument("--shard-size", type=int, default=10000, help="samples (default: 10000)")
     shards.add_argument(
-        "--min-side", type=int, default=16, help="smaller images are left out (default: 16)"
+        "--out", "--output", required=True, help="folder of the shards; new or to continue"
+    )
+    shards.add_argument(
+        "--shard-size", "--shard_size", type=int, default=10000, help="samples (default: 10000)"
+    )
+    shards.add_argument(
+        "--min-side",
+        "--min_side",
+        type=int,
+        default=16,
+        help="smaller images are left out (default: 16)",
     )
     shards.add_argument(
         "--short-side",
+        "--short_side",
         type=int,
         help="bring larger images to this shorter side, and all upright (default: keep the bytes)",
     )

@@ -44,6 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--output",
+        "--out",
         default="runs/evaluation",
         help="folder for results.json and results.md (default: runs/evaluation)",
     )

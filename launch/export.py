@@ -13,7 +13,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--format", required=True, choices=["open_clip", "huggingface", "safetensors"]
     )
-    parser.add_argument("--out", required=True, help="folder to write; new or empty")
+    parser.add_argument("--out", "--output", required=True, help="folder to write; new or empty")
     parser.add_argument(
         "--model",
         choices=["teacher", "student"],

@@ -11,7 +11,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
-        "--out", help="folder to write (default: of one run its own; of several, comparison)"
+        "--out",
+        "--output",
+        help="folder to write (default: of one run its own; of several, comparison)",
     )
     return parser.parse_args()
 

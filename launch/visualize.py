@@ -17,7 +17,9 @@ def parse_arguments() -> argparse.Namespace:
         help="image files, folders of them, or .tar shards; the first eight images are drawn "
         "(default: the run's validation set, or the built-in scenes where it has none)",
     )
-    parser.add_argument("--out", help="folder to write (default: figure, in the run's folder)")
+    parser.add_argument(
+        "--out", "--output", help="folder to write (default: figure, in the run's folder)"
+    )
     return parser.parse_args()
 
 

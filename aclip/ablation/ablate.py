@@ -27,13 +27,17 @@ from aclip.planning.flops import step_flops
 from aclip.planning.step_shape import describe_step
 
 CAPTION_TOKENS = 17
-"""Of a caption on average, start and end included, for the table's FLOPs."""
+"""The mean length of a caption, start and end included, for the table's FLOPs."""
 LEAST_STEPS = 40
-"""With fewer, whole steps are no quarters of the schedule."""
+"""With fewer steps, the schedule can't be cut into equal quarters of whole steps."""
 DECIDED_HERE = {
     *DECIDED_BY_ROWS,
-    *("mask.keep_ratio", "train.seed", "train.evaluate_every", "train.checkpoint_every"),
-    *("train.keep_checkpoints", "train.upload_to"),
+    "mask.keep_ratio",
+    "train.seed",
+    "train.evaluate_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.upload_to",
 }
 """Keys of the recipe that no override may set."""
 
@@ -86,7 +90,7 @@ def _make_runs(arguments: argparse.Namespace) -> list[Run]:
         )
     train = recipe.train
     ds_config = read_ds_config(arguments.ds_config, train.global_batch_size, 1)
-    check_writable(output)
+    check_writable(output, "--output")
     shards, val_shards = find_data(recipe, print)
     if not val_shards:
         raise ConfigError(
@@ -144,7 +148,7 @@ def _devices(num_processes: int | None, num_runs: int) -> list[dict[str, str]]:
     """Environment variables that give a process its device: a free GPU, or a share of the cores.
 
     Args:
-        num_processes: at a time; None for as many as there are free devices.
+        num_processes: how many run at a time; None for as many as there are free devices.
 
     Raises:
         ConfigError: every GPU is in use, or nvidia-smi, which knows that, is not there.
@@ -166,12 +170,12 @@ def _devices(num_processes: int | None, num_runs: int) -> list[dict[str, str]]:
         raise ConfigError(
             f"each of {len(allowed)} GPUs has more than {BUSY_MIB} MiB in use; end what runs there"
         )
-    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # nvidia-smi's
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # the order in which nvidia-smi counts
     return [order | {"CUDA_VISIBLE_DEVICES": name} for name in free[:num_processes]]
 
 
 def _only_one(output: Path) -> AcquireReturnProxy:
-    """Held while runs are started in the folder."""
+    """A lock on the folder, to be held while runs are started in it."""
     try:
         return FileLock(output / ".lock").acquire(timeout=0)
     except Timeout:

@@ -47,8 +47,8 @@ def write_report(results: list[Result], gflops: dict[str, float], title: str, ou
 
     Args:
         results: at least one.
-        gflops: of a sample's step, by the case's name.
-        title: of the page.
+        gflops: what a step takes for a sample, by the case's name.
+        title: the page's title.
     """
     blocks: list[Block] = []
     pictures = []
@@ -101,7 +101,7 @@ def _table(group: list[Result], gflops: dict[str, float]) -> Table:
 
 
 def _order(group: list[Result]) -> str:
-    """The rows by accuracy at the end, and as published where that is known."""
+    """The order of the rows by accuracy at the end, beside the published order if it is known."""
     ends = sorted(group, key=lambda result: -result.accuracy()[-1].value)
     here = " > ".join(result.case.label for result in ends)
     if not all(_published(result) for result in group):
@@ -114,7 +114,7 @@ def _order(group: list[Result]) -> str:
 
 
 def _published(result: Result) -> str:
-    """Nothing for a keep ratio of which the paper says nothing."""
+    """The published accuracy; empty for a keep ratio that the paper does not report."""
     known = result.case.keep_ratio in PUBLISHED_RATIOS
     return f"{result.case.row.published:.1f}" if known else ""
 

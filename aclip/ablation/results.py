@@ -12,13 +12,13 @@ from aclip.run_folder.metrics_file import read_metrics
 QUARTERS = 4
 """A run is evaluated at each quarter of its schedule."""
 METRICS = ("zero_shot_top1", "image_to_text_r1")
-"""The first that the validation set allows is compared."""
+"""The first of them that the validation set allows is compared."""
 OBJECTS = "object_patches_kept"
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Of several seeds, with the standard error of the mean; the error of one seed is NaN."""
+    """The mean over several seeds and its standard error, which is NaN for one seed."""
 
     value: float
     error: float
@@ -31,13 +31,14 @@ class Mean:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one run.
+    """What one run reached.
 
     Attributes:
-        metric: what `points` are.
-        points: the student's, at 0, 25, 50, 75 and 100 % of the schedule. samples: where these are.
-        objects: share of the objects' patches that the mask kept there; empty where unknown.
-        images_per_second: median of the log steps.
+        metric: the metric's name.
+        points: the student's values at 0, 25, 50, 75 and 100 % of the schedule.
+        samples: how many samples the run had seen at these points.
+        objects: the share of the objects' patches that the mask kept there; empty if unknown.
+        images_per_second: the median of the log steps.
     """
 
     metric: str
@@ -55,7 +56,7 @@ class Result:
     outcomes: dict[int, Outcome]
 
     def accuracy(self) -> list[Mean]:
-        """At 25, 50, 75 and 100 % of the schedule."""
+        """The means at 25, 50, 75 and 100 % of the schedule."""
         each = [outcome.points[1:] for outcome in self.outcomes.values()]
         return [Mean.of(list(values)) for values in zip(*each, strict=True)]
 
@@ -83,8 +84,11 @@ def read_results(runs: list[Run]) -> list[Result]:
 
 
 def difference(better: Result, worse: Result) -> list[Mean]:
-    """Of the accuracies at 25, 50, 75 and 100 %, seed by seed: a seed fixes the first weights, the
-    order of the samples and the boxes of their views, so that much of the spread cancels."""
+    """The differences of the accuracies at 25, 50, 75 and 100 %, taken seed by seed.
+
+    A seed fixes the first weights, the order of the samples and the boxes of their views, so that
+    much of the spread cancels.
+    """
     seeds = better.outcomes.keys() & worse.outcomes.keys()
     each = [
         [b - w for b, w in zip(better.outcomes[s].points, worse.outcomes[s].points, strict=True)]

@@ -17,6 +17,8 @@ NO_AUXILIARY_LOSS = (
 NO_TEACHER = ("teacher=null", *NO_AUXILIARY_LOSS)
 TEACHER = ("teacher.resolution={full}", *NO_AUXILIARY_LOSS)
 NO_MASK = ("mask.policy=none", "mask.keep_ratio=1", "views.student=1")
+ATTENTIVE_2X = ("mask.policy=attentive", "views.student=2", *TEACHER)
+ACLIP = (*ATTENTIVE_2X, "loss.simclr=1", "loss.byol=2")
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,12 @@ class Row:
     """One method.
 
     Attributes:
-        name: on the command line. label: in tables; {keep} stands for the kept percentage.
+        name: what the command line calls it.
+        label: what tables call it; {keep} stands for the kept percentage.
         published: ImageNet-1K zero-shot accuracy, percent, of ViT-B/16 after 25 epochs of YFCC-15M
             (arXiv:2212.08653, tables 1 and 2; half of the patches is kept).
-        overrides: of the base recipe, each key once more where a later one changes it; {full} and
-            {half} stand for its resolution and half of it.
+        overrides: what it changes of the base recipe; of a key that comes twice, the later one
+            counts. {full} and {half} stand for the base's resolution and half of it.
         drops_patches: whether keep_ratio means something.
     """
 
@@ -40,7 +43,7 @@ class Row:
 
 
 MASKS = (
-    Row("clip", "none, 1 x 100 % (CLIP)", 37.6, (*NO_MASK, *NO_TEACHER), False),
+    Row("clip", "none, 1 x 100 % (CLIP)", 37.6, (*NO_MASK, *NO_TEACHER), drops_patches=False),
     Row(
         "random_1x",
         "random, 1 x {keep} %",
@@ -59,12 +62,7 @@ MASKS = (
         39.5,
         ("mask.policy=attentive", "views.student=1", *TEACHER),
     ),
-    Row(
-        "attentive_2x",
-        "attentive, 2 x {keep} %",
-        41.3,
-        ("mask.policy=attentive", "views.student=2", *TEACHER),
-    ),
+    Row("attentive_2x", "attentive, 2 x {keep} %", 41.3, ATTENTIVE_2X),
     Row(
         "inverse_2x",
         "inverse, 2 x {keep} %",
@@ -78,39 +76,28 @@ SYSTEMS = (
         "SLIP",
         42.8,
         (*NO_MASK, *NO_TEACHER, "views.ssl=2", "loss.simclr=1"),
-        False,
+        drops_patches=False,
     ),
     Row(
         "maskclip",
         "MaskCLIP",
         42.7,
         (*NO_MASK, *TEACHER, "loss.distill=0.05", "loss.mlm=0.05"),
-        False,
+        drops_patches=False,
     ),
-    Row(
-        "aclip",
-        "A-CLIP, 2 x {keep} %",
-        43.9,
-        (
-            *("mask.policy=attentive", "views.student=2", *TEACHER),
-            *("loss.simclr=1", "loss.byol=2"),
-        ),
-    ),
+    Row("aclip", "A-CLIP, 2 x {keep} %", 43.9, ACLIP),
     Row(
         "aclip_eff",
         "A-CLIP-eff, 2 x {keep} %",
         42.9,
-        (
-            *("mask.policy=attentive", "views.student=2", *TEACHER),
-            *("loss.simclr=1", "loss.byol=2", "teacher.resolution={half}"),
-        ),
+        (*ACLIP, "teacher.resolution={half}"),
     ),
 )
 GROUPS = {"masks": MASKS, "systems": (MASKS[0], *SYSTEMS)}
 DECIDED_BY_ROWS = {
     change.partition("=")[0] for row in (*MASKS, *SYSTEMS) for change in row.overrides
 }
-"""Keys of the recipe."""
+"""Keys of the recipe that some row sets."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +106,8 @@ class Case:
 
     Attributes:
         keep_ratio: None where nothing is dropped.
-        overrides: of the base recipe, the user's own among them. recipe: resolved, of seed 0.
+        overrides: what it changes of the base recipe, with the user's own changes.
+        recipe: the resolved recipe with seed 0.
     """
 
     row: Row
@@ -165,7 +153,8 @@ def make_cases(
     """Every row at every keep ratio that means something to it.
 
     Args:
-        base: name or path of a recipe with a teacher. overrides: of all rows.
+        base: the name or path of a recipe with a teacher.
+        overrides: what the user changes of it, in all rows.
 
     Raises:
         ConfigError: the base has no teacher, or a row can't be made of it; see load_recipe.

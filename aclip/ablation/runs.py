@@ -26,7 +26,8 @@ class Run:
     """A case with a seed.
 
     Attributes:
-        folder: its run folder. settings: all that its result depends on.
+        folder: its run folder.
+        settings: all that its result depends on.
     """
 
     case: Case
@@ -39,7 +40,7 @@ class Run:
         return self._state().get("finished", False)
 
     def check(self) -> None:
-        """Raises ConfigError if the folder holds a run with other settings, or of somebody else."""
+        """Raises ConfigError if the folder holds anything else than a run with these settings."""
         if not self.folder.is_dir():
             return
         if self._state().get("settings") != self.settings:
@@ -63,10 +64,13 @@ class Run:
 def make_runs(
     cases: list[Case], seeds: int, output: Path, ds_values: dict, data: dict
 ) -> list[Run]:
-    """Seeds outermost, so that what is there of a stopped ablation is of every row alike.
+    """Every case with seed 0, then with seed 1, and so on: a stopped ablation has equally many
+    seeds of every row.
 
     Args:
-        seeds: 0, ..., seeds - 1. ds_values: of the ds_config. data: what identifies the shards.
+        seeds: their number; they are 0, ..., seeds - 1.
+        ds_values: the ds_config's content.
+        data: what identifies the shards.
     """
     return [
         Run(
@@ -84,7 +88,7 @@ class Runner:
     """Starts runs on devices as these become free.
 
     Args:
-        command: of pretrain.py and the arguments that all runs share.
+        command: starts pretrain.py with the arguments that all runs share.
         devices: environment variables that give a process its device, one dict a device.
         report: called whenever a run has finished.
     """
@@ -130,13 +134,10 @@ class Runner:
     def _start(self, run: Run) -> None:
         run.note(finished=False)
         device = self._free.pop(0)
+        command = [*self._command, "--output", str(run.folder), *run.case.overrides]
         with open(run.folder / LOG_FILE, "ab") as log:
             process = subprocess.Popen(
-                [
-                    *self._command,
-                    *("--output", str(run.folder), *run.case.overrides),
-                    f"train.seed={run.seed}",
-                ],
+                [*command, f"train.seed={run.seed}"],
                 env=os.environ | device,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

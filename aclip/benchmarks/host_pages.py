@@ -1,8 +1,8 @@
-"""How the host's allocator deals with memory that is freed. Linux with glibc.
+"""What the host's allocator does with freed memory, on Linux with glibc.
 
-By itself glibc gives some of it back to the system and keeps some, by its size and its place on the
-heap. What was given back has to be filled with zeros before it can be used again, which is up to an
-eighth of a step on a CPU, and of another step of the same kind nothing.
+By default glibc returns some of it to the system and keeps some, depending on its size and its
+place on the heap. Returned memory is filled with zeros before it is used again, which takes up to
+an eighth of a step's time on a CPU, and none in another step of the same kind.
 """
 
 import ctypes
@@ -10,15 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 OWN_PAGES = 64 * 1024
-"""Bytes from which an allocation gets pages of its own, which go when it is freed."""
-MOST_IN_HEAP = 32 * 2**20  # up to which glibc raises that threshold by itself
-MOST_MAPPED = 65536  # allocations with pages of their own
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
+"""Allocations of at least so many bytes are mapped separately, and returned when freed."""
+MOST_IN_HEAP = 32 * 2**20
+"""glibc itself raises that threshold up to this size."""
+MOST_MAPPED = 65536
+"""The most allocations that are mapped separately."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # from malloc.h
 
 
 @contextmanager
 def own_pages() -> Iterator[None]:
-    """Tensors get pages of their own, so that memory tells what is held; allocating is slow."""
+    """Tensors get pages of their own, so that the process's memory shows what is held; allocating
+    is slow."""
     _set(M_MMAP_THRESHOLD, OWN_PAGES)
     try:
         yield
@@ -29,7 +32,7 @@ def own_pages() -> Iterator[None]:
 
 @contextmanager
 def kept_pages() -> Iterator[None]:
-    """Freed memory stays with the process, as a GPU's does; time is that of computing alone."""
+    """Freed memory stays with the process, as on a GPU, so that only computing takes time."""
     _set(M_MMAP_MAX, 0)
     _set(M_TRIM_THRESHOLD, -1)
     try:

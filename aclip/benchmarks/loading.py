@@ -1,7 +1,8 @@
 """What loading costs: this loader's two ways, open_clip's pipeline and a plain one, in one run.
 
-All read the same shards in this process and take turns, and what counts is CPU time: so other
-processes and a drifting machine are fair to each. Each hands over batches as its trainer gets them.
+All read the same shards in this process and take turns, and what counts is CPU time, so that other
+processes and a machine whose speed drifts are fair to each. Each makes the batches that its own
+trainer would get.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from aclip.cli import text_table
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
 from aclip.data.loader import build_train_loader
@@ -53,14 +55,14 @@ class Pipeline:
 class Row:
     name: str
     milliseconds: float
-    """CPU time of an image."""
+    """The CPU time of an image."""
     images_per_second: float
-    """Of one core."""
+    """The speed of one core."""
     to_open_clip: float
-    """Speed as a multiple of open_clip's, median of the rounds' ratios."""
+    """Its speed as a multiple of open_clip's, median of the rounds' ratios."""
     to_plain: float
     cores: float
-    """That feed one GPU at the stated rate."""
+    """How many cores feed one GPU at the stated rate."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -144,9 +146,8 @@ def _webdataset(urls: list[str], image, text) -> Iterator:
     stages = [
         wds.ResampledShards(urls),
         wds.tarfile_to_samples(),
-        wds.shuffle(
-            bufsize=1000, initial=1000
-        ),  # full after the warm-up, so each round costs alike
+        # Full after the warm-up, so that each round costs alike.
+        wds.shuffle(bufsize=1000, initial=1000),
         wds.decode("pilrgb"),
         wds.rename(image=IMAGE_ENDINGS, text="txt"),
         wds.map_dict(image=image, text=text),
@@ -211,25 +212,29 @@ def make_rows(pipelines: list[Pipeline], images: int, gpu_rate: float) -> list[R
     rows = []
     for name, rounds in seconds.items():
         rate = images / statistics.median(rounds)
-        to_others = faster_than(name, OPEN_CLIP), faster_than(name, PLAIN)
-        rows.append(Row(name, 1000 / rate, rate, *to_others, gpu_rate / rate))
+        rows.append(
+            Row(
+                name,
+                milliseconds=1000 / rate,
+                images_per_second=rate,
+                to_open_clip=faster_than(name, OPEN_CLIP),
+                to_plain=faster_than(name, PLAIN),
+                cores=gpu_rate / rate,
+            )
+        )
     return rows
 
 
 def format_table(rows: list[Row], gpu_rate: float, environment: dict) -> str:
     """The rows as text, the environment below."""
-    width = max(len(row.name) for row in rows)
-    lines = [
-        f"{'':<{width}}  ms/img  img/s/core  / open_clip  / plain  cores a GPU at "
-        f"{gpu_rate:,.0f} img/s"
-    ]
+    cores = f"cores a GPU at {gpu_rate:,.0f} img/s"
+    cells = [["", "ms/img", "img/s/core", "/ open_clip", "/ plain", cores]]
     for row in rows:
-        lines.append(
-            f"{row.name:<{width}}  {row.milliseconds:6.3f}  {row.images_per_second:10,.0f}"
-            f"  {row.to_open_clip:11.2f}  {row.to_plain:7.2f}  {row.cores:11.1f}"
-        )
-    lines.append(", ".join(f"{key} {value}" for key, value in environment.items()))
-    return "\n".join(lines)
+        speed = [f"{row.milliseconds:.3f}", f"{row.images_per_second:,.0f}"]
+        ratios = [f"{row.to_open_clip:.2f}", f"{row.to_plain:.2f}"]
+        cells.append([row.name, *speed, *ratios, f"{row.cores:.1f}"])
+    facts = ", ".join(f"{key} {value}" for key, value in environment.items())
+    return f"{text_table(cells)}\n{facts}"
 
 
 def _write_shards(folder: Path) -> str:

@@ -9,13 +9,13 @@ import torch
 
 from aclip.benchmarks.host_pages import give_back
 
-RESET_PEAK = "5"  # of proc(5), clear_refs
+RESET_PEAK = "5"  # see clear_refs in proc(5)
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
     """The most bytes that tensors hold while `step` runs, with those that were there before.
 
-    On the host that is right within `own_pages`, begun before the first large tensor.
+    On the host that holds only within `own_pages`, entered before the first large tensor is made.
 
     Args:
         step: has run before, so that what it allocates once is there.
@@ -46,7 +46,7 @@ def peak_growth(step: Callable[[], None], device: torch.device) -> int:
 
 
 def _bytes_of_tensors() -> int:
-    """Of all tensors on the host that Python can reach, shared storage once."""
+    """The bytes of all tensors on the host that Python can reach; shared storage counts once."""
     storages: dict[int, int] = {}
     for found in gc.get_objects():
         # Not isinstance(), which asks lazy modules and dead proxies for their class.

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from aclip.benchmarks.scaling_rank import RESULT, SPEC
-from aclip.benchmarks.step_cost import MIB
 from aclip.benchmarks.synthetic import caption_lengths
+from aclip.cli import MIB, text_table
 from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
@@ -35,10 +35,14 @@ class Measured:
     """One line of the table.
 
     Attributes:
-        mode: weak or strong. ranks: that took part. global_batch_size: images a step.
-        images_per_second: of all ranks. efficiency: share of `ranks` times the first line's.
-        communication: share of a step in collectives.
-        memory_mib: the most on any rank at its peak. planned_mib: the planner's.
+        mode: weak or strong.
+        ranks: how many ranks took part.
+        global_batch_size: images of a step.
+        images_per_second: the speed of all ranks together.
+        efficiency: that speed as a share of `ranks` times the speed of one rank.
+        communication: the share of a step that collectives take.
+        memory_mib: the peak on the rank where it is highest.
+        planned_mib: what the planner says of it.
     """
 
     mode: str
@@ -74,17 +78,26 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{mode}: {ranks} ranks, {size} images a step", flush=True)
         found = _measure(hosts, ranks, size, name, overrides, arguments)
         lengths = caption_lengths(size // ranks, recipe.model.text.context_length)
-        tokens = sum(lengths) / len(lengths), max(lengths)
-        on_host = not torch.cuda.is_available()
-        planned = plan_memory(recipe, ds_config, ranks, *tokens, on_host)
+        planned = plan_memory(
+            recipe,
+            ds_config,
+            ranks,
+            caption_tokens=sum(lengths) / len(lengths),
+            longest_caption=max(lengths),
+            on_host=not torch.cuda.is_available(),
+        )
         speed = found["images_per_second"]
         first = next((row for row in rows if row.mode == mode), None)
-        efficiency = speed / (ranks * first.images_per_second) if first else 1.0
         rows.append(
             Measured(
-                *(mode, ranks, size, speed, efficiency, found["communication"]),
-                found["memory_bytes"] / MIB,
-                planned / MIB,
+                mode,
+                ranks,
+                global_batch_size=size,
+                images_per_second=speed,
+                efficiency=speed / (ranks * first.images_per_second) if first else 1.0,
+                communication=found["communication"],
+                memory_mib=found["memory_bytes"] / MIB,
+                planned_mib=planned / MIB,
             )
         )
     print(format_table(rows))
@@ -109,17 +122,14 @@ def first_slots(hosts: list[Host], ranks: int) -> list[Host]:
 
 
 def format_table(rows: list[Measured]) -> str:
-    lines = [
-        f"{'':7}{'ranks':>6}{'batch':>7}{'img/s':>9}{'efficiency':>12}{'communication':>15}"
-        f"{'MiB a rank':>12}{'planned':>9}{'off':>8}"
-    ]
-    lines += [
-        f"{row.mode:7}{row.ranks:6}{row.global_batch_size:7}{row.images_per_second:9.4g}"
-        f"{row.efficiency:12.0%}{row.communication:15.0%}{row.memory_mib:12,.1f}"
-        f"{row.planned_mib:9,.1f}{row.planned_mib / row.memory_mib - 1:+8.1%}"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    cells = [["", "ranks", "batch", "img/s", "efficiency", "communication"]]
+    cells[0] += ["MiB a rank", "planned", "off"]
+    for row in rows:
+        line = [row.mode, f"{row.ranks}", f"{row.global_batch_size}"]
+        line += [f"{row.images_per_second:.4g}", f"{row.efficiency:.0%}"]
+        line += [f"{row.communication:.0%}", f"{row.memory_mib:,.1f}", f"{row.planned_mib:,.1f}"]
+        cells.append([*line, f"{row.planned_mib / row.memory_mib - 1:+.1%}"])
+    return text_table(cells)
 
 
 def _read(name, overrides, path, ranks: int, batch_size: int) -> tuple[Recipe, DsConfig]:

@@ -11,7 +11,7 @@ PROFILED = "profiled step"
 
 
 def main() -> None:
-    # Here, since scaling.py reads this module's names, and these take seconds.
+    # Imported here, since they take seconds and scaling.py only needs this module's names.
     import torch
     import torch.distributed as dist
 

@@ -24,6 +24,7 @@ from aclip.benchmarks.host_pages import kept_pages
 from aclip.benchmarks.open_clip_step import OpenClipStep
 from aclip.benchmarks.peak_memory import peak_growth
 from aclip.benchmarks.synthetic import caption_lengths, synthetic_batch
+from aclip.cli import MIB, text_table
 from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
@@ -35,19 +36,18 @@ from aclip.planning.flops import step_flops
 from aclip.planning.step_shape import describe_step
 from aclip.training.stepper import Stepper
 
-MIB = 2**20
-
 
 @dataclass
 class System:
     """One row of the table.
 
     Attributes:
-        name: as printed.
+        name: what the table calls it.
         step: runs one optimizer update.
-        state_bytes: of weights, optimizer and teacher; resident between steps.
+        state_bytes: what weights, optimizer and teacher take between steps.
         gflops: of one sample, forward and backward; None where it is not counted.
-        seconds: of each round. peak_bytes: of a step, on top of what is resident.
+        seconds: the time of a step in each round.
+        peak_bytes: what a step takes at its peak, on top of what stays between steps.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Row:
     name: str
     step_seconds: float
     ratios: dict[str, float]
-    """To each baseline, median over the rounds."""
+    """The time over each baseline's, median over the rounds."""
     spread: tuple[float, float]
     """Least and greatest ratio to the first baseline."""
     images_per_second: float
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--json is {arguments.json}, whose folder is not there; make it first")
     on_gpu = torch.cuda.is_available()
     batch_size = arguments.batch_size or (128 if on_gpu else 8)
-    # Each recipe is read before the first one is built.
+    # Every recipe is read before the first one is built, which takes time.
     overrides = [*arguments.set, f"train.global_batch_size={batch_size}", "data.train=demo"]
     recipes = {name: load_recipe(name, overrides) for name in arguments.recipes}
     baseline = arguments.baseline or arguments.recipes[0]
@@ -115,23 +115,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def format_table(rows: list[Row], baselines: list[str], environment: dict) -> str:
     """The rows as text, the environment below."""
-    width = max(len(row.name) for row in rows)
-    titles = [f"/ {name}" for name in baselines]
-    columns = [max(8, len(title)) for title in titles]
-    head = f"{'':<{width}}  {'s a step':>9}"
-    head += "".join(f"  {title:>{w}}" for title, w in zip(titles, columns, strict=True))
-    head += f"  {'min - max':>13}  {'img/s':>8}  {'GFLOP':>7}  {'state MiB':>9}  {'step MiB':>8}"
-    lines = [head]
+    ratios = [f"/ {name}" for name in baselines]
+    cells = [["", "s a step", *ratios, "min - max", "img/s", "GFLOP", "state MiB", "step MiB"]]
     for row in rows:
-        line = f"{row.name:<{width}}  {row.step_seconds:9.4g}"
-        for name, column in zip(baselines, columns, strict=True):
-            line += f"  {row.ratios[name]:{column}.3f}"
-        line += f"  {row.spread[0]:6.3f}-{row.spread[1]:.3f}  {row.images_per_second:8.4g}"
-        line += f"  {row.gflops:7.1f}" if row.gflops is not None else f"  {'':7}"
-        lines.append(f"{line}  {row.state_mib:9,.0f}  {row.step_mib:8,.0f}")
-    lines.append("GFLOP: of one image-caption pair, forward and backward; step: on top of state")
-    lines.append(", ".join(f"{key} {value}" for key, value in environment.items()))
-    return "\n".join(lines)
+        line = [row.name, f"{row.step_seconds:.4g}"]
+        line += [f"{row.ratios[name]:.3f}" for name in baselines]
+        line += [f"{row.spread[0]:.3f}-{row.spread[1]:.3f}", f"{row.images_per_second:.4g}"]
+        line.append("" if row.gflops is None else f"{row.gflops:.1f}")
+        cells.append([*line, f"{row.state_mib:,.0f}", f"{row.step_mib:,.0f}"])
+    legend = "GFLOP: of one image-caption pair, forward and backward; step: on top of state"
+    facts = ", ".join(f"{key} {value}" for key, value in environment.items())
+    return f"{text_table(cells)}\n{legend}\n{facts}"
 
 
 def _build(name: str, recipe: Recipe, batch_size: int, device: torch.device) -> System:
@@ -215,7 +209,7 @@ def _state_bytes(stepper: Stepper) -> int:
 
 
 def make_row(system: System, systems: list[System], baselines: list[str], batch_size: int) -> Row:
-    """Medians over the rounds; a ratio is that of the rounds' ratios to the baseline's."""
+    """Medians over the rounds; a ratio is the median of the rounds' ratios."""
     by_name = {other.name: other for other in systems}
     ratios = {
         name: [a / b for a, b in zip(system.seconds, by_name[name].seconds, strict=True)]

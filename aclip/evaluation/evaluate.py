@@ -14,8 +14,9 @@ from aclip.evaluation.class_cache import ClassCache
 from aclip.evaluation.evaluate_set import evaluate
 from aclip.evaluation.load_model import LoadedModel, load_model
 from aclip.evaluation.results import make_rows, markdown, published_results, table, to_json
-from aclip.evaluation.sets.catalog import Task, find_tasks
+from aclip.evaluation.sets.catalog import find_tasks
 from aclip.evaluation.sets.prompts import CLASS_NAMES_FILE
+from aclip.evaluation.sets.task import Task
 from aclip.evaluation.towers import Towers
 from aclip.files import cache_folder, check_writable, write_whole
 
@@ -38,7 +39,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> None:
             f"{', '.join(published_results())}"
         )
     out = Path(arguments.output)
-    check_writable(out)
+    check_writable(out, "--output")
     tasks, missing = find_tasks(
         arguments.suite,
         Path(arguments.data).expanduser() if arguments.data else None,

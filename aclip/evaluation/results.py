@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
-from aclip.evaluation.sets.catalog import Task, catalog, is_retrieval
+from aclip.cli import text_table
+from aclip.evaluation.sets.catalog import catalog, is_retrieval
+from aclip.evaluation.sets.task import Task
 from aclip.reports.document import Table, Text, to_markdown
 
 METRICS = {
@@ -25,7 +27,7 @@ DEFAULT_PUBLISHED = "aclip-25"
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; ours and published in percent, None where there is none."""
+    """A line of the table; `ours` and `published` are percent, or None."""
 
     title: str
     metric: str
@@ -36,7 +38,8 @@ class Row:
 
 @cache
 def published_results() -> dict[str, dict[str, Any]]:
-    """By name: `title`, `average`, and percent by set; of retrieval sets R@1 in both directions."""
+    """By name: `title`, `average`, and each set's result in percent; a retrieval set has R@1 in
+    both directions."""
     text = (resources.files("aclip.evaluation") / "published.yaml").read_text(encoding="utf-8")
     columns = [name for name in catalog() if not is_retrieval(name)]
     results = {}
@@ -84,16 +87,8 @@ def make_rows(results: list[tuple[Task, dict[str, float]]], published: str) -> l
 
 
 def table(rows: list[Row], published: str) -> str:
-    """Aligned text."""
-    header, *lines = _cells(rows, published)
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in (header, *lines)
-    )
+    """The rows as a text table."""
+    return text_table(_cells(rows, published), left=(0, 1))
 
 
 def markdown(heading: str, rows: list[Row], published: str, facts: list[str]) -> str:

@@ -27,7 +27,7 @@ SIGNALS = {TERMINATE: signal.SIGTERM, CHECKPOINT: signal.SIGUSR1}
 
 def main() -> int:
     """Returns the first status of a process that is not 0; 128 + n for a signal n."""
-    # Not a byte more than the line, or a signal behind it would be lost in a buffer.
+    # Unbuffered: a buffer would swallow the signals that follow the line.
     with open(0, "rb", buffering=0, closefd=False) as supervisor:
         spec = json.loads(supervisor.readline())
     os.chdir(spec["folder"])
@@ -35,7 +35,7 @@ def main() -> int:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     environment = {**os.environ, "PATH": path, **spec["environment"]}
     processes: list[subprocess.Popen] = []
-    # Asked to stop by the node itself, such as by a scheduler: as by the supervisor.
+    # The node itself, such as its scheduler, may ask to stop just as the supervisor does.
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda *_: _signal_ranks(processes, signal.SIGTERM))
     status, reason = LOST, None
@@ -46,7 +46,7 @@ def main() -> int:
     finally:
         _kill(processes)
     if reason is not None:
-        with contextlib.suppress(OSError):  # the way to the log may be what is cut
+        with contextlib.suppress(OSError):  # the connection to the log may be what broke
             os.set_blocking(1, False)
             os.write(1, f"[node] the supervisor {reason}: all processes were killed\n".encode())
     return status
@@ -91,8 +91,9 @@ def _watch(processes: list[subprocess.Popen], lost_after: float) -> tuple[int, s
 
 
 def _signal_ranks(processes: list[subprocess.Popen], number: int) -> None:
-    """To the children of the launchers: a launcher itself kills its ranks 30 s after SIGTERM, which
-    may be too short for a checkpoint. One that has no ranks yet is to start none."""
+    """Signals the children of the launchers, since a launcher kills its ranks 30 s after its own
+    SIGTERM, which may be too early for a checkpoint. A launcher without ranks yet gets the signal
+    itself, so that it starts none."""
     for process in processes:
         ranks = _children(process.pid)
         if not ranks and number == signal.SIGTERM:
@@ -111,7 +112,8 @@ def _children(pid: int) -> list[int]:
 
 
 def _kill(processes: list[subprocess.Popen]) -> None:
-    """By process group: ranks and data workers whose launcher is gone are still in it."""
+    """Kills whole process groups, which still hold ranks and data workers of a launcher that is
+    gone."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)

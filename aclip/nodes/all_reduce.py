@@ -5,13 +5,15 @@ import os
 import statistics
 import time
 
-MEGABYTES = 64
+from aclip.cli import MIB
+
+MESSAGE_BYTES = 64 * MIB
 ROUNDS = 5
 TIMEOUT = datetime.timedelta(seconds=60)
 
 
 def main() -> None:
-    # Here, since the doctor reads this module's numbers and torch takes seconds.
+    # Imported here: torch takes seconds.
     import torch
     import torch.distributed as dist
 
@@ -21,7 +23,7 @@ def main() -> None:
         torch.cuda.set_device(device)  # which the barrier reads
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     ranks = dist.get_world_size()
-    values = torch.ones(MEGABYTES * 2**20 // 4, device=device)
+    values = torch.ones(MESSAGE_BYTES // 4, device=device)
     seconds = []
     for _ in range(1 + ROUNDS):
         values.fill_(1.0)
@@ -36,9 +38,9 @@ def main() -> None:
     if dist.get_rank() == 0:
         median = statistics.median(seconds[1:])
         # A ring sends each byte 2 (n - 1) / n times.
-        sent = 2 * (ranks - 1) / ranks * MEGABYTES * 2**20
+        sent = 2 * (ranks - 1) / ranks * MESSAGE_BYTES
         print(
-            f"all-reduce over {ranks} ranks: {MEGABYTES} MiB in {1000 * median:.1f} ms, "
+            f"all-reduce over {ranks} ranks: {MESSAGE_BYTES // MIB} MiB in {1000 * median:.1f} ms, "
             f"{sent / median / 1e9:.2f} GB/s sent by each rank",
             flush=True,
         )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from aclip.cli import EXIT_BAD_INPUT
+from aclip.cli import EXIT_BAD_INPUT, GIB, MIB, text_table
 from aclip.config.arguments import DEMO, parse, read_recipe, run_folder
 from aclip.nodes.hostfile import Host, check_hostfile, environment_for_nodes
 from aclip.nodes.node import Node
@@ -26,9 +26,8 @@ from aclip.nodes.remote_shell import LOCAL, SSH, check_remote_shell, open_python
 ANSWER_SECONDS = 60.0
 ALL_REDUCE_SECONDS = 180.0
 MOST_SKEW_SECONDS = 2.0
-LEAST_DISK_BYTES = 5 * 2**30
-LEAST_SHM_BYTES = 2**29
-GIB = 2**30
+LEAST_DISK_BYTES = 5 * GIB
+LEAST_SHM_BYTES = 512 * MIB
 NETWORK = "set NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME without GPUs) in .deepspeed_env"
 
 
@@ -37,8 +36,10 @@ class Examined:
     """What is known of a node.
 
     Attributes:
-        host: of the hostfile. answer: of probe.examine(); None when there was none.
-        skew: seconds that its clock is ahead of this one. token: the file that it wrote.
+        host: its line of the hostfile.
+        token: the name of the file that it writes to the run folder.
+        answer: what probe.examine() returned there; None when no answer came.
+        skew: seconds that its clock is ahead of this node's.
         problems: sentences without the node's name.
     """
 
@@ -66,7 +67,7 @@ def examine(
     Args:
         run_arguments: pretrain.py's, of which shards and run folder are checked.
         options: rsh, master_addr and master_port.
-        problems: that are known already.
+        problems: those that are known already.
     """
     remote_shell = options.rsh or SSH
     if any(host.name != LOCAL for host in hosts):
@@ -117,13 +118,15 @@ def _what_to_check(run_arguments: list[str]) -> tuple[Path, list[tuple[str, str 
 def _ask(node: Examined, is_first: bool, remote_shell, question, barrier) -> None:
     """Fills in a node's answer and its clock."""
     process = open_python(
-        *(remote_shell, node.host.name, "aclip.nodes.probe"),
+        remote_shell,
+        node.host.name,
+        "aclip.nodes.probe",
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    # Ends it when it hangs: the reads below come back empty then.
+    # Ends a process that hangs, so that the reads below return nothing.
     end = threading.Timer(ANSWER_SECONDS, process.kill)
     end.start()
     try:
@@ -135,7 +138,7 @@ def _ask(node: Examined, is_first: bool, remote_shell, question, barrier) -> Non
     except (OSError, ValueError):
         node.problems.append(_why_silent(process, remote_shell, node.host))
     finally:
-        # Its file stays until every node has looked for it.
+        # The node's file stays until every node has looked for it.
         barrier.wait()
         end.cancel()
         try:
@@ -175,7 +178,7 @@ def _why_silent(process: subprocess.Popen, remote_shell: str, host: Host) -> str
 
 
 def _compare(nodes: list[Examined], output: Path) -> None:
-    """Adds the problems that show beside the first node that answered."""
+    """Adds the problems that show when a node is compared with the first one that answered."""
     answered = [node for node in nodes if node.answer is not None]
     with_gpus = any(node.answer["gpus"] for node in answered)
     for node in answered:
@@ -286,8 +289,4 @@ def format_table(nodes: list[Examined]) -> str:
         row.append(f"{len(answer['gpus'])} {'/'.join(sorted(kinds))}".strip())
         row += [f"{answer[name] / GIB:,.1f}" for name in ("disk_bytes", "shm_bytes")]
         rows.append([*row, f"{node.skew:+.2f}"])
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
-        for row in rows
-    )
+    return text_table(rows, left=range(len(rows[0])))

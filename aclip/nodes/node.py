@@ -18,16 +18,18 @@ class Node:
 
     Args:
         remote_shell: see open_python.
-        host: where.
+        host: the node and its ranks.
         spec: what the agent reads first.
-        on_line: gets each line of output, with its end, in a thread.
+        on_line: is called in a thread with each line of output and its line end.
     """
 
     def __init__(self, remote_shell: str, host: Host, spec: dict, on_line: Callable[[bytes], None]):
         self.host = host
         self._on_line = on_line
         self._process = open_python(
-            *(remote_shell, host.name, "aclip.nodes.agent"),
+            remote_shell,
+            host.name,
+            "aclip.nodes.agent",
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -44,7 +46,7 @@ class Node:
         return status if status is None or status >= 0 else 128 - status
 
     def tell(self, message: bytes) -> None:
-        """Sends bytes to the agent; one that is ending does not hear them, and its status tells."""
+        """Sends bytes to the agent; one that is ending misses them, as its status will show."""
         with contextlib.suppress(OSError):
             self._process.stdin.write(message)
             self._process.stdin.flush()

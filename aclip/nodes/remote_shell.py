@@ -37,7 +37,7 @@ def open_python(remote_shell: str, host: str, module: str, **options) -> subproc
     Args:
         remote_shell: called with the host and the command behind it, as ssh is; `{host}` in it
             stands for the host instead.
-        options: for subprocess.Popen.
+        options: what subprocess.Popen takes besides the command.
     """
     command = [sys.executable, "-m", module]
     if host != LOCAL:

@@ -32,7 +32,7 @@ from aclip.run_folder.layout import CHECKPOINTS_FOLDER, LOGS_FOLDER
 
 LOOK = 0.5
 SECONDS_TO_END = 15.0
-"""From the first node's failure until the others, which hear of it themselves, are killed."""
+"""When a node has failed, the others have this time to notice and end before they are killed."""
 LONGEST_BACKOFF = 300.0
 FINAL = {EXIT_BAD_INPUT: "bad input", EXIT_NON_FINITE: "a loss that is not finite"}
 """Statuses after which the same command would fail again."""
@@ -43,7 +43,9 @@ class Supervisor:
     """Starts, watches, ends and starts again.
 
     Args:
-        options: of the command line. hosts: of the hostfile. output: the run folder.
+        options: the command line's.
+        hosts: those that the hostfile names.
+        output: the run folder.
     """
 
     def __init__(self, options: argparse.Namespace, hosts: list[Host], output: Path):
@@ -92,7 +94,7 @@ class Supervisor:
         return any(number != signal.SIGUSR1 for number in self._signals)
 
     def _run_once(self, start: int) -> dict[Host, int]:
-        """Runs until every node has ended; nothing of it is left then."""
+        """Starts every node and returns their statuses once all processes on them have ended."""
         self.logs.mkdir(parents=True, exist_ok=True)
         nodes = [self._start_node(index, host, start) for index, host in enumerate(self.hosts)]
         try:
@@ -126,13 +128,14 @@ class Supervisor:
         with open(log, "a") as file:
             file.write(f"=== start {start}, {datetime.now().isoformat(' ', 'seconds')}\n")
         world = json.dumps({each.name: list(range(each.slots)) for each in self.hosts})
-        arguments = [
-            *(sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
+        arguments = [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
+        arguments += [
             f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}",
             f"--node_rank={index}",
             f"--master_addr={self.options.master_addr or self.hosts[0].name}",
             f"--master_port={self.options.master_port}",
-            *(self.options.script, *self._run_arguments()),
+            self.options.script,
+            *self._run_arguments(),
         ]
         spec = {
             "folder": os.getcwd(),
@@ -143,7 +146,7 @@ class Supervisor:
         return Node(self.remote_shell, host, spec, _Log(log, echo=index == 0))
 
     def _run_arguments(self) -> list[str]:
-        """pretrain.py's own; once the run has a checkpoint of its own, that is what it resumes."""
+        """pretrain.py's arguments; once this run has saved a checkpoint, they resume from it."""
         if self._newest() == self.first_checkpoint:
             return self.options.arguments
         return [*self.options.arguments, "--resume", "auto"]

@@ -1,11 +1,10 @@
 """How a plan reads: text tables."""
 
+from aclip.cli import show_duration, text_table
 from aclip.planning.flops import Flops
 from aclip.planning.plan import MODES, Plan
-from aclip.reports.text import show_duration
 
 GIB, MIB = 2**30, 2**20
-COLUMN = 12
 STATE_COLUMNS = (
     "weights",
     "gradients",
@@ -47,7 +46,7 @@ def _flops(plan: Plan) -> str:
     lines.append(row("sum", sum(plan.flops.values(), Flops())))
     if plan.repeated:
         lines.append(["run again", "", "", f"{plan.repeated / 1e9:,.2f}"])
-    return _table(lines)
+    return text_table(lines)
 
 
 def _states(plan: Plan) -> str:
@@ -60,7 +59,7 @@ def _states(plan: Plan) -> str:
         parts += [states.buffers + states.arriving, row.heads, row.logits]
         numbers = [f"{part / GIB:,.2f}" for part in (*parts, sum(parts), states.host)]
         lines.append([_mark(plan, row.title), *numbers])
-    return f"{title}\n{_table(lines)}"
+    return f"{title}\n{text_table(lines)}"
 
 
 def _micro_batches(plan: Plan) -> str:
@@ -82,7 +81,7 @@ def _micro_batches(plan: Plan) -> str:
                 f"{row.micro_batches[mode] or 'none'}",
             ]
         lines.append(cells)
-    return f"{title}\n{_table(lines)}"
+    return f"{title}\n{text_table(lines)}"
 
 
 def _time(plan: Plan) -> str:
@@ -110,11 +109,3 @@ def _time(plan: Plan) -> str:
 
 def _mark(plan: Plan, title: str) -> str:
     return f"{title} <-" if title == plan.own.title else title
-
-
-def _table(lines: list[list[str]]) -> str:
-    first = max(len(line[0]) for line in lines)
-    return "\n".join(
-        f"{line[0]:<{first}}" + "".join(f"{cell:>{COLUMN}}" for cell in line[1:]).rstrip()
-        for line in lines
-    )

@@ -18,8 +18,8 @@ MAX_MARKED = 20
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: y over samples, None where it is unknown or not finite; `color` counts from 0, and
-    `errors` are bars around each point."""
+    """A curve over samples; a value is None where it is unknown or not finite. `color` counts from
+    0, and `errors` are the lengths of the bars around the points."""
 
     label: str
     samples: Sequence[int]

@@ -59,8 +59,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures side by side, each at least `width` pixels wide: as many in a row as fit. A page
-    that is narrower shrinks them, but not below `least`; then the picture scrolls in its place."""
+    """Pictures side by side, as many in a row as fit when each is at least `width` pixels wide. A
+    narrower page shrinks them to `least` pixels; below that, each picture scrolls in its place."""
 
     pictures: Sequence[Picture]
     width: int
@@ -73,7 +73,7 @@ Block = Heading | Text | Code | Table | Gallery
 def to_html(title: str, blocks: Sequence[Block]) -> str:
     """The page as one file; its images are in it."""
     body = "\n".join(_html(block) for block in blocks)
-    # An empty icon, or the browser asks for /favicon.ico.
+    # Without an icon the browser would ask for /favicon.ico.
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -89,8 +89,11 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
 
 
 @contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
+def writing_to(folder: Path, option: str) -> Iterator[None]:
     """Turns a failure to write into what a user can change.
+
+    Args:
+        option: gave the folder, such as --out.
 
     Raises:
         ConfigError: the disk is full, or the folder is a file or not this user's.
@@ -99,8 +102,8 @@ def writing_to(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"--out is {folder}, which can't be written ({error.strerror or error}); give another "
-            "folder"
+            f"{option} is {folder}, which can't be written ({error.strerror or error}); "
+            "give another folder"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""What the masks keep of given samples: for pictures, and measured against objects whose pixels are
+"""What the masks keep of given samples, for pictures and as a share of objects whose pixels are
 known."""
 
 import io
@@ -36,13 +36,17 @@ class PictureSet:
     """n samples with V views each, as the run would cut them, and what can be kept of them.
 
     Attributes:
-        images: (n, 3, T, T) uint8, the teacher views. captions: n texts.
-        student_views: (n, V, 3, R, R) uint8. colors: how they are normalised.
-        teacher_box: (n, 4), view_boxes: (n, V, 4) int32, pixels of the source image.
+        images: (n, 3, T, T) uint8, the teacher views.
+        captions: n texts.
+        student_views: (n, V, 3, R, R) uint8.
+        colors: how the views are normalised.
+        teacher_box: (n, 4) int32, pixels of the source image.
+        view_boxes: (n, V, 4) int32, pixels of the source image.
         noise: (n, V, b, b) fp32 for policies that read it, b blocks per side.
         coverage: (n, V, G, G) fp32, share of each patch that the object covers; NaN where the
             sample has no object mask.
-        mask: how many blocks of which size are kept. skipped: samples that can't be used, by kind.
+        mask: how many blocks of which size are kept.
+        skipped: how many samples can't be used, by kind.
     """
 
     images: Tensor
@@ -99,8 +103,8 @@ def read_picture_set(
     """Makes the first eight usable samples, and more of those with an object mask.
 
     Args:
-        recipe: of the run; where it keeps all patches, half of them are kept here.
-        raw_samples: read as far as needed.
+        recipe: the run's recipe; if it keeps all patches, half of them are kept here.
+        raw_samples: the samples, which are read as far as needed.
         num_measured: how many samples are wanted where the first eight have object masks.
 
     Returns:
@@ -127,7 +131,7 @@ def read_picture_set(
     if not samples:
         return None
     student_views = _stack([sample.student_views for sample in samples])
-    # Of its own, since a run draws noise only for a policy that reads it.
+    # Drawn here, since a run draws noise only for a policy that reads it.
     shape = (len(samples), recipe.views.student, maker.blocks, maker.blocks)
     noise = np.random.default_rng(recipe.train.seed).random(shape, dtype=np.float32)
     return PictureSet(
@@ -155,7 +159,7 @@ def object_coverage(mask: Image.Image, boxes: np.ndarray, grid: int) -> np.ndarr
     """How much of each view's patches an object covers.
 
     Args:
-        mask: of the source image's size, bright where the object is.
+        mask: an image of the source image's size, bright where the object is.
         boxes: (V, 4) int, the views, in pixels of the source image.
         grid: G, patches per side of a view.
 
@@ -172,7 +176,8 @@ def kept_object_patches(keep_ids: Tensor, coverage: Tensor) -> tuple[Tensor, Ten
     """Counts the object's patches: those kept and all.
 
     Args:
-        keep_ids: (n, V, K) int64. coverage: (n, V, G, G), NaN for unknown.
+        keep_ids: (n, V, K) int64.
+        coverage: (n, V, G, G), NaN for unknown.
 
     Returns:
         Two (n, V) int64; zeros where the object is unknown or outside of the view.
@@ -186,16 +191,17 @@ def kept_object_share(kept: Tensor, total: Tensor) -> float:
     """The share of the object's patches that is kept, mean over the views that show the object.
 
     Args:
-        kept, total: as kept_object_patches gives them; some view shows an object.
+        kept, total: what kept_object_patches returns, with a view that shows an object.
     """
     shows_object = total > 0
     return (kept[shows_object] / total[shows_object]).mean().item()
 
 
 def _for_pictures(recipe: Recipe) -> Recipe:
-    """The recipe with a teacher view and a mask, without what only losses read, cut here.
+    """The recipe with a teacher view and a mask, without what only losses read, and with views that
+    are cut on the CPU.
 
-    Views and boxes come out as in the run: a teacher's box is drawn there in any case.
+    Views and boxes are the run's: it draws a teacher's box even if it has no teacher.
     """
     resolution = recipe.model.image.resolution
     mask = recipe.mask
@@ -226,7 +232,7 @@ class _Bytes:
 
 
 def _with_caption(raw: RawSample) -> RawSample | Skip:
-    """The sample; named by its key where it has no caption, as in a set with labels alone."""
+    """The sample; without a caption, as in a set with labels alone, its key stands for one."""
     if not isinstance(read_captions(raw), Skip):
         return raw
     image = read_image_bytes(raw)

@@ -61,12 +61,14 @@ LOGGED = {
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """What a run folder says.
 
     Attributes:
-        name: how pages call the run. steps, evaluations: lines of metrics.jsonl.
-        recipe: resolved, as YAML. pictures: of kept patches, by samples seen.
+        name: how pages call the run.
+        steps, evaluations: lines of metrics.jsonl.
+        recipe: the resolved recipe as YAML.
+        pictures: the pictures of kept patches, by samples seen.
     """
 
     name: str
@@ -85,7 +87,7 @@ def report(arguments: argparse.Namespace) -> None:
     folders = [Path(folder) for folder in arguments.runs]
     default = folders[0] if len(folders) == 1 else Path("comparison")
     out = Path(arguments.out) if arguments.out else default
-    with writing_to(out):
+    with writing_to(out, "--out"):
         write_report(folders, out)
     print(f"wrote {out / REPORT_PAGE} and {out / REPORT_MARKDOWN}", flush=True)
 
@@ -123,7 +125,7 @@ def _names(folders: list[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def _read(folder: Path, name: str) -> Run:
+def _read(folder: Path, name: str) -> RunRecord:
     recipe = folder / RECIPE_FILE
     for path in (folder / METRICS_FILE, recipe):
         if not path.is_file():
@@ -133,9 +135,9 @@ def _read(folder: Path, name: str) -> Run:
             )
     lines = read_metrics(folder)
     evaluations = [line for line in lines if "evaluation" in line]
-    # Only of evaluations that count: the folder may hold pictures of a run that began anew.
+    # A run that began anew leaves pictures whose evaluations metrics.jsonl holds no more.
     paths = {line["samples"]: picture_path(folder, line["samples"]) for line in evaluations}
-    return Run(
+    return RunRecord(
         name,
         [line for line in lines if "terms" in line],
         evaluations,
@@ -144,7 +146,7 @@ def _read(folder: Path, name: str) -> Run:
     )
 
 
-def _latest(runs: list[Run]) -> Table:
+def _latest(runs: list[RunRecord]) -> Table:
     """Last log step and last evaluation, a column for each run."""
     latest = [_latest_values(run) for run in runs]
     names = dict.fromkeys(name for values in latest for name in values)
@@ -152,7 +154,7 @@ def _latest(runs: list[Run]) -> Table:
     return Table(("", *(run.name for run in runs)), rows)
 
 
-def _latest_values(run: Run) -> dict[str, str]:
+def _latest_values(run: RunRecord) -> dict[str, str]:
     values = {}
     if run.steps:
         last = run.steps[-1]
@@ -169,7 +171,7 @@ def _latest_values(run: Run) -> dict[str, str]:
     return values
 
 
-def _evaluations(runs: list[Run]) -> Table:
+def _evaluations(runs: list[RunRecord]) -> Table:
     lines = [(run.name, line) for run in runs for line in run.evaluations]
     shown = [name for name in SHARES if any(name in line["metrics"] for _, line in lines)]
     rows = []
@@ -195,7 +197,7 @@ def _show_metric(name: str, value: float | None) -> str:
     return f"{value:,.0f}" if name.startswith("num_") else f"{100 * value:.2f} %"
 
 
-def _curves(runs: list[Run]) -> Iterator[tuple[str, str, list[Line]]]:
+def _curves(runs: list[RunRecord]) -> Iterator[tuple[str, str, list[Line]]]:
     """File name, title and lines of each chart that has something to show."""
     terms = dict.fromkeys(name for run in runs for line in run.steps for name in line["terms"])
     for name in terms:
@@ -206,7 +208,7 @@ def _curves(runs: list[Run]) -> Iterator[tuple[str, str, list[Line]]]:
         yield key, title, _over_steps(runs, key)
 
 
-def _over_steps(runs: list[Run], *keys: str) -> list[Line]:
+def _over_steps(runs: list[RunRecord], *keys: str) -> list[Line]:
     lines = []
     for color, run in enumerate(runs):
         values = [reduce(lambda value, key: value.get(key), keys, line) for line in run.steps]
@@ -215,7 +217,7 @@ def _over_steps(runs: list[Run], *keys: str) -> list[Line]:
     return lines
 
 
-def _over_evaluations(runs: list[Run], metric: str) -> list[Line]:
+def _over_evaluations(runs: list[RunRecord], metric: str) -> list[Line]:
     lines = []
     for color, run in enumerate(runs):
         for model in dict.fromkeys(line["evaluation"] for line in run.evaluations):
@@ -231,8 +233,8 @@ def _over_evaluations(runs: list[Run], metric: str) -> list[Line]:
     return lines
 
 
-def _pictures(runs: list[Run], out: Path) -> Iterator[Picture]:
-    """Of one run over time, of several the latest of each."""
+def _pictures(runs: list[RunRecord], out: Path) -> Iterator[Picture]:
+    """The pictures of one run over time, or the latest of each of several runs."""
     for run in runs:
         every = list(run.pictures.items())
         if len(runs) == 1 and len(every) > MAX_PICTURES:
@@ -249,7 +251,7 @@ def _pictures(runs: list[Run], out: Path) -> Iterator[Picture]:
             yield Picture(f"{name}at {samples:,} samples", buffer.getvalue(), file)
 
 
-def _recipes(runs: list[Run]) -> list[Block]:
+def _recipes(runs: list[RunRecord]) -> list[Block]:
     if len(runs) == 1:
         return [Heading("Recipe"), Code(runs[0].recipe)]
     values = [dict(flatten(yaml.safe_load(run.recipe))) for run in runs]

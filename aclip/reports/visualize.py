@@ -56,7 +56,7 @@ def visualize(arguments: argparse.Namespace) -> None:
     """
     weights = load_checkpoint_weights(arguments.checkpoint, None)
     out = Path(arguments.out or weights.folder.resolve().parent.parent / FIGURE_FOLDER)
-    with writing_to(out):
+    with writing_to(out, "--out"):
         out.mkdir(parents=True, exist_ok=True)
     samples = _raw_samples(arguments.images, weights.recipe)
     pictured = read_picture_set(weights.recipe, samples, NUM_MEASURED)
@@ -73,7 +73,7 @@ def visualize(arguments: argparse.Namespace) -> None:
     overlap = _overlap(pictured, keep_ids)
     blocks = [*_explanation(weights), *overlap, *_rows(pictured, columns, keep_ids[shown])]
     page = to_html(f"Kept patches of {weights.folder}", blocks)
-    with writing_to(out):
+    with writing_to(out, "--out"):
         for number in range(MAX_SAMPLES):
             (out / SAMPLE.format(number + 1)).unlink(missing_ok=True)  # of an earlier figure
         for number, caption in enumerate(pictured.captions[:MAX_SAMPLES]):

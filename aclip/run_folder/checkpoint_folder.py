@@ -16,7 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from aclip.errors import ConfigError
-from aclip.files import sync
+from aclip.files import remove_leftovers, sync, write_whole
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER
 
 STUDENT, OPTIMIZER, TEACHER, RNG = (
@@ -44,8 +44,7 @@ def find(root: Path, resume: str) -> Path | None:
         return found
     raise ConfigError(
         f"--resume is {resume}, which is neither a checkpoint nor a run folder that holds one; "
-        "give "
-        "the folder that contains manifest.json, or auto, or none"
+        "give the folder that contains manifest.json, or auto, or none"
     )
 
 
@@ -78,11 +77,7 @@ def publish(root: Path, partial: Path, folder: Path) -> None:
     else:
         os.rename(partial, folder)
     sync(root)
-    pointer = root / f"{LATEST}.tmp"
-    pointer.write_text(folder.name)
-    sync(pointer)
-    os.replace(pointer, root / LATEST)
-    sync(root)
+    write_whole(root / LATEST, folder.name.encode())
 
 
 def prune(root: Path, newest: Path, keep: int, keep_every: int = 0, spared: Collection[Path] = ()):
@@ -116,6 +111,7 @@ def num_samples(folder: Path) -> int:
 def remove_partial(root: Path) -> None:
     """Removes what a killed save left behind."""
     if root.is_dir():
+        remove_leftovers(root)
         for path in root.glob("samples-*.tmp"):
             shutil.rmtree(path)
         for path in root.glob(f"samples-*{REPLACED}"):

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from aclip import distributed
+from aclip.cli import show_duration
 from aclip.files import write_whole
-from aclip.reports.text import show_duration
 from aclip.run_folder.layout import METRICS_FILE, TENSORBOARD_FOLDER
 from aclip.run_folder.metrics_file import _parse, flatten
 from aclip.training.wandb_tracker import WandbTracker

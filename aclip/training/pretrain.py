@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from aclip.cli import EXIT_NON_FINITE, EXIT_NOT_SAVED, EXIT_STOPPED_BY_SIGNAL
+from aclip.cli import EXIT_NON_FINITE, EXIT_NOT_SAVED, EXIT_STOPPED_BY_SIGNAL, text_table
 from aclip.config.arguments import DEMO, read_recipe
 from aclip.config.arguments import run_folder as choose_run_folder
 from aclip.config.ds_config import read_ds_config
@@ -34,7 +34,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     ds_config = read_ds_config(arguments.ds_config, recipe.train.global_batch_size, num_ranks)
     check_wandb(recipe.train.wandb, is_writer=os.environ["RANK"] == "0")
     run_folder = choose_run_folder(arguments)
-    check_writable(run_folder)
+    check_writable(run_folder, "--output")
     resume_from = checkpoint_folder.find(run_folder / CHECKPOINTS_FOLDER, arguments.resume)
     say = print if os.environ["RANK"] == "0" else _silent
     if recipe.data.train == DEMO:
@@ -122,13 +122,12 @@ def results_table(evaluations: dict[str, dict]) -> str:
         ("teacher", end.get("teacher", {})),
     ]
     columns = [(title, values) for title, values in columns if values]
-    names = [name for name in end["student"] if not name.startswith("num_")]
-    width = max(len(name) for name in names)
-    lines = [" " * width + "".join(f"{title:>10}" for title, _ in columns)]
-    for name in names:
-        cells = (f"{100 * v[name]:9.1f}%" if name in v else " " * 10 for _, v in columns)
-        lines.append(f"{name:<{width}}" + "".join(cells))
-    return "\n".join(lines)
+    rows = [["", *(title for title, _ in columns)]]
+    for name in end["student"]:
+        if not name.startswith("num_"):
+            cells = (f"{100 * v[name]:.1f}%" if name in v else "" for _, v in columns)
+            rows.append([name, *cells])
+    return text_table(rows)
 
 
 def _read_recipe(arguments: argparse.Namespace) -> Recipe:

@@ -1,6 +1,6 @@
 """Where a new run starts from: `model.init`, weights of other runs and projects.
 
-What formats are called inside is in aclip/interop/; here a file is recognised, matched with the
+Each format's names are in aclip/weights/formats/; here a file is recognised, matched with the
 student that the recipe builds, and what happened to every key is reported.
 """
 
@@ -30,12 +30,13 @@ Convert = Callable[[str, Tensor], dict[str, Tensor] | None]
 
 
 @dataclass(frozen=True)
-class Source:
+class InitialWeights:
     """Weights of one format.
 
     Attributes:
-        layout: the format, in words. tensors: by the file's names.
-        convert: one of them to aclip's names, None if it has no counterpart.
+        layout: the format, in words.
+        tensors: the tensors by the file's names.
+        convert: renames one of them to aclip's names; None if it has no counterpart.
         ignored: names that exist only for training or for a classifier.
         facts: what must agree with the recipe's towers besides shapes.
         image_only: no text tower is expected.
@@ -54,7 +55,8 @@ class InitReport:
     """What became of every key.
 
     Attributes:
-        init: as the recipe says it. layout: what was recognised.
+        init: the recipe's model.init.
+        layout: the format that was recognised.
         used, resized, ignored: keys of the file; resized ones are used too.
         random: parameters of the student that keep their random initialisation.
     """
@@ -88,10 +90,10 @@ def load_initial_weights(student: Student, init: str) -> InitReport:
     Raises:
         ConfigError: nothing such is there, or its keys, shapes or heads are not the recipe's.
     """
-    source = _open(init)
-    _check_heads(init, source.facts, student)
+    weights = _open(init)
+    _check_heads(init, weights.facts, student)
     parameters = student.model_parameters()
-    converted, keys = _convert(init, source, parameters)
+    converted, keys = _convert(init, weights, parameters)
     resized = []
     for name, tensor in converted.items():
         if tensor.shape != parameters[name].shape:
@@ -103,15 +105,15 @@ def load_initial_weights(student: Student, init: str) -> InitReport:
             parameters[name].copy_(tensor)
     return InitReport(
         init=init,
-        layout=source.layout,
+        layout=weights.layout,
         used=sorted(set(keys.values())),
         resized=sorted(resized),
-        ignored=sorted(source.ignored),
+        ignored=sorted(weights.ignored),
         random=sorted(name for name, _ in student.named_parameters() if name not in converted),
     )
 
 
-def _open(init: str) -> Source:
+def _open(init: str) -> InitialWeights:
     try:
         if init.startswith(TIMM):
             return _open_timm(init.removeprefix(TIMM))
@@ -128,7 +130,7 @@ def _open(init: str) -> Source:
         ) from None
 
 
-def _open_timm(name_or_path: str) -> Source:
+def _open_timm(name_or_path: str) -> InitialWeights:
     if Path(name_or_path).is_file():
         tensors = read_tensors(Path(name_or_path))
         facts = TowerFacts()
@@ -144,10 +146,10 @@ def _open_timm(name_or_path: str) -> Source:
     else:
         raise ValueError("is neither a file nor a model that timm knows")
     ignored = {key for key in tensors if key.startswith(_CLASSIFIER)}
-    return Source("timm image tower", tensors, _from_timm, ignored, facts, image_only=True)
+    return InitialWeights("timm image tower", tensors, _from_timm, ignored, facts, image_only=True)
 
 
-def _open_folder(path: Path) -> Source:
+def _open_folder(path: Path) -> InitialWeights:
     if (path / open_clip.CONFIG).is_file():
         facts = open_clip.read_config(path)
         for name in open_clip.WEIGHT_FILES:
@@ -155,22 +157,24 @@ def _open_folder(path: Path) -> Source:
                 tensors = read_tensors(path / name)
                 ignored = tensors.keys() & open_clip.BUFFERS
                 convert = open_clip.from_open_clip
-                return Source("open_clip folder", tensors, convert, ignored, facts)
+                return InitialWeights("open_clip folder", tensors, convert, ignored, facts)
         raise ValueError(f"holds no {open_clip.WEIGHTS}")
     if locate(path) is None:
         raise ValueError("is neither an open_clip folder nor a run")
     weights = load_checkpoint_weights(str(path), None)
     facts = tower_facts(weights.student)
-    return Source(f"aclip {weights.model}", weights.state, plain.from_plain, facts=facts)
+    return InitialWeights(f"aclip {weights.model}", weights.state, plain.from_plain, facts=facts)
 
 
-def _open_file(path: Path) -> Source:
+def _open_file(path: Path) -> InitialWeights:
     tensors = read_tensors(path)
     if plain.is_plain(tensors):
-        return Source("aclip weights", tensors, plain.from_plain, facts=plain.read_facts(path))
+        return InitialWeights(
+            "aclip weights", tensors, plain.from_plain, facts=plain.read_facts(path)
+        )
     if slip.is_released(tensors):
         has_average = any(key.startswith(slip.EMA) for key in tensors)
-        return Source(
+        return InitialWeights(
             "A-CLIP checkpoint" if has_average else "SLIP checkpoint",
             tensors,
             slip.from_released,
@@ -199,26 +203,26 @@ def _check_heads(init: str, facts: TowerFacts, student: Student) -> None:
 
 
 def _convert(
-    init: str, source: Source, parameters: dict[str, nn.Parameter]
+    init: str, weights: InitialWeights, parameters: dict[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors by aclip's names, and the file's key of each."""
     converted, keys = {}, {}
-    for key, tensor in source.tensors.items():
-        if key in source.ignored:
+    for key, tensor in weights.tensors.items():
+        if key in weights.ignored:
             continue
-        parts = source.convert(key, tensor)
+        parts = weights.convert(key, tensor)
         if parts is None or not parts.keys() <= parameters.keys():
             raise ConfigError(
-                f"--init is {init}, a {source.layout} with the key {key}, which no part of the "
+                f"--init is {init}, a {weights.layout} with the key {key}, which no part of the "
                 "recipe's towers holds; use the towers of that model (model.image, model.text)"
             )
         converted |= parts
         keys |= dict.fromkeys(parts, key)
-    prefix = IMAGE_TOWER if source.image_only else ""
+    prefix = IMAGE_TOWER if weights.image_only else ""
     missing = sorted(n for n in parameters if n.startswith(prefix) and n not in converted)
     if missing:
         raise ConfigError(
-            f"--init is {init}, a {source.layout} that lacks {missing[0]} and "
+            f"--init is {init}, a {weights.layout} that lacks {missing[0]} and "
             f"{len(missing) - 1} more of the recipe's {len(parameters)} tensors; use the towers of "
             "that model (model.image, model.text)"
         )

@@ -28,7 +28,7 @@ READ_ERRORS = (
     zipfile.BadZipFile,
 )
 NESTED = ("state_dict", "model")
-"""Where training scripts keep the weights inside of what they save."""
+"""Keys under which training scripts save the weights."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -186,6 +186,7 @@ class KillSwitch:
         (os, "fsync"),
         (checkpoint, "save_file"),
         (Path, "write_text"),
+        (Path, "write_bytes"),
         (Path, "mkdir"),
         (shutil, "rmtree"),
     )

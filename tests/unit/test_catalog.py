@@ -272,6 +272,20 @@ def test_the_test_split_of_karpathys_captions(name, images, tmp_path):
         find_one(name, tmp_path)
 
 
+def test_any_folder_with_one_caption_file_of_karpathys_format_is_for_retrieval(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "0.png").write_bytes(png(3))
+    entry = {"filename": "0.png", "split": "test", "sentences": [{"raw": "a caption"}]}
+    (folder / "dataset_mine.json").write_text(json.dumps({"images": [entry]}))
+    task = find_one("mine", tmp_path)
+    assert (task.title, task.metric, task.source) == ("mine", "retrieval", str(folder))
+    assert task.prompts is None and read_all(task.dataset) == [(3, -1, ["a caption"])]
+    write_classes(folder, ["a"])
+    (folder / "dataset_other.json").write_text("{}")  # two caption files: neither is meant
+    assert find_one("mine", tmp_path).metric == "top1"
+
+
 class FakeTorchvision:
     """Stands for any of torchvision's classes: two raw labels, and a download that is recorded."""
 

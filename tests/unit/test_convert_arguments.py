@@ -83,6 +83,25 @@ def test_a_file_that_is_not_there_is_named(tmp_path, convert, source):
         convert(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("source", "file", "package"),
+    [
+        ("coco", "x.json", "ijson"),
+        ("redcaps", "x.json", "ijson"),
+        ("table", "x.parquet", "pyarrow"),
+    ],
+)
+def test_a_package_of_the_extra_convert_that_is_missing_is_named_before_any_work(
+    tmp_path, convert, monkeypatch, source, file, package
+):
+    (tmp_path / file).touch()
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    words = f"is {tmp_path}/{file}, but {package} is not installed; pip install -e '.[convert]' "
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        convert(source, f"{tmp_path}/{file}", "--images", str(tmp_path), "--out", f"{tmp_path}/out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_list_and_the_index_are_made_by_the_same_script(tmp_path, convert, write_tar, capsys):
     (tmp_path / "d.txt").write_text("7" + "\tx" * 7 + "\ta+title\t\n")
     (tmp_path / "s.tsv").write_text("7\t1\t2\n")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from aclip.data.convert.entries import Entry, Rejected
-from aclip.data.convert.plan import Plan, shard_bounds, write_plan
+from aclip.data.convert.plan import ConversionPlan, shard_bounds, write_plan
 from aclip.data.convert.sources.conceptual import conceptual_source
 from aclip.data.convert.sources.img2dataset import index_in_place
 from aclip.data.convert.sources.json_stream import iterate_objects
@@ -125,7 +125,7 @@ def test_planning_takes_no_more_memory_for_a_longer_list(tmp_path):
         source = yfcc_source(str(path), str(tmp_path))
         plan = tmp_path / f"{count}.sqlite"
         peaks.append(peak_of(lambda s=source, p=plan: write_plan(p, s.entries(), lambda _: None)))
-        assert Plan(plan).num_planned == count
+        assert ConversionPlan(plan).num_planned == count
     # The longer list holds 2 MB more text; a pickle's list is built 1000 items at a time.
     assert peaks[1] < peaks[0] + 300_000
 
@@ -245,7 +245,7 @@ def test_the_first_entry_of_a_key_counts_and_blank_ones_do_not_take_it(tmp_path)
         Entry("b", "4.jpg", ("half a pair: \ud83d",)),
     ]
     write_plan(tmp_path / "plan.sqlite", entries, lambda _: None)
-    plan = Plan(tmp_path / "plan.sqlite")
+    plan = ConversionPlan(tmp_path / "plan.sqlite")
     assert plan.read(0, 9) == [
         Entry("a", "2.jpg", ("first", "second")),
         Entry("b", "4.jpg", ("half a pair: ?",)),

@@ -11,7 +11,8 @@ from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
 from aclip.evaluation.evaluate import evaluate_checkpoint
 from aclip.evaluation.results import make_rows, markdown, published_results, table
-from aclip.evaluation.sets.catalog import Task, catalog, is_retrieval
+from aclip.evaluation.sets.catalog import catalog, is_retrieval
+from aclip.evaluation.sets.task import Task
 
 SMALL = ["model.image.kwargs={patch_size: 16, embed_dim: 24, depth: 1, num_heads: 2}"]
 

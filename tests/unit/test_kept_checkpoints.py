@@ -52,6 +52,14 @@ def test_spared_checkpoint_stays_until_it_is_not_spared(tmp_path):
     assert _samples(tmp_path) == [48]
 
 
+def test_what_a_kill_left_of_the_pointer_is_removed(tmp_path):
+    folder = _make(tmp_path, 16)
+    (tmp_path / "latest.4711.tmp").write_text("samples-0")
+    checkpoint_folder.remove_partial(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", folder.name]
+    assert checkpoint_folder.find(tmp_path, "auto") == folder
+
+
 def test_upload_is_a_checkpoint_that_can_be_verified(tmp_path):
     folder = _make(tmp_path / "local", 16)
     uploader = Uploader(f"file://{tmp_path}/remote/run")

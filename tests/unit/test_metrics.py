@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aclip import distributed
-from aclip.reports.text import show_duration
+from aclip.cli import show_duration
 from aclip.training.metrics_logger import MetricsLogger
 from aclip.training.step_timer import StepTimer
 

@@ -20,16 +20,17 @@ from tqdm import tqdm
 
 from aclip.data.convert.entries import Entry, Source
 from aclip.data.convert.images import ImageRule
-from aclip.data.convert.plan import Plan, shard_bounds, write_plan
-from aclip.data.convert.pool import Task, write_shards
+from aclip.data.convert.plan import ConversionPlan, shard_bounds, write_plan
+from aclip.data.convert.pool import ShardTask, write_shards
 from aclip.data.convert.report import REPORT_FILE, make_report, write_json
 from aclip.data.convert.shard_writer import ShardRecord
 from aclip.data.shards.counts import SIZES_FILE
 from aclip.errors import ConfigError
+from aclip.files import remove_leftovers, write_whole
 
 STATE_FOLDER = ".conversion"
 FORMAT_VERSION = 1
-"""Of the shards; a conversion that another version began is not continued."""
+"""The version of the shards' format; a conversion that another version began is not continued."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Job:
         source: the data set.
         arguments: how the source is read, for the report.
         rule: what is kept of an image.
-        shard_size: entries of a shard at most.
-        out: folder of the shards.
+        shard_size: the most entries of a shard.
+        out: the folder of the shards.
     """
 
     source: Source
@@ -108,7 +109,7 @@ def run(job: Job, processes: int) -> dict[str, Any]:
 
 
 def _stamps(source: Source) -> dict[str, Any]:
-    """By path, what changes with the metadata; without any, with what is in the folder."""
+    """By path, what changes when the metadata do; without metadata, when the folder's files do."""
     if not source.files:
         return {str(source.images.absolute()): _digest(source)}
     stamps = {path: path.stat() for path in source.files}
@@ -119,9 +120,9 @@ def _stamps(source: Source) -> dict[str, Any]:
 
 
 def _digest(source: Source) -> str:
-    """Of path, size and time of every image and caption file, and of what is left out.
+    """A digest of path, size and time of every image and caption file, and of what is left out.
 
-    Not of the folders: --out may lie in one of them.
+    Folders are not in it, since --out may lie in one of them.
     """
     digest = hashlib.sha256()
     for entry in tqdm(source.entries(), desc="looking for changes", unit=" entries"):
@@ -175,17 +176,17 @@ def _convert(job: Job, processes: int, identity: dict[str, Any], state: Path) ->
             raise _other(job.out)
     else:
         write_json(identity_file, identity)
-    for leftover in job.out.glob("*.tar.tmp-*"):
-        leftover.unlink()
+    remove_leftovers(job.out)
+    remove_leftovers(state)
     plan_file = state / "plan.sqlite"
     if not plan_file.exists():
         with tqdm(desc="planning", unit=" entries") as bar:
             entries = job.source.entries()
             write_plan(plan_file, entries, lambda seen: bar.update(seen - bar.n))
-    plan = Plan(plan_file)
+    plan = ConversionPlan(plan_file)
     bounds = shard_bounds(plan.num_planned, job.shard_size)
     tasks = [
-        Task(number, job.out / shard_name(number, len(bounds) - 1), first, last)
+        ShardTask(number, job.out / shard_name(number, len(bounds) - 1), first, last)
         for number, (first, last) in enumerate(pairwise(bounds))
     ]
     records = _Records(state / "finished.jsonl", tasks)
@@ -208,16 +209,15 @@ def shard_name(number: int, num_shards: int) -> str:
 class _Records:
     """The finished shards, one JSON line each."""
 
-    def __init__(self, path: Path, tasks: list[Task]):
+    def __init__(self, path: Path, tasks: list[ShardTask]):
         self.finished: dict[int, ShardRecord] = {}
         for record in _read_records(path):
             tar = tasks[record.number].path
             if tar.is_file() and tar.stat().st_size == record.bytes:
                 self.finished[record.number] = record
         # Written anew, since a kill may have left half a line at its end.
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(f"{record.dump()}\n" for record in self.finished.values()))
-        os.replace(partial, path)
+        lines = "".join(f"{record.dump()}\n" for record in self.finished.values())
+        write_whole(path, lines.encode())
         self._path = path
 
     def add(self, record: ShardRecord) -> None:

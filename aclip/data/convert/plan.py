@@ -5,17 +5,18 @@ image is read, and a continued conversion needs no second pass.
 """
 
 import json
-import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from aclip.data.convert.entries import Entry, Rejected
+from aclip.files import appearing
 
 EXAMPLES = 10
-"""Rejected entries of a kind that a report names."""
+"""How many rejected entries of each kind a report names."""
 ENTRIES_A_REPORT = 1000
 SCHEMA = """
 PRAGMA journal_mode = OFF;
@@ -40,7 +41,7 @@ class Rejections:
             examples.append(f"{rejected.key}: {rejected.why}")
 
     def merge(self, counts: dict[str, int], examples: dict[str, list[str]]) -> None:
-        """Adds those of a later part of the data set."""
+        """Adds the rejections of a later part of the data set."""
         self.counts.update(counts)
         for kind, names in examples.items():
             own = self.examples.setdefault(kind, [])
@@ -53,44 +54,38 @@ def write_plan(
     """Plans the entries that have a caption and a key of their own; the first of a key counts.
 
     Args:
-        path: file to write; appears complete.
-        entries: of a source.
-        progress: gets the number of entries read now and then.
+        path: the file to write, which appears complete.
+        entries: a source's entries.
+        progress: is called now and then with the number of entries read.
     """
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.unlink(missing_ok=True)
     rejections = Rejections()
     planned = seen = 0
-    database = sqlite3.connect(partial)
-    database.executescript(SCHEMA)
-    for seen, entry in enumerate(entries, 1):
-        if seen % ENTRIES_A_REPORT == 0:
-            progress(seen)
-        if isinstance(entry, Entry):
-            entry = _usable(entry)
-        if isinstance(entry, Entry) and _insert(database, planned, entry):
-            planned += 1
-        elif isinstance(entry, Entry):
-            rejections.add(Rejected(entry.key, "duplicate_key", "an earlier entry has the key"))
-        else:
-            rejections.add(entry)
-    facts = {"planned": planned, "seen": seen} | vars(rejections)
-    database.execute("INSERT INTO counts VALUES (?)", (json.dumps(facts),))
-    database.commit()
-    database.close()
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with appearing(path) as temporary, closing(sqlite3.connect(temporary)) as database:
+        database.executescript(SCHEMA)
+        for seen, entry in enumerate(entries, 1):
+            if seen % ENTRIES_A_REPORT == 0:
+                progress(seen)
+            if isinstance(entry, Entry):
+                entry = _usable(entry)
+            if isinstance(entry, Entry) and _insert(database, planned, entry):
+                planned += 1
+            elif isinstance(entry, Entry):
+                rejections.add(Rejected(entry.key, "duplicate_key", "an earlier entry has the key"))
+            else:
+                rejections.add(entry)
+        facts = {"planned": planned, "seen": seen} | vars(rejections)
+        database.execute("INSERT INTO counts VALUES (?)", (json.dumps(facts),))
+        database.commit()
     progress(seen)
 
 
-class Plan:
+class ConversionPlan:
     """A complete plan, read only.
 
     Attributes:
         num_planned: entries that are to become samples, numbered from 0.
         num_seen: entries of the source.
-        rejections: of the entries that were not planned.
+        rejections: the entries that were not planned.
     """
 
     def __init__(self, path: Path):
@@ -116,7 +111,8 @@ class Plan:
 
 
 def shard_bounds(num_entries: int, shard_size: int) -> list[int]:
-    """Where shards begin and end: as few as hold `shard_size` entries each, equally long by one."""
+    """Where shards begin and end: the fewest of at most `shard_size` entries, whose lengths differ
+    by one at most."""
     shards = -(-num_entries // shard_size)
     return [number * num_entries // shards for number in range(shards + 1)] if shards else [0]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from aclip.data.convert.images import FileReader, ImageRule
-from aclip.data.convert.plan import Plan
+from aclip.data.convert.plan import ConversionPlan
 from aclip.data.convert.shard_writer import ShardRecord, write_shard
 from aclip.errors import ConfigError
 
@@ -26,7 +26,7 @@ tqdm.monitor_interval = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class ShardTask:
     """A shard to write: entries `first` to `last` - 1 of the plan."""
 
     number: int
@@ -36,17 +36,22 @@ class Task:
 
 
 def write_shards(
-    tasks: list[Task], plan_file: Path, images: Path, rule: ImageRule, processes: int, done: int
+    tasks: list[ShardTask],
+    plan_file: Path,
+    images: Path,
+    rule: ImageRule,
+    processes: int,
+    done: int,
 ) -> Iterator[ShardRecord]:
     """Yields the record of each shard as it is finished, in any order.
 
     Args:
         tasks: the shards.
-        plan_file: of the conversion.
-        images: folder of the source's images.
+        plan_file: the conversion's plan.
+        images: the folder of the source's images.
         rule: what is kept of an image.
         processes: how many write at once.
-        done: entries of shards that were finished before, for the bar.
+        done: how many entries are in shards that were finished before, for the bar.
 
     Raises:
         ConfigError: a shard can't be written, a file of the source can't be read, or a process was
@@ -83,12 +88,12 @@ class _Worker:
     """What a process keeps between its shards."""
 
     def __init__(self, plan_file: Path, images: Path, rule: ImageRule, counter):
-        self.plan = Plan(plan_file)
+        self.plan = ConversionPlan(plan_file)
         self.reader = FileReader(images)
         self.rule = rule
         self.counter = counter
 
-    def write(self, task: Task) -> ShardRecord:
+    def write(self, task: ShardTask) -> ShardRecord:
         entries = self.plan.read(task.first, task.last)
         return write_shard(task.path, task.number, entries, self.reader, self.rule, self._count)
 
@@ -117,5 +122,5 @@ def _wait_for_parent() -> None:
     os._exit(1)
 
 
-def _write(task: Task) -> ShardRecord:
+def _write(task: ShardTask) -> ShardRecord:
     return _worker.write(task)

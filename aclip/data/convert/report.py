@@ -1,15 +1,15 @@
 """What a conversion wrote and what it left out, as JSON and as a table."""
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from aclip.cli import text_table
 from aclip.data.convert.entries import SKIP_KINDS
-from aclip.data.convert.plan import Plan, Rejections
+from aclip.data.convert.plan import ConversionPlan, Rejections
 from aclip.data.convert.shard_writer import ShardRecord
-from aclip.files import sync
+from aclip.files import write_whole
 
 REPORT_FILE = "report.json"
 EXAMPLE_LENGTH = 100
@@ -31,16 +31,16 @@ WHAT = {
 
 
 def make_report(
-    conversion: dict[str, Any], plan: Plan, records: list[ShardRecord]
+    conversion: dict[str, Any], plan: ConversionPlan, records: list[ShardRecord]
 ) -> dict[str, Any]:
-    """Sums up; the same whether the conversion was interrupted or not.
+    """The report, which is the same whether the conversion was interrupted or not.
 
-    Entries equal samples and all that was skipped.
+    The number of entries is the number of samples and of all that was skipped.
 
     Args:
-        conversion: its arguments.
-        plan: complete.
-        records: of all shards, in their order.
+        conversion: the conversion's arguments.
+        plan: its complete plan.
+        records: the records of all shards, in their order.
     """
     rejections = Rejections()
     rejections.merge(plan.rejections.counts, plan.rejections.examples)
@@ -63,7 +63,7 @@ def make_report(
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report as lines of a table."""
+    """The report as a text table."""
     rows = [("entries", report["entries"], "of the source")]
     rows += [("samples", report["samples"], f"in {report['shards']:,} shards")]
     rows += [(f"  {what}", count, WHAT[what]) for what, count in report["images"].items()]
@@ -71,15 +71,9 @@ def format_report(report: dict[str, Any]) -> str:
     for kind, count in report["skipped"].items():
         example = report["examples"][kind][0]
         rows.append((f"  {kind}", count, f"{REASONS[kind]}, e.g. {example[:EXAMPLE_LENGTH]}"))
-    return "\n".join(f"{name:20}{count:>14,}  {text}".rstrip() for name, count, text in rows)
+    return text_table([(name, f"{count:,}", text) for name, count, text in rows], left=(0, 2))
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file that appears complete."""
-    partial = path.with_name(f"{path.name}.tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync(path.parent)
+    write_whole(path, json.dumps(content, indent=1).encode())

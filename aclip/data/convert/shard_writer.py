@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -13,7 +12,7 @@ from aclip.data.convert.entries import Entry, Rejected
 from aclip.data.convert.images import FileReader, ImageRule, prepare_image
 from aclip.data.convert.plan import Rejections
 from aclip.errors import ConfigError
-from aclip.files import sync
+from aclip.files import appearing
 
 
 @dataclass(frozen=True)
@@ -23,12 +22,12 @@ class ShardRecord:
     number: int
     samples: int
     bytes: int
-    """Size of the tar."""
+    """The size of the tar."""
     images: dict[str, int] = field(default_factory=dict)
     """Samples by StoredImage.what."""
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    """Of rejected entries, see Rejections."""
+    """The rejected entries' counts and examples, see Rejections."""
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -48,9 +47,9 @@ def write_shard(
     tarfile, not webdataset's writer: that one imports torch and takes no long names.
 
     Args:
-        path: of the tar.
-        number: of the shard.
-        entries: with captions that are not blank, or a caption file.
+        path: the tar's path.
+        number: the shard's number.
+        entries: entries with captions that are not blank, or with a caption file.
         reader: reads their files.
         rule: what is kept of an image.
         on_entry: called after each entry.
@@ -60,10 +59,9 @@ def write_shard(
     """
     rejections = Rejections()
     images: Counter[str] = Counter()
-    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        with open(partial, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        with appearing(path) as temporary:
+            with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
                 for entry in entries:
                     members = _make_members(entry, reader, rule, images)
                     if isinstance(members, Rejected):
@@ -71,12 +69,8 @@ def write_shard(
                     else:
                         _add(archive, entry.key, members)
                     on_entry()
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        os.replace(partial, path)
-        sync(path.parent)
-    except OSError as error:  # the source's are ConfigErrors by now
+            size = temporary.stat().st_size
+    except OSError as error:  # errors of the source are ConfigErrors by now
         raise ConfigError(
             f"--out holds {path}, which can't be written ({error.strerror or error}); make room, "
             "and run the same command again to continue"

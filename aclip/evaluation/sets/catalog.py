@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -14,13 +14,17 @@ from aclip.data.demo import ensure_demo_data
 from aclip.data.shards.listing import index_shards
 from aclip.errors import ConfigError
 from aclip.evaluation.sets.evaluation_set import EvaluationSet, ShardSet
+from aclip.evaluation.sets.folder_layouts import (
+    find_folder,
+    has_class_folders,
+    list_tars,
+    train_folders,
+)
 from aclip.evaluation.sets.image_sets import (
     Unavailable,
     Where,
-    check_same_classes,
     class_folders,
     karpathy_set,
-    list_classes,
     open_torchvision,
 )
 from aclip.evaluation.sets.prompts import (
@@ -28,33 +32,11 @@ from aclip.evaluation.sets.prompts import (
     ClassPrompts,
     clip_benchmark_prompts,
     find_class_prompts,
-    read_templates,
     slip_prompts,
 )
+from aclip.evaluation.sets.task import Task, retrieval_task
 
 PAPER, SCENES = "paper", "scenes"
-DATASET_TYPE_FILE = "dataset_type.txt"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One row of the results.
-
-    Attributes:
-        name, title: on the command line, and in tables.
-        metric: top1, mean_per_class, mean_top1_top5 or roc_auc.
-        dataset: what is evaluated. source: where it is, in words.
-        prompts: of its classes, None for retrieval alone.
-        train: opens the split that a linear probe learns from; None where there is none.
-    """
-
-    name: str
-    title: str
-    metric: str
-    dataset: EvaluationSet
-    source: str
-    prompts: ClassPrompts | None
-    train: Callable[[], EvaluationSet] | None = None
 
 
 @cache
@@ -81,7 +63,8 @@ def find_tasks(
 
     Args:
         suite: "paper", "scenes", names of its sets, or folders, also below `data`.
-        data: the folder of the papers' sets. download: fetch what torchvision can.
+        data: the folder of the papers' sets.
+        download: fetch what torchvision can.
         slip_checkout: whose prompts are taken for the papers' sets; None for clip-benchmark's.
         say: takes a line of progress.
 
@@ -107,7 +90,7 @@ def find_tasks(
         elif name == SCENES:
             tasks.append(_scenes(say))
         else:
-            tasks.append(_find_folder(name, _folder(name, where.data)))
+            tasks.append(find_folder(name, _folder(name, where.data)))
     if not tasks:
         raise ConfigError(
             f"--data is {data}, which holds none of the {len(catalog())} sets of --suite "
@@ -134,17 +117,17 @@ def _scenes(say: Callable) -> Task:
     return Task(
         SCENES,
         "built-in scenes",
-        "top1",
-        ShardSet(index_shards(demo.val)),
-        str(demo.folder),
-        find_class_prompts(demo.folder),
-        lambda: ShardSet(index_shards(demo.train)),
+        metric="top1",
+        dataset=ShardSet(index_shards(demo.val)),
+        source=str(demo.folder),
+        prompts=find_class_prompts(demo.folder),
+        train=lambda: ShardSet(index_shards(demo.train)),
     )
 
 
 def _find_retrieval(name: str, where: Where) -> Task:
     entry, folder = catalog()[name], where.data / name
-    shards = _shards(folder / "test")
+    shards = list_tars(folder / "test")
     if shards:
         dataset = ShardSet(index_shards(shards), caption_lines=True)
     elif (folder / entry["captions"]).is_file():
@@ -155,7 +138,7 @@ def _find_retrieval(name: str, where: Where) -> Task:
             f"{name} is not in {where.data}: put Karpathy's {entry['captions']} into {folder} and "
             f"the images into {images}, or clip_benchmark's shards into {folder}/test"
         )
-    return Task(name, entry["title"], "retrieval", dataset, str(folder), None)
+    return retrieval_task(name, entry["title"], dataset, folder)
 
 
 def _find_paper(name: str, where: Where, slip_checkout: Path | None) -> Task:
@@ -163,9 +146,9 @@ def _find_paper(name: str, where: Where, slip_checkout: Path | None) -> Task:
         return _find_retrieval(name, where)
     entry, folder = catalog()[name], where.data / name
     metric = entry.get("metric", "top1")
-    if _shards(folder / "test"):
+    if list_tars(folder / "test"):
         # The order of labels is the shards' own, and so are their class files.
-        return replace(_find_folder(name, folder), title=entry["title"], metric=metric)
+        return replace(find_folder(name, folder), title=entry["title"], metric=metric)
     dataset, class_names, source, train = _open_paper(name, entry, folder, where)
     prompts = _paper_prompts(name, entry, folder, slip_checkout, class_names)
     if class_names is not None and len(class_names) != len(prompts.names):
@@ -173,7 +156,15 @@ def _find_paper(name: str, where: Where, slip_checkout: Path | None) -> Task:
             f"{source} has {len(class_names)} classes, but {prompts.source} names "
             f"{len(prompts.names)} for {name}; complete the folders of its classes"
         )
-    return Task(name, entry["title"], metric, dataset, source, prompts, train)
+    return Task(
+        name,
+        entry["title"],
+        metric=metric,
+        dataset=dataset,
+        source=source,
+        prompts=prompts,
+        train=train,
+    )
 
 
 def _open_paper(
@@ -181,10 +172,10 @@ def _open_paper(
 ) -> tuple[EvaluationSet, list[str] | None, str, Callable | None]:
     """The test split, its own names of the classes, where it is, and what opens the other split."""
     test, train = (folder / entry.get(split, split) for split in ("test", "train"))
-    if _has_class_folders(test):
+    if has_class_folders(test):
         # `order` places names that are sorted as text, as those of CLEVR are: 10 comes first.
         by_number = "order" not in entry.get("clip_benchmark", {})
-        open_train = _train_folders(train, test, by_number)
+        open_train = train_folders(train, test, by_number)
         return *class_folders(test, by_number), str(test), open_train
     layout = f"put its images into {test}/CLASS/, a folder for each class"
     if "torchvision" not in entry:
@@ -223,79 +214,3 @@ def _paper_prompts(
         f"{name} has no class prompts: {prompts}; write {folder}/classnames.txt and {folder}/"
         f"{TEMPLATES_FILE}, or give --slip_checkout"
     )
-
-
-def _find_folder(name: str, folder: Path) -> Task:
-    """A set of the user's: shards in clip_benchmark's layout, or a folder for each class."""
-    title = folder.name or name
-    shards = _shards(folder / "test") or _shards(folder)
-    if shards:
-        kind_file = folder / DATASET_TYPE_FILE
-        kind = kind_file.read_text().strip().lower() if kind_file.is_file() else "classification"
-        if kind == "retrieval":
-            dataset = ShardSet(index_shards(shards), caption_lines=True)
-            return Task(name, title, "retrieval", dataset, str(folder), None)
-        train = _shards(folder / "train")
-        return Task(
-            name,
-            title,
-            "top1",
-            ShardSet(index_shards(shards)),
-            str(folder),
-            find_class_prompts(folder),
-            (lambda: ShardSet(index_shards(train))) if train else None,
-        )
-    captions = sorted(folder.glob("dataset_*.json"))
-    if len(captions) == 1:
-        dataset = karpathy_set(captions[0], folder)
-        return Task(name, title, "retrieval", dataset, str(folder), None)
-    test = folder / "test" if _has_class_folders(folder / "test") else folder
-    if not _has_class_folders(test):
-        raise ConfigError(
-            f"--suite is {name}, a folder of no known layout; write images as {folder}/test/CLASS/"
-            f"NAME.jpg, or WebDataset shards as {folder}/test/0.tar with {folder}/classnames.txt"
-        )
-    dataset, class_names = class_folders(test)
-    prompts = find_class_prompts(test)
-    if prompts is None:
-        prompts = ClassPrompts(
-            f"the folders of {test}",
-            [[class_name.replace("_", " ")] for class_name in class_names],
-            read_templates(folder / TEMPLATES_FILE),
-        )
-    if len(prompts.names) != len(class_names):
-        raise ConfigError(
-            f"{test} has {len(class_names)} folders of classes, but {prompts.source} names "
-            f"{len(prompts.names)}; give one name a line in the order of the folders, by value "
-            "where all are numbers"
-        )
-    train = _train_folders(folder / "train", test) if test != folder else None
-    return Task(name, title, "top1", dataset, str(test), prompts, train)
-
-
-def _train_folders(
-    folder: Path, test: Path, by_number: bool = True
-) -> Callable[[], EvaluationSet] | None:
-    """What opens the training split of the test split in `test`; None where there is none."""
-    if not _has_class_folders(folder):
-        return None
-
-    def open_train() -> EvaluationSet:
-        check_same_classes(folder, test)
-        return class_folders(folder, by_number)[0]
-
-    return open_train
-
-
-def _shards(folder: Path) -> list[str]:
-    """The tars in a folder, by number where their names are numbers."""
-    return sorted((str(path) for path in folder.glob("*.tar")), key=_by_number)
-
-
-def _by_number(path: str) -> tuple[int, str]:
-    stem = Path(path).stem
-    return (int(stem) if stem.isdigit() else 0, stem)
-
-
-def _has_class_folders(folder: Path) -> bool:
-    return folder.is_dir() and bool(list_classes(folder))

@@ -1,7 +1,7 @@
 """An evaluation set, split exactly over ranks: sample i belongs to rank i % world_size.
 
 Every rank yields the same number of batches, because under ZeRO-3 a forward is a collective.
-What happens to the batches is the suite's.
+What happens to the batches is evaluate_set.py's.
 """
 
 import math
@@ -43,7 +43,8 @@ class EvaluationSet(Protocol):
     """Where samples come from.
 
     Attributes:
-        name: for messages. num_samples: usable or not.
+        name: what messages call the set.
+        num_samples: the number of all samples, also of those that can't be used.
     """
 
     name: str
@@ -58,7 +59,7 @@ class EvaluationSet(Protocol):
 
 @dataclass(frozen=True)
 class ValidationBatch:
-    """M samples of this rank, in front of rows of padding."""
+    """M of this rank's samples, followed by rows of padding."""
 
     images: Tensor
     """(batch_size, 3, R, R) uint8; rows from M on are black padding."""
@@ -79,7 +80,7 @@ class ShardSet:
     label is skipped.
 
     Args:
-        shards: in order.
+        shards: the shards in their order.
         caption_lines: each line of a `.txt` is a caption of its own, as in clip_benchmark's
             retrieval sets.
     """
@@ -138,10 +139,10 @@ def read_validation(
     What can't be used is counted. The next batch is decoded while the caller works on this one.
 
     Args:
-        dataset: with at least one sample.
+        dataset: a set of at least one sample.
         resolution: R, side of the square that is cut out, pixels.
         batch_size: most rows of a batch.
-        rank: of this process.
+        rank: this process's rank.
         world_size: number of ranks.
         resample: how images are scaled.
     """

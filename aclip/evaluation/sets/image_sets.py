@@ -22,7 +22,9 @@ class Where:
     """Where the papers' sets are.
 
     Attributes:
-        data: their folder. download: fetch what torchvision can. say: takes a line of progress.
+        data: their folder.
+        download: whether to fetch what torchvision can.
+        say: takes a line of progress.
     """
 
     data: Path
@@ -38,10 +40,10 @@ class FileSet:
     """Image files, each with a label or captions.
 
     Args:
-        name: for messages.
-        paths: of the images.
-        labels: of each, or None.
-        captions: of each, or None.
+        name: what messages call the set.
+        paths: the images.
+        labels: each image's label, or None.
+        captions: each image's captions, or None.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class TorchvisionSet:
     """A data set of torchvision's.
 
     Args:
-        name: for messages.
+        name: what messages call the set.
         dataset: gives (PIL image, label).
         labels: labels[c] is its label of class c; None where it counts from 0 itself.
     """
@@ -121,7 +123,8 @@ def class_folders(folder: Path, by_number: bool = True) -> tuple[FileSet, list[s
     """A set with a folder of images for each class, and the folders' names by label.
 
     Args:
-        folder: holds one class folder or more. by_number: see list_classes.
+        folder: holds one class folder or more.
+        by_number: see list_classes.
 
     Raises:
         ConfigError: there is no image in it.
@@ -190,8 +193,10 @@ def open_torchvision(
     """A split of one of torchvision's sets, and its own names of the classes by our labels.
 
     Args:
-        name: of the set. entry: its `torchvision` in catalog.yaml. split: test or train.
-        where: the folder torchvision reads; of ranks that share it one downloads.
+        name: the set's name.
+        entry: its `torchvision` in catalog.yaml.
+        split: test or train.
+        where: the folder that torchvision reads; one of the ranks that share it downloads.
         layout: what to do otherwise, in words.
 
     Raises:

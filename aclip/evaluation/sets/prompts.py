@@ -18,7 +18,7 @@ class ClassPrompts:
     source: str
     """Who named the classes, for messages and reports."""
     names: list[list[str]]
-    """By label: what the class is called, one name or several."""
+    """What each class is called, by label: one name or several."""
     templates: list[str]
     """Each with {c} for the class name."""
 
@@ -73,8 +73,8 @@ def clip_benchmark_prompts(
     """The prompts that the package clip-benchmark ships, and open_clip's for ImageNet.
 
     Args:
-        templates_key: of the set in its templates, or "imagenet", see `_imagenet`.
-        names_key: of the set in its class names; None where it has none.
+        templates_key: the set's key in its templates, or "imagenet", see `_imagenet`.
+        names_key: the set's key in its class names; None where it has none.
         order: order[label] is the place of a label's name in that list; None for as they are.
         class_names: what the data set itself calls its classes, taken where names_key is None.
 
@@ -107,7 +107,7 @@ def slip_prompts(checkout: Path, name: str) -> ClassPrompts | str:
 
     Args:
         checkout: holds labels.json and templates.json.
-        name: of the set, there.
+        name: what the checkout calls the set.
 
     Returns:
         The prompts, or what they lack, in words.

@@ -49,7 +49,7 @@ def from_clip_text(key: str, tensor: Tensor) -> dict[str, Tensor] | None:
 
 
 def transposed(tensor: Tensor) -> Tensor:
-    """A matrix the other way round; anything else as it is, for its shape to be refused later."""
+    """A matrix transposed; anything else stays as it is, and its shape is refused later."""
     return tensor.t() if tensor.ndim == 2 else tensor
 
 

@@ -68,9 +68,9 @@ def write(folder: Path, recipe: Recipe, student: Student, state: dict[str, Tenso
     """Writes model, tokeniser and image processor.
 
     Args:
-        folder: exists and is empty.
-        student: of the recipe, for what shapes don't tell; one that `unsupported` accepts.
-        state: with aclip's names.
+        folder: an empty folder.
+        student: the recipe's student, for what shapes don't tell; `unsupported` accepts it.
+        state: the weights by aclip's names.
     """
     build_model(recipe, student, state).save_pretrained(folder)
     tokenizer = build_tokenizer(recipe.model.text.context_length)

@@ -20,7 +20,7 @@ _EMA_NAMES = {
     "text_projection_e": "text_projection",
 }
 _IMAGE_HEADS = {384: 12, 768: 12, 1024: 16}
-"""By width, of the released image towers; timm's own ViT-S has 6."""
+"""The released image towers' heads by width; timm's own ViT-S has 6."""
 _TEXT_HEADS = {512: 8}
 _IMAGE_TOWERS = {
     384: "vit_small_patch16_224",

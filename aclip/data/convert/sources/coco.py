@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 from aclip.data.convert.entries import Entry, Rejected, Source, make_key
-from aclip.data.convert.sources.json_stream import iterate_objects
+from aclip.data.convert.sources.json_stream import iterate_objects, require_ijson
 from aclip.data.convert.sources.text_files import existing_file, existing_folder
 from aclip.errors import ConfigError
 
@@ -19,9 +19,11 @@ def coco_source(annotations: str, images: str) -> Source:
         images: the folder train2017.
 
     Raises:
-        ConfigError: no such file or folder; while iterating, the JSON is of another format.
+        ConfigError: no such file or folder, or ijson is not installed; while iterating, the JSON is
+            of another format.
     """
     path = existing_file(annotations, "ANNOTATIONS")
+    require_ijson(annotations)
 
     def entries() -> Iterator[Entry | Rejected]:
         names: dict[int, str] = {}

@@ -11,7 +11,7 @@ from aclip.errors import ConfigError
 
 COLUMNS = {"cc3m": ("caption", "url"), "cc12m": ("url", "caption")}
 NAMES = {"cc3m": "{crc32}", "cc12m": "{row}.jpg"}
-"""What an image is called below the folder: as SLIP describes it."""
+"""An image's path below the folder, as SLIP describes it."""
 
 
 def conceptual_source(release: str, tsv: str, images: str, name: str | None) -> Source:
@@ -19,8 +19,8 @@ def conceptual_source(release: str, tsv: str, images: str, name: str | None) -> 
 
     Args:
         release: a key of COLUMNS.
-        tsv: as Google publishes it; a first line that names the columns is no row.
-        images: folder of the images.
+        tsv: the file that Google publishes; a first line that names the columns is no row.
+        images: the folder of the images.
         name: an image's path below it, with {row} (from 0), {thousand} (row modulo 1000) and
             {crc32} (of the url, as the common downloader names files); None for NAMES.
 

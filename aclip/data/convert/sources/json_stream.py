@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import ijson
-
 from aclip.errors import ConfigError
 
 
@@ -13,12 +11,14 @@ def iterate_objects(path: Path, name: str, may_be_bare: bool = False) -> Iterato
 
     Args:
         path: JSON.
-        name: of the array.
+        name: the array's name.
         may_be_bare: the file may be the array itself.
 
     Raises:
-        ConfigError: the file can't be read, is no JSON, or has no such array of objects.
+        ConfigError: the file can't be read, is no JSON, or has no such array of objects; or ijson
+            is not installed.
     """
+    ijson = require_ijson(path)
     count = 0
     try:
         with open(path, "rb") as file:
@@ -33,3 +33,19 @@ def iterate_objects(path: Path, name: str, may_be_bare: bool = False) -> Iterato
         raise ConfigError(f"{path} is not the JSON expected ({error}); check the file") from None
     if count == 0:
         raise ConfigError(f"{path} holds no list {name} with objects in it; check the file")
+
+
+def require_ijson(annotations: str | Path):
+    """The module ijson, which is installed with the extra `convert` alone.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import ijson
+    except ImportError:
+        raise ConfigError(
+            f"ANNOTATIONS is {annotations}, but ijson is not installed; pip install -e "
+            "'.[convert]' in the checkout"
+        ) from None
+    return ijson

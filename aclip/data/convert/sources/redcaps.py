@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aclip.data.convert.entries import Entry, Rejected, Source, make_key
-from aclip.data.convert.sources.json_stream import iterate_objects
+from aclip.data.convert.sources.json_stream import iterate_objects, require_ijson
 from aclip.data.convert.sources.text_files import existing_file, existing_folder
 from aclip.errors import ConfigError
 
@@ -19,7 +19,8 @@ def redcaps_source(annotations: str, images: str) -> Source:
         images: the folder that redcaps-downloader writes.
 
     Raises:
-        ConfigError: no such file or folder; while iterating, a JSON is of another format.
+        ConfigError: no such file or folder, or ijson is not installed; while iterating, a JSON is
+            of another format.
     """
     if Path(annotations).is_dir():
         files = tuple(sorted(Path(annotations).glob("*.json")))
@@ -27,6 +28,7 @@ def redcaps_source(annotations: str, images: str) -> Source:
             raise ConfigError(f"ANNOTATIONS is {annotations}, which holds no .json; check the path")
     else:
         files = (existing_file(annotations, "ANNOTATIONS"),)
+    require_ijson(annotations)
 
     def entries() -> Iterator[Entry | Rejected]:
         for path in files:

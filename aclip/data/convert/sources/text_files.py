@@ -16,7 +16,7 @@ def iterate_lines(path: Path, progress: Callable[[int], None] | None = None) -> 
 
     Args:
         path: read as .bz2 or .gz if it is called so.
-        progress: gets the position in the file now and then, bytes as they are on disk.
+        progress: is called now and then with the position in the file, in bytes on disk.
 
     Raises:
         ConfigError: the file can't be read or is damaged.

@@ -1,7 +1,6 @@
 """YFCC100M's raw metadata -> the list of captioned images, cleaned as SLIP does, in one pass."""
 
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from aclip.data.convert.sources.text_files import existing_file, iterate_lines
 from aclip.data.convert.sources.yfcc import NUM_IDS
 from aclip.errors import ConfigError
+from aclip.files import appearing
 
 HTML = re.compile("<a.*?>|</a>|</?[bi]>")
 URL = re.compile(r"(?:http|www)\S+")
@@ -42,14 +42,10 @@ def write_yfcc_list(metadata: str, subset: str, image_ids: str | None, out: str)
     wanted = _read_subset(existing_file(subset, "--subset"))
     if image_ids is not None:
         wanted &= _read_image_ids(existing_file(image_ids, "--image-ids"))
-    partial = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8") as file:
+        with appearing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             counts = _write_rows(source, wanted, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
         raise ConfigError(
             f"--out is {out}, which can't be written ({error.strerror or error}); give another file"

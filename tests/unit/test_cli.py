@@ -1,0 +1,21 @@
+"""How the launch scripts speak: their tables."""
+
+from aclip.cli import text_table
+
+
+def test_table_is_aligned_left_in_the_first_column_and_right_in_the_others():
+    rows = [["", "ms", "of it"], ["aclip", "12.5", "7%"], ["a plain one", "1,112.5", ""]]
+    assert text_table(rows).splitlines() == [
+        "                  ms  of it",
+        "aclip           12.5     7%",
+        "a plain one  1,112.5",
+    ]
+
+
+def test_table_takes_other_columns_to_the_left_and_rows_that_end_early():
+    rows = [["node", "slots", "torch"], ["a", "16", "2.14.1"], ["node-2", "8"]]
+    assert text_table(rows, left=(0, 2)).splitlines() == [
+        "node    slots  torch",
+        "a          16  2.14.1",
+        "node-2      8",
+    ]

@@ -1,0 +1,75 @@
+"""The launch scripts' options: both spellings of those that are spelled in two ways."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from aclip.config.arguments import parser
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+NEEDED = {
+    "ablate": [],
+    "benchmark": [],
+    "convert": ["folder", "pairs"],
+    "evaluate": ["runs/demo", "--suite", "scenes"],
+    "export": ["runs/demo", "--format", "open_clip"],
+    "report": ["runs/demo"],
+    "visualize": ["runs/demo"],
+}
+"""By script: what it can't do without."""
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """parse(script, *arguments): what the script makes of them, by name."""
+
+    def run(name: str, *arguments: str) -> dict:
+        spec = importlib.util.spec_from_file_location(f"launch_{name}", LAUNCH / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        return vars(module.parse_arguments())
+
+    return run
+
+
+@pytest.mark.parametrize("script", NEEDED)
+def test_out_and_output_are_one_option(parse, script):
+    short, long = (parse(script, *NEEDED[script], name, "x") for name in ("--out", "--output"))
+    assert short == long and "x" in short.values()
+
+
+def test_out_and_output_are_one_option_of_pretraining():
+    for name in ("--out", "--output"):
+        arguments = parser().parse_intermixed_args(["--ds_config", "ds.json", name, "x"])
+        assert arguments.output == "x"
+
+
+@pytest.mark.parametrize(
+    "source, options, expected",
+    [
+        pytest.param(
+            ["folder", "pairs"],
+            ["--shard-size", "7", "--min-side", "8", "--short-side", "9"],
+            {"shard_size": 7, "min_side": 8, "short_side": 9},
+            id="shards",
+        ),
+        pytest.param(
+            ["table", "a.csv"],
+            ["--image-column", "a", "--caption-column", "b", "--caption-column", "c"],
+            {"image_column": "a", "caption_column": ["b", "c"]},
+            id="columns",
+        ),
+        pytest.param(["table", "a.csv"], ["--no-quotes"], {"no_quotes": True}, id="quotes"),
+        pytest.param(
+            ["yfcc-list", "a", "--subset", "b"], ["--image-ids", "c"], {"image_ids": "c"}, id="ids"
+        ),
+    ],
+)
+def test_converters_take_hyphens_and_underscores(parse, source, options, expected):
+    underscores = [f"--{o[2:].replace('-', '_')}" if o.startswith("--") else o for o in options]
+    for spelling in (options, underscores):
+        values = parse("convert", *source, *spelling, "--out", "x")
+        assert {name: values[name] for name in expected} == expected
