@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 OWN_PAGES = 64 * 1024
-"""Bytes from which an allocation gets pages of its own, which go when it is freed."""
+"""Bytes: allocations of at least this size are mapped separately and returned to the system when
+freed."""
 MOST_IN_HEAP = 32 * 2**20  # up to which glibc raises that threshold by itself
 MOST_MAPPED = 65536  # allocations with pages of their own
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h

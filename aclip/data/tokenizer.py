@@ -7,8 +7,8 @@ from torch import Tensor
 from aclip.tokens import VOCAB_SIZE
 
 MAX_CHARACTERS = 8192
-"""Of a caption that are read, more than any context holds: byte-pair encoding of one endless word
-takes time by the square of its length."""
+"""So much of a caption is read, which is more than any context holds: byte-pair encoding of one
+endless word takes time by the square of its length."""
 
 
 class Tokenizer:
@@ -39,7 +39,7 @@ class Tokenizer:
         Returns:
             (B, L) int64, L the longest caption's length; 0 after the end token. A caption longer
             than context_length is cut, and its last token is the end token. What lies behind
-        MAX_CHARACTERS is not read.
+            MAX_CHARACTERS is not read.
         """
         if not captions:
             return self._simple([""])[:0, :0]

@@ -44,8 +44,7 @@ def find(root: Path, resume: str) -> Path | None:
         return found
     raise ConfigError(
         f"--resume is {resume}, which is neither a checkpoint nor a run folder that holds one; "
-        "give "
-        "the folder that contains manifest.json, or auto, or none"
+        "give the folder that contains manifest.json, or auto, or none"
     )
 
 
