@@ -1,4 +1,4 @@
-"""Packaging of aclip: the folder ``kernels/`` is installed as ``aclip.kernels`` (CONTRIBUTING.md
+"""Packaging of aclip: the folder ``kernels/`` is installed as ``aclip.kernels`` (kernels/README.md
 says why)."""
 
 from setuptools import find_packages, setup

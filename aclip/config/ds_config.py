@@ -104,7 +104,7 @@ class DsConfig:
 
     def engine_values(self) -> dict[str, Any]:
         """What DeepSpeed gets: aclip counts micro_steps itself, since one backward pass more than
-        the micro_steps runs when the losses span all of them (aclip/trainer.py)."""
+        the micro_steps runs when the losses span all of them (aclip/training/stepper.py)."""
         values = copy.deepcopy(self.values)
         values.pop("train_batch_size")
         values["train_micro_batch_size_per_gpu"] = self.micro_batch_size
@@ -121,8 +121,7 @@ def read_ds_config(path: str, global_batch_size: int, world_size: int) -> DsConf
 
     Raises:
         ConfigError: missing, not JSON, an unknown top-level key, 'auto' where DeepSpeed would take
-        a
-            default, fp16, or a batch size that contradicts the recipe or the number of ranks.
+            a default, fp16, or a batch size that contradicts the recipe or the number of ranks.
     """
     values = _read_json(path)
     _refuse_unknown_keys(values, path)
@@ -242,9 +241,8 @@ def _batch_sizes(
         raise ConfigError(
             f"train.global_batch_size is {global_batch_size}, but {world_size} ranks x "
             f"train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps "
-            f"{num_micro_steps} "
-            f"make {world_size * micro * num_micro_steps}; change one of them in {path} or the "
-            "recipe"
+            f"{num_micro_steps} make {world_size * micro * num_micro_steps}; change one of them in "
+            f"{path} or the recipe"
         )
     return micro, num_micro_steps
 
@@ -264,7 +262,6 @@ def _dtype(values: dict, stage: int, path: str) -> torch.dtype:
     if stage == 0:
         raise ConfigError(
             f"bf16.enabled is true with zero_optimization.stage 0 in {path}, where DeepSpeed has "
-            "no "
-            "fp32 masters to read; use stage 1, which is the same without sharding on one GPU"
+            "no fp32 masters to read; use stage 1, which is the same without sharding on one GPU"
         )
     return torch.bfloat16

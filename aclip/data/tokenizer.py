@@ -7,8 +7,8 @@ from torch import Tensor
 from aclip.method.tokens import VOCAB_SIZE, caption_lengths
 
 MAX_CHARACTERS = 8192
-"""Of a caption that are read, more than any context holds: byte-pair encoding of one endless word
-takes time by the square of its length."""
+"""So much of a caption is read, which is more than any context holds: byte-pair encoding of one
+endless word takes time by the square of its length."""
 
 
 class Tokenizer:

@@ -118,7 +118,8 @@ def test_the_list_and_the_index_are_made_by_the_same_script(tmp_path, convert, w
 
 
 def test_the_commands_of_the_readme_are_understood(script, monkeypatch):
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    manual = ROOT / "aclip" / "data" / "convert" / "README.md"
+    text = manual.read_text().replace("\\\n", " ")
     commands = re.findall(r"^ +python (launch/convert\.py .*)$", text, re.MULTILINE)
     sources = set()
     for command in commands:
