@@ -14,6 +14,7 @@ from trainer_run import BATCH, RECIPE, STEPS, run_trainer, train_in, write_shard
 from aclip.config.arguments import parse
 from aclip.run_folder import checkpoint_folder
 from aclip.training import checkpoint, stepper
+from aclip.training.pretrain import pretrain
 from aclip.training.step_watch import NonFiniteLoss
 from aclip.training.upload import Uploader
 
@@ -151,7 +152,7 @@ def test_ranks_end_after_rank_0_has_uploaded(run_distributed, shards, tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     last = tmp_path / "remote" / checkpoint_folder.LATEST
 
-    def pretrain():
+    def run():
         upload = Uploader._upload
 
         def slow(*args):
@@ -161,7 +162,7 @@ def test_ranks_end_after_rank_0_has_uploaded(run_distributed, shards, tmp_path):
         Uploader._upload = slow
         return pretrain(parse(words)), last.is_file()
 
-    assert run_distributed(pretrain, 2) == [(0, True), (0, True)]
+    assert run_distributed(run, 2) == [(0, True), (0, True)]
 
 
 def test_run_that_is_made_longer_is_evaluated_at_its_new_end(run_distributed, shards, tmp_path):
