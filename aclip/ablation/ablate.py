@@ -17,7 +17,7 @@ from aclip.cli import EXIT_FAILED_RUNS, EXIT_STOPPED_BY_SIGNAL
 from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe_file import load_recipe
 from aclip.data.find_data import find_data
-from aclip.data.loader import fingerprint
+from aclip.data.fingerprint import count_shards
 from aclip.errors import ConfigError
 from aclip.files import check_writable
 from aclip.method.schedules import count_steps
@@ -112,7 +112,7 @@ def _make_runs(arguments: argparse.Namespace) -> list[Run]:
     ]
     overrides = [*arguments.overrides, *schedule]
     cases = make_cases(rows, arguments.recipe, overrides, arguments.keep_ratio)
-    data = fingerprint(recipe.data, shards)
+    data = count_shards(recipe.data, shards)
     data["val_samples"] = sum(shard.num_samples for shard in val_shards)
     runs = make_runs(cases, arguments.seeds, output, ds_config.values, data)
     for run in runs:

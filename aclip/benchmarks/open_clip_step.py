@@ -10,7 +10,7 @@ from torch import Tensor
 from aclip.benchmarks.synthetic import synthetic_batch
 from aclip.config.recipe import Recipe
 from aclip.data.augment import augment
-from aclip.engine.optimizer import parameter_groups
+from aclip.engine.optimizer import optimizer_bytes, parameter_groups
 from aclip.models.vit import ImageTower
 
 CONTEXT_LENGTH = 77
@@ -82,7 +82,8 @@ class OpenClipStep:
 
     def state_bytes(self) -> int:
         """Weights and both moments."""
-        return sum(3 * p.numel() * p.element_size() for p in self._model.parameters())
+        parameters = list(self._model.parameters())
+        return sum(p.nbytes + optimizer_bytes(p.numel(), p.dtype) for p in parameters)
 
     def _autocast(self):
         if self._device.type == "cuda":

@@ -30,6 +30,7 @@ from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
 from aclip.data.batch import join
 from aclip.distributed import default_to_one_rank
+from aclip.engine.optimizer import optimizer_bytes
 from aclip.engine.process_group import init_distributed
 from aclip.errors import ConfigError
 from aclip.planning.flops import step_flops
@@ -204,8 +205,7 @@ def _state_bytes(stepper: Stepper) -> int:
         tensors += [*teacher.model.parameters(), *teacher.state_dict().values()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    fp32_copies = 2 if stepper.dtype == torch.float32 else 3
-    return sum(storages.values()) + 4 * fp32_copies * trained
+    return sum(storages.values()) + optimizer_bytes(trained, stepper.dtype)
 
 
 def make_row(system: System, systems: list[System], baselines: list[str], batch_size: int) -> Row:

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
-from aclip.config.sections import DataConfig
 from aclip.data.batch import Batch, collate, join
 from aclip.data.lane_counts import cost_of_striding, resolve_lanes, resolve_workers
 from aclip.data.lane_order import LaneOrder
@@ -196,7 +195,7 @@ def build_train_loader(
             lanes or sources. While iterating: a shard can't be read or a lane holds nothing usable.
     """
     allow_many_open_files()
-    num_lanes = _num_lanes(recipe, shards)
+    num_lanes = count_lanes(recipe, shards)
     workers = resolve_workers(recipe.data.workers, num_lanes, world_size, _cores_per_rank())
     num_sources = max(1, len(recipe.data.sources))
     size = 2 if num_sources == 1 else 1 + 2 * num_sources
@@ -220,7 +219,7 @@ def build_train_loader(
 
 def striding_warnings(recipe: Recipe, shards: list[Shard]) -> list[str]:
     """A sentence for each source with fewer shards than lanes."""
-    num_lanes = _num_lanes(recipe, shards)
+    num_lanes = count_lanes(recipe, shards)
     names = [f"data.sources.{index}" for index in range(len(recipe.data.sources))] or ["data.train"]
     counts = _shards_by_source(shards)
     return [
@@ -230,7 +229,8 @@ def striding_warnings(recipe: Recipe, shards: list[Shard]) -> list[str]:
     ]
 
 
-def _num_lanes(recipe: Recipe, shards: list[Shard]) -> int:
+def count_lanes(recipe: Recipe, shards: list[Shard]) -> int:
+    """The lanes that a recipe's data are dealt to, see resolve_lanes."""
     most_shards = max(_shards_by_source(shards).values())
     return resolve_lanes(recipe.data.lanes, most_shards, recipe.train.global_batch_size)
 
@@ -243,14 +243,3 @@ def _cores_per_rank() -> int:
     # torchrun and deepspeed tell how many ranks share the machine, each by its own name.
     ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
     return len(os.sched_getaffinity(0)) // max(1, int(ranks))
-
-
-def fingerprint(config: DataConfig, shards: list[Shard]) -> dict:
-    """What tells the training data of two runs apart, as far as counting can."""
-    values = {"shards": len(shards), "samples": sum(shard.num_samples for shard in shards)}
-    if config.sources:
-        sizes = Counter(shard.source for shard in shards)
-        values["sources"] = [
-            [sizes[index], source.weight] for index, source in enumerate(config.sources)
-        ]
-    return values

@@ -12,6 +12,29 @@ from aclip.config.ds_config import DsConfig
 from aclip.config.sections import OptimizerConfig
 from aclip.models.student import Student
 
+ADAM = "Adam"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's tensors of a parameter's shape, in fp32."""
+
+
+def optimizer_bytes(num_trained: int, dtype: torch.dtype) -> int:
+    """Bytes of AdamW's state: its moments, and fp32 masters where the weights are not fp32.
+
+    Args:
+        num_trained: elements of the trainable parameters. dtype: the weights' own.
+    """
+    num_tensors = len(MOMENTS) + (dtype != torch.float32)
+    return num_tensors * torch.float32.itemsize * num_trained
+
+
+def state_family(optimizer: torch.optim.Optimizer) -> str:
+    """What optimizers that can continue from each other's state have in common: "Adam" for torch's
+    and DeepSpeed's for the CPU, else the name of the class."""
+    import deepspeed
+
+    is_adam = isinstance(optimizer, (torch.optim.Adam, deepspeed.ops.adam.DeepSpeedCPUAdam))
+    return ADAM if is_adam else type(optimizer).__name__
+
 
 def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict]:
     """Trainable parameters in two groups: with weight decay, and 1-d ones without."""

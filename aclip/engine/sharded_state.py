@@ -1,10 +1,10 @@
-"""fp32 masters and Adam moments of the student as whole tensors, under every ZeRO stage.
+"""fp32 masters and the optimizer's state as whole tensors, under every ZeRO stage.
 
-Each rank owns a fragment of a parameter's master and moments: all of it without ZeRO, a slice of a
-flat buffer under ZeRO-1/2, a partition under ZeRO-3. Everything here is built on `_fragment`, which
-finds that slice; a checkpoint therefore holds plain whole tensors and loads into any stage and any
-number of ranks. DeepSpeed's own accessors raise for some groups before the first step (0.19.8), so
-the flat buffers are read directly.
+The optimizer keeps its state for flat tensors: for the parameters themselves without ZeRO, else for
+this rank's part of each group's fp32 buffer. Everything here is built on `_fragment`, which finds a
+parameter's slice in such a tensor; a checkpoint therefore holds plain whole tensors and loads into
+any stage and any number of ranks. DeepSpeed's own accessors raise for some groups before the first
+step (0.19.8), so the flat buffers are read directly.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aclip.distributed import rank, world_size
+from aclip.engine.optimizer import state_family
+from aclip.errors import ConfigError
 
 MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+Scalar = Tensor | int | float
 
 
 @dataclass
 class Fragment:
-    """A rank's part of one parameter's fp32 tensor.
+    """A rank's part of one parameter's tensor.
 
     Attributes:
         values: 1-d view into the optimizer's storage, writable.
@@ -36,47 +38,92 @@ class Fragment:
 
 
 class ShardedState:
-    """Reads and writes the fp32 state behind a DeepSpeed engine's parameters.
+    """Reads and writes the state behind a DeepSpeed engine's parameters.
+
+    What an optimizer of any class keeps for a parameter is a tensor of the parameter's shape, or a
+    scalar (a number or a tensor of one element) that is the same for all parameters. What it has
+    not made yet, before its first step, is not there and begins anew after loading.
 
     Args:
-        engine: from deepspeed.initialize, ZeRO stage 0 to 3; an Adam-type optimizer.
+        engine: from deepspeed.initialize, ZeRO stage 0 to 3.
+
+    Attributes:
+        family: the optimizer's, see state_family.
     """
 
     def __init__(self, engine):
         self._engine = engine
         self._stage = engine.zero_optimization_stage()
         self._parameters = dict(engine.module.named_parameters())
+        self._optimizer = engine.optimizer.optimizer if self._stage > 0 else engine.optimizer
+        self.family = state_family(self._optimizer)
+        self._groups = {}
+        if self._stage in (1, 2):
+            groups = enumerate(engine.optimizer.bit16_groups)
+            self._groups = {parameter: index for index, group in groups for parameter in group}
 
     def gather(self) -> Iterator[tuple[str, str, Tensor | None]]:
-        """Yields (parameter name, kind, whole fp32 tensor on CPU) for master and moments.
+        """Yields (parameter name, kind, whole tensor on CPU) for the fp32 master and for each state
+        tensor, whose kind is the optimizer's own name for it, such as exp_avg.
 
         A collective: every rank iterates to the end. Only rank 0 gets the tensors, others None.
         Frozen parameters have a master only.
+
+        Raises:
+            ConfigError: on every rank, if the optimizer keeps what is neither a tensor of the
+                parameter's shape nor a scalar.
         """
         for name, parameter in self._parameters.items():
-            kinds = (MASTER, *MOMENTS) if parameter.requires_grad else (MASTER,)
-            for kind in kinds:
-                whole = self._gather_one(parameter, kind)
-                yield name, kind, whole.cpu() if rank() == 0 else None
+            if not parameter.requires_grad:
+                yield name, MASTER, _on_rank_0(_frozen(parameter))
+                continue
+            state, _ = self._split_state(name)
+            for kind, storage in {MASTER: self._flat(parameter).data, **state}.items():
+                yield name, kind, _on_rank_0(self._whole(parameter, storage))
+
+    def scalars(self) -> dict[str, Scalar]:
+        """The optimizer's scalars by its own names, such as Adam's step; tensors are on the CPU.
+
+        Raises:
+            ConfigError: a scalar is not the same for all parameters.
+        """
+        found: dict[str, Scalar] = {}
+        for name in self._trainable():
+            for kind, value in self._split_state(name)[1].items():
+                value = value.cpu() if torch.is_tensor(value) else value
+                if bool(found.setdefault(kind, value) != value):
+                    raise ConfigError(
+                        f"{type(self._optimizer).__name__} keeps {kind} {value} for {name} and "
+                        f"{found[kind]} for another parameter, which a checkpoint does not hold; "
+                        "use an optimizer that counts alike for all"
+                    )
+        return found
 
     @torch.no_grad()
     def load(self, name: str, kind: str, whole: Tensor) -> None:
         """Writes this rank's part of a whole tensor; a master also reaches the model's weights."""
         parameter = self._parameters[name]
         if parameter.requires_grad:
-            fragment = self._fragment(parameter, kind, create=True)
+            storage = flat = self._flat(parameter).data
+            if kind != MASTER:
+                state = self._optimizer.state[self._flat(parameter)]
+                if state.get(kind) is None:
+                    state[kind] = torch.zeros_like(flat, dtype=whole.dtype)
+                storage = state[kind]
+            fragment = self._fragment(parameter, storage)
             if fragment is not None:
                 end = fragment.start + fragment.values.numel()
                 fragment.values.copy_(whole.flatten()[fragment.start : end])
         if kind == MASTER:
             self._write_weights(parameter, whole)
 
-    def set_step(self, step: int) -> None:
-        """Sets the number of updates that Adam's bias correction counts."""
-        for state in self._optimizer_states().values():
-            old = state.get("step")
-            # torch keeps a tensor, DeepSpeed's CPU Adam an int.
-            state["step"] = torch.full_like(old, step) if torch.is_tensor(old) else step
+    def load_scalars(self, scalars: dict[str, Scalar]) -> None:
+        """Sets scalars for every parameter that has a state by now, or for all if none has."""
+        flats = [self._flat(self._parameters[name]) for name in self._trainable()]
+        states = self._optimizer.state
+        for flat in [flat for flat in flats if states.get(flat)] or flats:
+            for kind, value in scalars.items():
+                states[flat][kind] = self._own_form(value, flat)
 
     @torch.no_grad()
     def clamp_max(self, name: str, ceiling: float) -> Tensor:
@@ -87,7 +134,7 @@ class ShardedState:
         """
         parameter = self._parameters[name]
         value = torch.zeros(1, device=self._engine.device)
-        fragment = self._fragment(parameter, MASTER)
+        fragment = self._fragment(parameter, self._flat(parameter).data)
         if fragment is not None and fragment.values.numel():
             fragment.values.clamp_(max=ceiling)
             value.copy_(fragment.values)
@@ -99,13 +146,45 @@ class ShardedState:
             parameter.data.clamp_(max=ceiling)
         return value
 
-    def _gather_one(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        if not parameter.requires_grad:
-            with gathered([parameter]):
-                return parameter.detach().float().clone()
+    def _trainable(self) -> list[str]:
+        return [name for name, p in self._parameters.items() if p.requires_grad]
+
+    def _split_state(self, name: str) -> tuple[dict[str, Tensor], dict[str, Scalar]]:
+        """The tensors laid out as the parameter's flat tensor, and the scalars beside them."""
+        flat = self._flat(self._parameters[name])
+        tensors, scalars = {}, {}
+        for kind, value in self._optimizer.state.get(flat, {}).items():
+            if torch.is_tensor(value) and value.shape == flat.shape:
+                tensors[kind] = value
+            elif _is_scalar(value):
+                scalars[kind] = value
+            elif value is not None:  # as SGD's momentum before the first step
+                shape = f" of shape {list(value.shape)}" if torch.is_tensor(value) else ""
+                raise ConfigError(
+                    f"{type(self._optimizer).__name__} keeps {kind}, a {type(value).__name__}"
+                    f"{shape}, for {name}, of which it sees a tensor of shape {list(flat.shape)}; "
+                    "a checkpoint holds tensors of that shape and scalars only: use an optimizer "
+                    "that keeps no others"
+                )
+        return tensors, scalars
+
+    def _own_form(self, value: Scalar, flat: Tensor) -> Scalar:
+        """A scalar in the type and on the device in which this optimizer keeps it for `flat`."""
+        if isinstance(self._optimizer, deepspeed.ops.adam.DeepSpeedCPUAdam):
+            return int(value)  # it counts in an int where torch's Adam does in a tensor
+        if isinstance(self._optimizer, torch.optim.Adam):
+            value = torch.as_tensor(value, dtype=torch.float32)
+        if not torch.is_tensor(value):
+            return value
+        # Where torch's own load_state_dict puts it.
+        groups = self._optimizer.param_groups
+        on_device = any(group.get("fused") or group.get("capturable") for group in groups)
+        return value.to(flat.device if on_device else "cpu", copy=True)
+
+    def _whole(self, parameter: nn.Parameter, storage: Tensor) -> Tensor:
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        whole = torch.zeros(shape.numel(), device=self._engine.device)
-        fragment = self._fragment(parameter, kind)
+        whole = torch.zeros(shape.numel(), dtype=storage.dtype, device=self._engine.device)
+        fragment = self._fragment(parameter, storage)
         # Without ZeRO every rank holds the whole: one of them is enough.
         if fragment is not None and (self._stage > 0 or rank() == 0):
             whole[fragment.start : fragment.start + fragment.values.numel()] = fragment.values
@@ -113,16 +192,26 @@ class ShardedState:
             dist.all_reduce(whole)
         return whole.view(shape)
 
-    def _fragment(
-        self, parameter: nn.Parameter, kind: str, create: bool = False
-    ) -> Fragment | None:
-        """This rank's part of `kind`; None if it owns no element or there is no such moment yet."""
+    def _flat(self, parameter: nn.Parameter) -> Tensor:
+        """The tensor that the optimizer updates for a trainable parameter: itself, or this rank's
+        part of the buffer that the parameter lies in. There is one on every rank, also where the
+        rank owns no element of the parameter."""
+        optimizer = self._engine.optimizer
         if self._stage == 0:
-            flat, offset, start, numel = parameter, 0, 0, parameter.numel()
+            return parameter
+        if self._stage == 3:
+            group, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            return optimizer.fp32_partitioned_groups_flat[group]
+        return optimizer.single_partition_of_fp32_groups[self._groups[parameter]]
+
+    def _fragment(self, parameter: nn.Parameter, storage: Tensor) -> Fragment | None:
+        """This rank's part of a parameter in a tensor laid out as its flat one; None if it owns no
+        element."""
+        if self._stage == 0:
+            offset, start, numel = 0, 0, parameter.numel()
         elif self._stage == 3:
             optimizer = self._engine.optimizer
-            group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            flat = optimizer.fp32_partitioned_groups_flat[group]
+            _, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = parameter.ds_tensor.numel() * rank()
             # The last partition is padded with uninitialised values.
             numel = max(0, min(numel, parameter.ds_numel - start))
@@ -130,35 +219,10 @@ class ShardedState:
             mapping = parameter._hp_mapping
             if mapping is None:
                 return None
-            flat = self._engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
             offset = mapping.hp_fragment_address.start
             numel = mapping.hp_fragment_address.numel
             start = mapping.lp_fragment_address.start
-        storage = flat.data if kind == MASTER else self._moment(flat, kind, create)
-        if storage is None:
-            return None
         return Fragment(storage.view(-1).narrow(0, offset, numel), start)
-
-    def _moment(self, flat: Tensor, kind: str, create: bool) -> Tensor | None:
-        states = self._optimizer_states()
-        if create and kind not in states.get(flat, {}):
-            state = states.setdefault(flat, {})
-            state.setdefault("step", self._new_step(flat))
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(flat.data)
-        return states.get(flat, {}).get(kind)
-
-    def _new_step(self, flat: Tensor) -> Tensor | int:
-        torch_adam = isinstance(self._base_optimizer(), torch.optim.Adam)
-        # On the parameter's device, where the fused kernel wants it.
-        return torch.zeros((), dtype=torch.float32, device=flat.device) if torch_adam else 0
-
-    def _optimizer_states(self) -> dict:
-        return self._base_optimizer().state
-
-    def _base_optimizer(self) -> torch.optim.Optimizer:
-        optimizer = self._engine.optimizer
-        return optimizer.optimizer if self._stage > 0 else optimizer
 
     def _write_weights(self, parameter: nn.Parameter, whole: Tensor) -> None:
         if hasattr(parameter, "ds_tensor"):
@@ -168,6 +232,19 @@ class ShardedState:
             shard.view(-1)[: part.numel()].copy_(part)
         if parameter.numel() == whole.numel():
             parameter.data.copy_(whole)
+
+
+def _frozen(parameter: nn.Parameter) -> Tensor:
+    with gathered([parameter]):
+        return parameter.detach().float().clone()
+
+
+def _on_rank_0(whole: Tensor) -> Tensor | None:
+    return whole.cpu() if rank() == 0 else None
+
+
+def _is_scalar(value: object) -> bool:
+    return value.numel() == 1 if torch.is_tensor(value) else isinstance(value, int | float)
 
 
 def gathered(parameters: list[nn.Parameter]):

@@ -35,6 +35,7 @@ from aclip.run_folder.layout import (
     REPORT_CHARTS_FOLDER,
     REPORT_MARKDOWN,
     REPORT_PAGE,
+    latest_record,
     picture_path,
 )
 from aclip.run_folder.metrics_file import flatten, read_metrics
@@ -126,7 +127,7 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> RunRecord:
-    recipe = folder / RECIPE_FILE
+    recipe = latest_record(folder, RECIPE_FILE)
     for path in (folder / METRICS_FILE, recipe):
         if not path.is_file():
             raise ConfigError(

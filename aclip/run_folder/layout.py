@@ -1,4 +1,8 @@
-"""The names of what lies in a run folder."""
+"""The names of what lies in a run folder.
+
+What the run was made of is recorded at its first start under the names below, and at a later start
+what has changed by then, under a name with the samples at which that start continued.
+"""
 
 from pathlib import Path
 
@@ -6,6 +10,7 @@ RECIPE_FILE = "recipe.yaml"
 DS_CONFIG_FILE = "ds_config.json"
 ENVIRONMENT_FILE = "environment.json"
 INIT_REPORT_FILE = "init_report.json"
+SHARDS_FILE = "shards.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -19,3 +24,21 @@ REPORT_CHARTS_FOLDER = "report"
 def picture_path(run_folder: Path, samples: int) -> Path:
     """Where the picture of kept patches at so many samples lies."""
     return run_folder / "pictures" / f"kept-patches-{samples:012d}.png"
+
+
+def later_record(run_folder: Path, name: str, samples: int) -> Path:
+    """Where the record `name` lies that changed at so many samples."""
+    first = run_folder / name
+    return first.with_name(f"{first.stem}-samples-{samples:012d}{first.suffix}")
+
+
+def later_records(run_folder: Path, name: str) -> list[Path]:
+    """The records after the first one of that name, oldest first."""
+    first = run_folder / name
+    return sorted(run_folder.glob(f"{first.stem}-samples-{'[0-9]' * 12}{first.suffix}"))
+
+
+def latest_record(run_folder: Path, name: str) -> Path:
+    """The record `name` that describes the latest checkpoint; the first one's path if there is
+    none."""
+    return [run_folder / name, *later_records(run_folder, name)][-1]

@@ -9,12 +9,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aclip.distributed import rank, world_size
+from aclip.engine.optimizer import ADAM
 from aclip.engine.sharded_state import MASTER, ShardedState
 from aclip.errors import ConfigError
 from aclip.run_folder.checkpoint_folder import (
@@ -31,6 +33,10 @@ from aclip.run_folder.checkpoint_folder import (
 )
 from aclip.training.random_state import get_random_state, set_random_state
 from aclip.training.teacher import Teacher
+
+FAMILY, NUMBERS = "family", "numbers"
+"""Of the optimizer's file: state_family, and the scalars that are Python numbers, as JSON. A scalar
+that is a tensor lies beside PARAMETER/KIND under its KIND alone."""
 
 
 class CheckpointError(RuntimeError):
@@ -60,15 +66,20 @@ def save(
 
     Raises:
         CheckpointError: on every rank, when rank 0 could not write (disk full, no permission).
+        ConfigError: on every rank, when the optimizer keeps what no checkpoint can hold.
     """
     folder = root / f"samples-{state['samples']:012d}"
     partial = folder.with_suffix(".tmp")
     masters: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
-    for name, kind, whole in ShardedState(engine).gather():
+    optimizer: dict[str, Tensor] = {}
+    sharded = ShardedState(engine)
+    for name, kind, whole in sharded.gather():
         if whole is not None:
-            tensors, key = (masters, name) if kind == MASTER else (moments, f"{name}/{kind}")
+            tensors, key = (masters, name) if kind == MASTER else (optimizer, f"{name}/{kind}")
             tensors[key] = whole
+    scalars = sharded.scalars()
+    numbers = {kind: value for kind, value in scalars.items() if not torch.is_tensor(value)}
+    optimizer |= {kind: value for kind, value in scalars.items() if kind not in numbers}
     rng = _gather_rng()
     problem = None
     if rank() == 0:
@@ -76,7 +87,8 @@ def save(
             remove_partial(root)
             partial.mkdir(parents=True)
             save_file(masters, partial / STUDENT)
-            save_file(moments, partial / OPTIMIZER)
+            described = {FAMILY: sharded.family, NUMBERS: json.dumps(numbers)}
+            save_file(optimizer, partial / OPTIMIZER, described)
             if teacher is not None:
                 average = {name: t.cpu().contiguous() for name, t in teacher.state_dict().items()}
                 save_file(average, partial / TEACHER)
@@ -113,10 +125,11 @@ def load(folder: Path, engine, teacher: Teacher | None, step: int) -> None:
 
     Args:
         folder: a checkpoint of the same recipe shape, from any ZeRO stage and number of ranks.
-        step: optimizer updates done, for Adam's bias correction.
+        step: optimizer updates done; Adam's bias correction counts them where a checkpoint of
+            earlier versions holds the moments alone.
 
     Raises:
-        ConfigError: a parameter is missing or has another shape.
+        ConfigError: a parameter is missing or has another shape, or the optimizer is another.
     """
     _check_shapes(folder, engine)
     if teacher is not None and not (folder / TEACHER).is_file():
@@ -128,14 +141,30 @@ def load(folder: Path, engine, teacher: Teacher | None, step: int) -> None:
     with safe_open(folder / STUDENT, "pt") as file:
         for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
             sharded.load(name, MASTER, file.get_tensor(name))
-    with safe_open(folder / OPTIMIZER, "pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            name, kind = key.rsplit("/", 1)
-            sharded.load(name, kind, file.get_tensor(key))
-    sharded.set_step(step)
+    _load_optimizer(folder, sharded, step)
     if teacher is not None:
         teacher.load_state_dict(load_file(folder / TEACHER))
     _load_rng(folder)
+
+
+def _load_optimizer(folder: Path, sharded: ShardedState, step: int) -> None:
+    """Loads what was saved of the optimizer's state; what was not begins anew."""
+    scalars: dict[str, Tensor | int | float] = {}
+    with safe_open(folder / OPTIMIZER, "pt") as file:
+        described = file.metadata() or {FAMILY: ADAM, NUMBERS: json.dumps({"step": step})}
+        if described[FAMILY] != sharded.family:
+            raise ConfigError(
+                f"--resume loads {folder}, which was trained with {described[FAMILY]}, but this "
+                f"run's optimizer is {sharded.family}; use that run's optimizer, or --resume none "
+                "with another --output"
+            )
+        for key in file.keys():  # noqa: SIM118
+            name, _, kind = key.rpartition("/")
+            if name:
+                sharded.load(name, kind, file.get_tensor(key))
+            else:
+                scalars[kind] = file.get_tensor(key)
+    sharded.load_scalars(scalars | json.loads(described[NUMBERS]))
 
 
 def _check_shapes(folder: Path, engine) -> None:

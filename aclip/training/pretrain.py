@@ -81,7 +81,8 @@ def pretrain(arguments: argparse.Namespace) -> int:
     )
     limit_engine_collectives(collective_timeout)
     if rank() == 0:
-        record_run(run_folder, recipe, ds_config.values, trainer.stepper.init_report)
+        init_report = trainer.stepper.init_report
+        record_run(run_folder, recipe, ds_config.values, init_report, shards, trainer.samples)
     say(_headline(recipe, trainer, ds_config, resume_from, run_folder), flush=True)
     status = None
     try:

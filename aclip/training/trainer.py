@@ -12,7 +12,8 @@ from torch import Tensor
 from aclip.config.ds_config import DsConfig
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
-from aclip.data.loader import build_train_loader, fingerprint
+from aclip.data.fingerprint import check_continues, fingerprint
+from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import SKIP_KINDS, Shard
 from aclip.distributed import all_gather_rows, rank, world_size
 from aclip.errors import ConfigError
@@ -75,9 +76,9 @@ class Trainer:
         self.skipped = Counter()
         self.evaluations: dict[str, dict] = {}
         self.wandb_id = ""
-        self._fingerprint = fingerprint(recipe.data, shards)
+        self._fingerprint = fingerprint(recipe, shards)
         if resume_from is not None:
-            self._resume(resume_from)
+            self._resume(resume_from, shards)
         self._saved_at = self.samples if resume_from is not None else None
         self.stepper.share_exact_scalars()
         self._recent_skips = Counter()
@@ -294,24 +295,15 @@ class Trainer:
         if rank() == 0:
             print(text, flush=True)
 
-    def _check_continues(self, folder: Path, state: dict) -> None:
-        """Refuses a checkpoint after which the stream of samples would not go on as it was."""
+    def _resume(self, folder: Path, shards: list[Shard]) -> None:
+        state = checkpoint.read_state(folder)
         batch_size = self.recipe.train.global_batch_size
         if state["samples"] != state["step"] * batch_size:
             raise ConfigError(
                 f"train.global_batch_size is {batch_size}, but {folder} was trained with "
                 f"{state['samples'] // state['step']}; set it back, or use --resume none"
             )
-        if state["data"] != self._fingerprint:
-            field = "data.sources" if self.recipe.data.sources else "data.train"
-            raise ConfigError(
-                f"{field} gives {self._fingerprint}, but {folder} was trained on {state['data']}; "
-                "give the same shards, or use --resume none with another --output"
-            )
-
-    def _resume(self, folder: Path) -> None:
-        state = checkpoint.read_state(folder)
-        self._check_continues(folder, state)
+        check_continues(self.recipe, shards, state["data"], folder)
         checkpoint.load(folder, self.stepper.engine, self.stepper.teacher, state["step"])
         self.step = state["step"]
         self.cursors = torch.tensor(state["cursors"])

@@ -12,7 +12,7 @@ from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
 from aclip.models.student import Student, build_student
 from aclip.run_folder.checkpoint_folder import STUDENT, TEACHER, locate, verify
-from aclip.run_folder.layout import RECIPE_FILE
+from aclip.run_folder.layout import RECIPE_FILE, latest_record
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class CheckpointWeights:
 
     Attributes:
         folder: of the checkpoint. model: "student" or "teacher".
-        recipe: of its run. student: that recipe's, on the meta device, for its shapes.
+        recipe: its run's latest. student: that recipe's, on the meta device, for its shapes.
         state: the model's fp32 tensors by aclip's names; what the teacher does not average, such
             as the logit scale, is the student's.
     """
@@ -68,7 +68,7 @@ def load_checkpoint_weights(path: str, model: str | None) -> CheckpointWeights:
 
 
 def _recipe_of(folder: Path) -> Recipe:
-    path = folder.resolve().parent.parent / RECIPE_FILE
+    path = latest_record(folder.resolve().parent.parent, RECIPE_FILE)
     if not path.is_file():
         raise ConfigError(
             f"checkpoint {folder} is not in the folder of its run, whose recipe.yaml is needed; "
@@ -84,5 +84,5 @@ def _check_shapes(folder: Path, student: Student, state: dict[str, Tensor]) -> N
         if built.get(name) != saved.get(name):
             raise ConfigError(
                 f"checkpoint {folder} has {name} of shape {saved.get(name, 'absent')}, but the "
-                f"recipe.yaml of its run builds {built.get(name, 'none')}; put back the run's own"
+                f"recipe of its run builds {built.get(name, 'none')}; put back the run's own"
             )

@@ -57,7 +57,8 @@ def load_each(folder, stage, dtype, sources, teacher):
     for source, state in sources.items():
         for (name, kind), whole in state.items():
             run.state.load(name, kind, whole)
-        run.state.set_step(STEPS_BEFORE)
+        run.state.load_scalars({"step": STEPS_BEFORE})
+        assert run.state.scalars() == {"step": STEPS_BEFORE}
         gathered = run.gathered()
         assert not gathered or gathered.keys() == state.keys()
         for key, whole in gathered.items():

@@ -179,4 +179,19 @@ def test_checkpoint_of_other_data_or_batch_size_is_refused(run_distributed, shar
         with pytest.raises(ConfigError, match="data.train"):
             run_trainer(run, shards[:2])
 
+    def other_order():
+        with pytest.raises(ConfigError, match="train.seed is 1, but .* was trained with 0"):
+            run_trainer(run, shards, overrides=["train.seed=1"])
+
     run_distributed(other_data, 1)
+    run_distributed(other_order, 1)
+    state = json.loads((run / f"checkpoints/samples-{2 * BATCH:012d}/state.json").read_text())
+    data = state["data"]
+    assert len(data.pop("sha256")) == 64
+    assert data == {
+        "shards": 4,
+        "samples": 4 * SHARD_SIZE,
+        "train.seed": 0,
+        "data.shuffle_block": 160,  # the demo recipe's
+        "data.lanes": 4,
+    }

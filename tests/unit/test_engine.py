@@ -2,11 +2,15 @@
 
 from types import SimpleNamespace
 
+import deepspeed
+import pytest
 import torch
 from torch import nn
 
 from aclip.engine import process_group
-from aclip.engine.sharded_state import MOMENTS, ShardedState
+from aclip.engine.optimizer import MOMENTS, optimizer_bytes
+from aclip.engine.sharded_state import ShardedState
+from aclip.errors import ConfigError
 
 
 class TwoGpus:
@@ -41,17 +45,74 @@ def test_each_rank_takes_its_own_device_before_anything_is_made(monkeypatch):
     assert at_start == [1]
 
 
+def sharded_state(model, optimizer):
+    return ShardedState(
+        SimpleNamespace(module=model, optimizer=optimizer, zero_optimization_stage=lambda: 0)
+    )
+
+
 def test_state_that_is_loaded_lies_on_the_device_of_its_parameter():
     model = nn.Linear(3, 2, device="meta")
     fused = torch.optim.AdamW(model.parameters(), lr=0.1)
-    state = ShardedState(
-        SimpleNamespace(module=model, optimizer=fused, zero_optimization_stage=lambda: 0)
-    )
+    fused.param_groups[0]["fused"] = True  # which the constructor refuses on this device
+    state = sharded_state(model, fused)
     for kind in MOMENTS:
         state.load("weight", kind, torch.ones(2, 3))
-    state.set_step(5)
+    state.load_scalars({"step": torch.tensor(5.0)})
     loaded = fused.state[model.weight]
     # torch's fused AdamW refuses a step count that lies elsewhere.
     assert {name: value.device.type for name, value in loaded.items()} == {
         name: "meta" for name in ("step", *MOMENTS)
     }
+
+
+class CpuAdam(torch.optim.Optimizer):
+    """DeepSpeed's Adam for the CPU without its kernel, which needs a compiler."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+
+def test_step_count_is_in_the_type_that_each_adam_counts_in(monkeypatch):
+    monkeypatch.setattr(deepspeed.ops.adam, "DeepSpeedCPUAdam", CpuAdam)
+    model = nn.Linear(3, 2)
+    of_torch = torch.optim.AdamW(model.parameters(), lr=0.1)
+    of_cpu = CpuAdam(model.parameters())
+    for optimizer, saved in ((of_torch, 7), (of_cpu, torch.tensor(7.0))):
+        state = sharded_state(model, optimizer)
+        assert state.family == "Adam"
+        state.load_scalars({"step": saved})
+        assert state.scalars() == {"step": 7}
+    steps = [of_torch.state[parameter]["step"] for parameter in model.parameters()]
+    assert all(step.dtype == torch.float32 and step.shape == () for step in steps)
+    assert steps[0] is not steps[1], "torch adds 1 to each"
+    assert type(of_cpu.state[model.weight]["step"]) is int
+
+
+def test_scalars_come_back_as_they_were():
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.NAdam(model.parameters(), lr=0.1)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.state[model.weight]["count"] = optimizer.state[model.bias]["count"] = 3
+    scalars = sharded_state(model, optimizer).scalars()
+    assert scalars.keys() == {"step", "mu_product", "count"} and scalars["count"] == 3
+    other = torch.optim.NAdam(model.parameters(), lr=0.1)
+    sharded_state(model, other).load_scalars(scalars)
+    for kind, value in other.state[model.bias].items():
+        expected = optimizer.state[model.bias][kind]
+        assert type(value) is type(expected) and value == expected
+
+
+def test_scalar_that_differs_between_parameters_is_refused():
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for step, parameter in enumerate(model.parameters()):
+        optimizer.state[parameter]["step"] = torch.tensor(float(step))
+    with pytest.raises(ConfigError, match="AdamW keeps step 1.0 for bias and 0.0 for another"):
+        sharded_state(model, optimizer).scalars()
+
+
+def test_optimizer_bytes_are_two_moments_and_a_master_of_bf16_weights():
+    assert optimizer_bytes(10, torch.float32) == 80
+    assert optimizer_bytes(10, torch.bfloat16) == 120

@@ -116,6 +116,17 @@ def test_the_page_holds_its_images_and_the_recipe_and_markdown_finds_them(tmp_pa
             image.verify()
 
 
+def test_the_page_shows_the_latest_recipe(tmp_path):
+    run = write_run(tmp_path / "run")
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe-samples-000000002000.yaml").write_text(
+        recipe.replace("keep_ratio: 0.5", "keep_ratio: 0.25")
+    )
+    write_report([run], run)
+    shown = re.search(r"```yaml\n(.*?)```", (run / "report.md").read_text(), re.S)[1]
+    assert yaml.safe_load(shown)["mask"]["keep_ratio"] == 0.25
+
+
 def test_runs_are_compared_side_by_side(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     slower = [evaluation(1000, "student", 0.25), log_step(1)]

@@ -1,0 +1,123 @@
+"""What decides which sample comes next, kept in checkpoints and compared when a run continues."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from itertools import groupby, zip_longest
+from pathlib import Path
+
+from aclip.config.sections import DataConfig, Recipe
+from aclip.data.loader import count_lanes
+from aclip.data.shards.listing import Shard, shard_names
+from aclip.errors import ConfigError
+from aclip.run_folder.layout import SHARDS_FILE
+
+LIST = "sha256"
+FIELDS = ("train.seed", "data.shuffle_block", "data.lanes")
+
+
+def count_shards(config: DataConfig, shards: list[Shard]) -> dict:
+    """What tells the training data of two runs apart, as far as counting can."""
+    values = {"shards": len(shards), "samples": sum(shard.num_samples for shard in shards)}
+    if config.sources:
+        sizes = Counter(shard.source for shard in shards)
+        values["sources"] = [
+            [sizes[index], source.weight] for index, source in enumerate(config.sources)
+        ]
+    return values
+
+
+def fingerprint(recipe: Recipe, shards: list[Shard]) -> dict:
+    """What the order of samples is made of: with another value of any of these, a continued run
+    would repeat samples and leave out others, so that it is refused.
+
+    How a sample is treated may change: views, augmentation, masks, losses; and which samples are
+    skipped (data.min_image_side, data.on_shard_error), since a cursor counts those too.
+
+    Returns:
+        JSON-compatible: the counts, a SHA-256 of list_lines, and a value for each of FIELDS.
+    """
+    values = (recipe.train.seed, recipe.data.shuffle_block, count_lanes(recipe, shards))
+    return {
+        **count_shards(recipe.data, shards),
+        LIST: _digest(list_lines(shards)),
+        **dict(zip(FIELDS, values, strict=True)),
+    }
+
+
+def list_lines(shards: list[Shard]) -> list[str]:
+    """A line for each shard in order: its name, samples and source. The name leaves out what all
+    paths of a source begin with, since data may lie elsewhere on another machine."""
+    lines = []
+    for source, group in groupby(shards, key=lambda shard: shard.source):
+        of_source = list(group)
+        names = shard_names([shard.url for shard in of_source])
+        prefix = os.path.commonprefix(names)
+        start = prefix.rfind("/") + 1
+        lines += [
+            f"{name[start:]} {shard.num_samples} {source}"
+            for name, shard in zip(names, of_source, strict=True)
+        ]
+    return lines
+
+
+def check_continues(recipe: Recipe, shards: list[Shard], then: dict, checkpoint: Path) -> None:
+    """Refuses to continue where the stream of samples would not go on as it was.
+
+    Args:
+        then: the fingerprint of the run that wrote the checkpoint; one of earlier versions holds
+            the counts alone, which are then all that is compared.
+
+    Raises:
+        ConfigError: names the first field that differs.
+    """
+    now = fingerprint(recipe, shards)
+    anew = "or use --resume none with another --output"
+    if _counted(now) != _counted(then) or then.get(LIST, now[LIST]) != now[LIST]:
+        field = "data.sources" if recipe.data.sources else "data.train"
+        difference = _first_difference(list_lines(shards), checkpoint, then.get(LIST))
+        raise ConfigError(
+            f"{field} gives {_counted(now)}, but {checkpoint} was trained on {_counted(then)}"
+            f"{difference}; give the same shards in the same order, {anew}"
+        )
+    weights_now, weights_then = (_weights(values) for values in (now, then))
+    if weights_now != weights_then:
+        raise ConfigError(
+            f"data.sources has the weights {weights_now}, but {checkpoint} was trained with "
+            f"{weights_then}; set them back, {anew}"
+        )
+    for field in FIELDS:
+        if then.get(field, now[field]) != now[field]:
+            raise ConfigError(
+                f"{field} is {now[field]}, but {checkpoint} was trained with {then[field]}; set it "
+                f"back, {anew}"
+            )
+
+
+def _counted(values: dict) -> str:
+    text = f"{values['shards']} shards with {values['samples']} samples"
+    sizes = [str(size) for size, _ in values.get("sources", ())]
+    return f"{text} ({' + '.join(sizes)} shards by source)" if sizes else text
+
+
+def _weights(values: dict) -> list[float]:
+    return [weight for _, weight in values.get("sources", ())]
+
+
+def _first_difference(now: list[str], checkpoint: Path, digest: str | None) -> str:
+    """In words, where the checkpoint's run folder holds the list with that SHA-256."""
+    path = checkpoint.resolve().parent.parent / SHARDS_FILE
+    if digest is None or not path.is_file():
+        return ""
+    then = json.loads(path.read_text())
+    if _digest(then) != digest:
+        return ""
+    for place, (line, before) in enumerate(zip_longest(now, then, fillvalue="none")):
+        if line != before:
+            return f" (name, samples and source of shard {place}: {line} instead of {before})"
+    return ""
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
