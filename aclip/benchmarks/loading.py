@@ -63,7 +63,7 @@ class Row:
     """That feed one GPU at the stated rate."""
 
 
-def run(arguments: argparse.Namespace) -> int:
+def benchmark_loading(arguments: argparse.Namespace) -> int:
     """Runs `launch/benchmark.py --loader`; returns the exit status."""
     for name in ("rounds", "images", "gpu_rate"):
         if getattr(arguments, name) <= 0:

@@ -10,7 +10,7 @@ from aclip.config.recipe import Recipe
 from aclip.data.augment import augment
 from aclip.data.shards.listing import Shard, read_shard
 from aclip.data.tokenizer import build_tokenizer
-from aclip.evaluation.evaluate_set import evaluate
+from aclip.evaluation.evaluate_set import evaluate_set
 from aclip.evaluation.sets.evaluation_set import ShardSet
 from aclip.evaluation.sets.prompts import find_class_prompts
 from aclip.evaluation.towers import Towers
@@ -81,7 +81,7 @@ class Evaluator:
             augmentation.mean,
             augmentation.std,
         )
-        return evaluate(towers, ShardSet(self._shards), self._prompts, BATCH_SIZE)
+        return evaluate_set(towers, ShardSet(self._shards), self._prompts, BATCH_SIZE)
 
     def _inspect_mask(self, trainer, results: dict) -> None:
         """Draws and measures the mask on the same validation samples and views every time."""
@@ -114,7 +114,7 @@ class Evaluator:
 
 
 def chance(metrics: dict[str, float]) -> dict[str, float]:
-    """What guessing scores on the same set, for each metric of `evaluate`."""
+    """What guessing scores on the same set, for each metric of `evaluate_set`."""
     captions_per_image = metrics.get("num_captions", 0) / metrics["num_images"]
     expected = {}
     for name in metrics:

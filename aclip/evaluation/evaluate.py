@@ -11,7 +11,7 @@ from aclip import distributed
 from aclip.distributed import default_to_one_rank
 from aclip.errors import ConfigError
 from aclip.evaluation.class_cache import ClassCache
-from aclip.evaluation.evaluate_set import evaluate
+from aclip.evaluation.evaluate_set import evaluate_set
 from aclip.evaluation.load_model import LoadedModel, load_model
 from aclip.evaluation.results import make_rows, markdown, published_results, table, to_json
 from aclip.evaluation.sets.catalog import Task, find_tasks
@@ -22,7 +22,7 @@ from aclip.files import cache_folder, check_writable, write_whole
 PROGRESS_SECONDS = 5
 
 
-def evaluate_checkpoint(arguments: argparse.Namespace) -> None:
+def evaluate(arguments: argparse.Namespace) -> None:
     """Runs `launch/evaluate.py` with its parsed arguments.
 
     Raises:
@@ -60,7 +60,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> None:
     for task in tasks:
         progress = _Progress(task.name, say)
         size = arguments.batch_size
-        metrics = evaluate(towers, task.dataset, task.prompts, size, cache.embed, progress)
+        metrics = evaluate_set(towers, task.dataset, task.prompts, size, cache.embed, progress)
         if not any(name.startswith(("zero_shot", "image_to_text")) for name in metrics):
             raise ConfigError(
                 f"--suite is {task.name}, whose {task.source} holds neither captions nor labels "

@@ -60,7 +60,7 @@ def arguments(**changes) -> argparse.Namespace:
 @pytest.mark.parametrize("name", ["rounds", "images", "gpu_rate"])
 def test_numbers_that_can_not_be_are_refused_by_name(name):
     with pytest.raises(ConfigError, match=f"--{name} is 0"):
-        loading.run(arguments(**{name: 0}))
+        loading.benchmark_loading(arguments(**{name: 0}))
 
 
 def test_all_loaders_read_the_same_shards_and_are_timed(
@@ -77,7 +77,7 @@ def test_all_loaders_read_the_same_shards_and_are_timed(
     small = ["model.image.resolution=32", "teacher.resolution=32"]
     path = tmp_path / "figures.json"
     changes = {"shards": f"{tmp_path}/[01].tar", "set": small, "json": str(path)}
-    assert loading.run(arguments(**changes)) == 0
+    assert loading.benchmark_loading(arguments(**changes)) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [row["name"] for row in rows] == [EXACT, ON_DEVICE, OPEN_CLIP, PLAIN]
     assert all(row["images_per_second"] > 0 for row in rows)
