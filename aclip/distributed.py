@@ -1,5 +1,5 @@
 """Collectives of the loss and the evaluation: rank, world size, all-gather with gradient, global
-sum.
+sum; and what the ranks say as one.
 
 Without an initialised process group everything is the identity, so that losses run in one process.
 """
@@ -18,6 +18,14 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def say(text: str) -> None:
+    """Prints lines for the user once for all ranks: on rank 0, also before the ranks have met."""
+    # Before there is a process group, the launcher has said which rank this is.
+    here = rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if here == 0:
+        print(text, flush=True)
 
 
 class _GatherWithGrad(torch.autograd.Function):

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -22,6 +21,7 @@ from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from aclip.data.shards.counts import SIZES_FILE
+from aclip.distributed import say
 from aclip.errors import ConfigError
 from aclip.files import cache_folder
 
@@ -102,7 +102,7 @@ class Scene:
     """(top, left, height, width) of the mask, pixels."""
 
 
-def ensure_demo_data(progress: Callable[[str], None] = print) -> DemoData:
+def ensure_demo_data() -> DemoData:
     """Gives the demo data, after writing it into the cache folder if it is not there.
 
     Any number of processes may call it at once: one writes, the others wait. The folder appears
@@ -118,7 +118,7 @@ def ensure_demo_data(progress: Callable[[str], None] = print) -> DemoData:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_suffix(".lock")):
                 if not folder.is_dir():
-                    progress(f"writing the demo data to {folder}, once")
+                    say(f"writing the demo data to {folder}, once")
                     _write_folder(folder)
         except OSError as error:
             raise ConfigError(

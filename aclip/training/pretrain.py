@@ -50,7 +50,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
             f"rate only rises; set it lower, e.g. to {train.epochs / 25:g}",
             flush=True,
         )
-    shards, val_shards = find_data(recipe, say)
+    shards, val_shards = find_data(recipe)
     # Built once before anything costs time, since it checks lanes, ranks and workers.
     build_train_loader(recipe, shards, int(os.environ["RANK"]), num_ranks)
     # Imported here: DeepSpeed and the towers take seconds, which no wrong input should cost.
