@@ -19,8 +19,9 @@ from aclip.errors import ConfigError
 from aclip.method.schedules import count_steps, ema_momentum, learning_rate
 from aclip.reports.report import write_report
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER
+from aclip.run_folder.metrics_file import EvaluationLine, StepLine
 from aclip.training import checkpoint
-from aclip.training.metrics_logger import MetricsLogger
+from aclip.training.metrics_logger import MetricsLogger, peak_memory_gib
 from aclip.training.step_timer import StepTimer
 from aclip.training.step_watch import StepWatch
 from aclip.training.stepper import Stepper
@@ -193,17 +194,20 @@ class Trainer:
         self._join_skips()
         terms = self.watch.mean_terms()
         gradient_norm = terms.pop(GRADIENT_NORM, None)
-        self.logger.log(
-            self.step,
+        line = StepLine(
             self.samples,
+            self.step,
             terms,
+            memory_gib=peak_memory_gib(),
             learning_rate=self.learning_rate,
             momentum=self.momentum,
             logit_scale=self.stepper.engine.module.logit_scale.exact.exp().item(),
             gradient_norm=gradient_norm,
             skipped=dict(self.skipped),
-            **timer.summary(),
+            images_per_second=timer.images_per_second,
+            data_wait_percent=timer.data_wait_percent,
         )
+        self.logger.log(line)
 
     def _gradient_norm(self) -> dict[str, Tensor]:
         """Of the whole gradient, before clipping; where it is not finite, DeepSpeed has skipped
@@ -234,7 +238,7 @@ class Trainer:
             self.evaluations[when] = results
             for name, metrics in results.items():
                 if name != "chance":
-                    self.logger.log_evaluation(self.samples, name, metrics)
+                    self.logger.log_evaluation(EvaluationLine(self.samples, name, metrics))
         if rank() == 0 and (self.evaluator is not None or self.step > 0):
             self._report()
 

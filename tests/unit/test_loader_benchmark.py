@@ -35,16 +35,16 @@ def test_rows_are_medians_and_medians_of_ratios():
 
 def test_data_waits_come_from_the_log_lines_of_a_run(tmp_path):
     lines = [
-        {"samples": 1, "terms": {}, "data_wait_percent": 4.0},
+        {"samples": 1, "step": 1, "terms": {}, "data_wait_percent": 4.0},
         {"samples": 1, "evaluation": "student", "metrics": {}},
-        {"samples": 2, "terms": {}, "data_wait_percent": None},
-        {"samples": 3, "terms": {}, "data_wait_percent": 2.0},
+        {"samples": 2, "step": 2, "terms": {}, "data_wait_percent": None},
+        {"samples": 3, "step": 3, "terms": {}, "data_wait_percent": 2.0},
     ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert data_waits(tmp_path) == data_waits(tmp_path / "metrics.jsonl") == [4, 2]
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"samples": 1, "terms": {}}'])
+@pytest.mark.parametrize("content", [None, "{", '{"samples": 1, "step": 1, "terms": {}}\n'])
 def test_a_run_without_readable_metrics_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
