@@ -1,4 +1,5 @@
-"""What a run reports: progress lines, metrics.jsonl, TensorBoard and a tracker, by rank 0 alone."""
+"""What a run tells of itself, by rank 0 alone: progress lines, metrics.jsonl, pictures, report,
+TensorBoard and a tracker."""
 
 import json
 import math
@@ -16,10 +17,12 @@ import torch
 from aclip import distributed
 from aclip.distributed import say
 from aclip.files import write_whole
+from aclip.reports.mask_pictures import encode
+from aclip.reports.report import write_report
 from aclip.reports.text import show_duration
-from aclip.run_folder.layout import METRICS_FILE, TENSORBOARD_FOLDER
+from aclip.run_folder.layout import METRICS_FILE, TENSORBOARD_FOLDER, picture_path
 from aclip.run_folder.metrics_file import EvaluationLine, StepLine, flatten, parse_line
-from aclip.training.tensorboard import TensorBoard
+from aclip.training.tensorboard_writer import TensorBoard
 from aclip.training.wandb_tracker import WandbTracker
 
 RATE_WINDOW = 20
@@ -30,7 +33,7 @@ class MetricsLogger:
     """Writes a run's metrics; on ranks other than 0 every method does nothing.
 
     Args:
-        run_folder: gets metrics.jsonl and the folder tensorboard.
+        run_folder: gets metrics.jsonl and the folders tensorboard and pictures.
         total_samples: of the whole run.
         resumed_samples: where this process goes on; what was written beyond is dropped. With 0 the
             file starts anew.
@@ -46,6 +49,7 @@ class MetricsLogger:
         tracker: WandbTracker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        self._run_folder = run_folder
         self._total_samples = total_samples
         self._tracker = tracker
         self._clock = clock
@@ -84,12 +88,28 @@ class MetricsLogger:
         shown = "  ".join(_show_metric(*pair) for pair in flatten(line.metrics))
         say(f"evaluation of {line.evaluation} at {line.samples:,} samples  {shown}")
 
-    def log_image(self, tag: str, array: np.ndarray, samples: int) -> None:
-        """Adds a (H, W, 3) uint8 picture to TensorBoard."""
-        if self._is_writer:
-            self._tensorboard.log_image(tag, array, samples)
-            if self._tracker is not None:
-                self._tracker.log_image(tag, array, samples)
+    def log_kept_patches(self, picture: np.ndarray, samples: int) -> None:
+        """Writes the (H, W, 3) uint8 picture of kept patches, and adds it to TensorBoard."""
+        if not self._is_writer:
+            return
+        path = picture_path(self._run_folder, samples)
+        try:
+            write_whole(path, encode(picture))
+        except OSError as error:  # a picture less must not end the run
+            say(f"{path} was not written: {error.strerror or error}")
+        self._tensorboard.log_image("kept_patches", picture, samples)
+        if self._tracker is not None:
+            self._tracker.log_image("kept_patches", picture, samples)
+
+    def write_report(self) -> None:
+        """Writes report.html and report.md about all that was logged."""
+        if not self._is_writer:
+            return
+        try:
+            write_report([self._run_folder], self._run_folder)
+        # Whatever is wrong with a report, it must not end a run of days.
+        except Exception as error:
+            say(f"the report was not written: {type(error).__name__}: {error}")
 
     def close(self) -> None:
         if self._is_writer:

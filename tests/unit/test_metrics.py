@@ -6,6 +6,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aclip import distributed
@@ -85,7 +86,7 @@ def test_tensorboard_gets_every_number_at_its_samples(tmp_path):
     logger = MetricsLogger(tmp_path, 1000)
     logger.log(StepLine(200, 2, {"loss": 1.5}, learning_rate=0.5, skipped={"no_image": 4}))
     logger.log_evaluation(evaluation(200, "teacher", zero_shot_top1=0.25))
-    logger.log_image("kept_patches", np.zeros((4, 6, 3), dtype=np.uint8), 200)
+    logger.log_kept_patches(np.zeros((4, 6, 3), dtype=np.uint8), 200)
     logger.close()
     assert read_scalars(tmp_path, "terms/loss") == [(200, 1.5)]
     assert read_scalars(tmp_path, "train/learning_rate") == [(200, 0.5)]
@@ -93,6 +94,22 @@ def test_tensorboard_gets_every_number_at_its_samples(tmp_path):
     assert read_scalars(tmp_path, "teacher/zero_shot_top1") == [(200, 0.25)]
     images = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("kept_patches")
     assert [(image.step, image.height, image.width) for image in images] == [(200, 4, 6)]
+
+
+def test_the_picture_of_kept_patches_is_written_if_it_can_be(tmp_path, capsys):
+    picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    logger = MetricsLogger(tmp_path, 1000)
+    logger.log_kept_patches(picture, 200)
+    path = tmp_path / "pictures" / "kept-patches-000000000200.png"
+    with Image.open(path) as written:
+        np.testing.assert_array_equal(np.asarray(written), picture)
+    path.with_name("kept-patches-000000000300.png").mkdir()
+    logger.log_kept_patches(picture, 300)
+    logger.close()
+    said = "kept-patches-000000000300.png was not written: Is a directory"
+    assert capsys.readouterr().out.count(said) == 1
+    images = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("kept_patches")
+    assert [image.step for image in images] == [200, 300]
 
 
 def test_tensorboard_ends_at_its_first_error_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
@@ -105,7 +122,7 @@ def test_tensorboard_ends_at_its_first_error_and_the_run_goes_on(tmp_path, monke
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
     logger = MetricsLogger(tmp_path, 1000)
     log_steps(logger, [1, 2])
-    logger.log_image("kept_patches", np.zeros((4, 6, 3), dtype=np.uint8), 200)
+    logger.log_kept_patches(np.zeros((4, 6, 3), dtype=np.uint8), 200)
     logger.close()
     assert calls == ["add_scalar"]
     said = "TensorBoard's file ends here (No space left on device); the run goes on"
@@ -171,7 +188,7 @@ def test_other_ranks_write_and_print_nothing(tmp_path, monkeypatch, capsys):
     logger = MetricsLogger(tmp_path, 1000)
     log_steps(logger, [1])
     logger.log_evaluation(evaluation(100, "student", zero_shot_top1=0.1))
-    logger.log_image("kept_patches", np.zeros((4, 6, 3), dtype=np.uint8), 100)
+    logger.log_kept_patches(np.zeros((4, 6, 3), dtype=np.uint8), 100)
     logger.close()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""

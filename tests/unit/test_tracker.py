@@ -60,7 +60,7 @@ def test_offline_every_number_arrives_and_a_resumed_run_keeps_its_id(tmp_path):
     first_id = tracker.id
     logger = MetricsLogger(tmp_path, 1000, tracker=tracker)
     logger.log(StepLine(200, 2, {"loss": 1.5}, memory_gib=2.0, skipped={"no_image": 4}))
-    logger.log_image("kept_patches", np.zeros((4, 6, 3), dtype=np.uint8), 200)
+    logger.log_kept_patches(np.zeros((4, 6, 3), dtype=np.uint8), 200)
     logger.close()
 
     tracker = WandbTracker("project", tmp_path, first_id, {})
