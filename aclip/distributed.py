@@ -1,4 +1,4 @@
-"""Rank, world size, and the collectives that losses and evaluation need.
+"""Rank, world size, what the ranks say as one, and the collectives that losses and evaluation need.
 
 Without an initialised process group everything is the identity, so that losses run in one process.
 """
@@ -17,6 +17,14 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def say(text: str) -> None:
+    """Prints lines for the user once for all ranks: on rank 0, also before the ranks have met."""
+    # Before there is a process group, the launcher has said which rank this is.
+    here = rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if here == 0:
+        print(text, flush=True)
 
 
 class _GatherWithGrad(torch.autograd.Function):

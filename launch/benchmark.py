@@ -71,14 +71,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     # Imported here so that --help answers at once.
-    if arguments.loader:
-        from aclip.benchmarks.loading import run
-    elif arguments.scaling:
-        from aclip.benchmarks.scaling import run
-    else:
-        from aclip.benchmarks.step_cost import run
+    from aclip.benchmarks.benchmark import benchmark
 
-    return run(arguments)
+    return benchmark(arguments)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     # Imported here so that --help answers at once.
-    from aclip.nodes.doctor import run
+    from aclip.nodes.doctor import doctor
 
-    return run(arguments)
+    return doctor(arguments)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Imported here so that --help answers at once.
-    from aclip.evaluation.evaluate import evaluate_checkpoint
+    from aclip.evaluation.evaluate import evaluate
 
-    evaluate_checkpoint(arguments)
+    evaluate(arguments)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def _make_runs(arguments: argparse.Namespace) -> list[Run]:
     train = recipe.train
     ds_config = read_ds_config(arguments.ds_config, train.global_batch_size, 1)
     check_writable(output, "--output")
-    shards, val_shards = find_data(recipe, print)
+    shards, val_shards = find_data(recipe)
     if not val_shards:
         raise ConfigError(
             f"data.val is empty in {arguments.recipe}; give validation shards, on which the rows "

@@ -99,14 +99,14 @@ def difference(better: Result, worse: Result) -> list[Mean]:
 
 def _read(run: Run) -> Outcome:
     try:
-        lines = read_metrics(run.folder)
+        metrics = read_metrics(run.folder)
     except OSError as error:
         raise ConfigError(
             f"{run.folder} can't be read ({error.strerror}); remove it, and the same command "
             "trains it again"
         ) from None
     evaluations = {
-        name: [line for line in lines if line.get("evaluation") == name]
+        name: [line for line in metrics.evaluations if line.evaluation == name]
         for name in ("student", "mask")
     }
     students = evaluations["student"]
@@ -115,17 +115,16 @@ def _read(run: Run) -> Outcome:
             f"{run.folder} holds {len(students)} evaluations, not {QUARTERS + 1}; remove it, and "
             "the same command trains it again"
         )
-    metric = next((name for name in METRICS if name in students[-1]["metrics"]), None)
+    metric = next((name for name in METRICS if name in students[-1].metrics), None)
     if metric is None:
         raise ConfigError(
             f"{run.folder} was evaluated without {' and '.join(METRICS)}; put captions, or class "
             "names, beside the validation set"
         )
-    rates = [line["images_per_second"] for line in lines if "terms" in line]
     return Outcome(
         metric,
-        [line["metrics"][metric] for line in students],
-        [line["samples"] for line in students],
-        [line["metrics"][OBJECTS] for line in evaluations["mask"]],
-        statistics.median(rates),
+        [line.metrics[metric] for line in students],
+        [line.samples for line in students],
+        [line.metrics[OBJECTS] for line in evaluations["mask"]],
+        statistics.median(line.images_per_second for line in metrics.steps),
     )

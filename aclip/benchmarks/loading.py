@@ -32,6 +32,7 @@ from aclip.data.shards.listing import index_shards, list_shards
 from aclip.data.tokenizer import build_tokenizer
 from aclip.errors import ConfigError
 from aclip.run_folder.layout import METRICS_FILE
+from aclip.run_folder.metrics_file import read_metrics
 
 BATCH_SIZE = 64
 RECIPE = "aclip_vitb16"
@@ -65,7 +66,7 @@ class Row:
     """How many cores feed one GPU at the stated rate."""
 
 
-def run(arguments: argparse.Namespace) -> int:
+def benchmark_loading(arguments: argparse.Namespace) -> int:
     """Runs `launch/benchmark.py --loader`; returns the exit status."""
     for name in ("rounds", "images", "gpu_rate"):
         if getattr(arguments, name) <= 0:
@@ -102,16 +103,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def data_waits(run: Path) -> list[float]:
     """The data-wait shares, percent, in the log lines of a run folder or a metrics.jsonl."""
-    path = run / METRICS_FILE if run.is_dir() else run
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        waits = [line["data_wait_percent"] for line in lines if "terms" in line]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        waits = [line.data_wait_percent for line in read_metrics(run).steps]
+    except (OSError, ValueError):
+        waits = []
+    waits = [wait for wait in waits if wait is not None]
+    if not waits:
         raise ConfigError(
-            f"--run is {run}, which has no readable {METRICS_FILE} ({type(error).__name__}); give "
-            "the folder of a run"
-        ) from None
-    return [wait for wait in waits if wait is not None]
+            f"--run is {run}, which has no readable {METRICS_FILE} with a log step; give the "
+            "folder of a run"
+        )
+    return waits
 
 
 def build_pipelines(urls: list[str], overrides: list[str]) -> list[Pipeline]:

@@ -55,8 +55,8 @@ class Measured:
     planned_mib: float
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Runs the measurement; returns the exit status."""
+def benchmark_scaling(arguments: argparse.Namespace) -> int:
+    """Runs `launch/benchmark.py --scaling`; returns the exit status."""
     if len(arguments.recipes) != 1:
         raise ConfigError(f"--scaling takes one recipe, not {' '.join(arguments.recipes)}")
     (name,) = arguments.recipes

@@ -75,7 +75,7 @@ class Row:
     step_mib: float
 
 
-def run(arguments: argparse.Namespace) -> int:
+def benchmark_steps(arguments: argparse.Namespace) -> int:
     """Runs `launch/benchmark.py`; returns the exit status."""
     for name, least in (("rounds", 1), ("threads", 1), ("batch_size", 2)):
         value = getattr(arguments, name)

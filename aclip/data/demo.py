@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +33,7 @@ from aclip.data.scenes import (
     make_caption,
 )
 from aclip.data.shards.counts import SIZES_FILE
+from aclip.distributed import say
 from aclip.errors import ConfigError
 from aclip.files import cache_folder
 
@@ -56,7 +56,7 @@ class DemoData:
     """Holds the shards, classnames.txt and zeroshot_classification_templates.txt."""
 
 
-def ensure_demo_data(progress: Callable[[str], None] = print) -> DemoData:
+def ensure_demo_data() -> DemoData:
     """Gives the demo data, after writing it into the cache folder if it is not there.
 
     Any number of processes may call it at once: one writes, the others wait. The folder appears
@@ -71,7 +71,7 @@ def ensure_demo_data(progress: Callable[[str], None] = print) -> DemoData:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_suffix(".lock")):
                 if not folder.is_dir():
-                    progress(f"writing the demo data to {folder}, once")
+                    say(f"writing the demo data to {folder}, once")
                     _write_folder(folder)
         except OSError as error:
             raise ConfigError(

@@ -10,27 +10,24 @@ from aclip.config.recipe import Recipe
 from aclip.data.demo import ensure_demo_data
 from aclip.data.loader import striding_warnings
 from aclip.data.shards.listing import Shard, index_shards, list_shards, remote_shards
-from aclip.distributed import world_size
+from aclip.distributed import say, world_size
 from aclip.errors import ConfigError
 
 
-def find_data(recipe: Recipe, say) -> tuple[list[Shard], list[Shard]]:
+def find_data(recipe: Recipe) -> tuple[list[Shard], list[Shard]]:
     """The training and the validation shards; makes the demo's on first use.
-
-    Args:
-        say: gets lines for the user, as print.
 
     Raises:
         ConfigError: shards are missing, or can't be read or counted.
     """
     train, val = recipe.data.train, recipe.data.val
     if train == DEMO:
-        demo = ensure_demo_data(say)
+        demo = ensure_demo_data()
         train, val = demo.train, val or demo.val
     remote = remote_shards(recipe.data)
 
     def find(pattern, field: str) -> list[Shard]:
-        return index_shards(list_shards(pattern, field), say, remote)
+        return index_shards(list_shards(pattern, field), remote)
 
     if not recipe.data.sources:
         shards = find(train, "data.train")
@@ -41,7 +38,7 @@ def find_data(recipe: Recipe, say) -> tuple[list[Shard], list[Shard]]:
             for shard in find(source.shards, f"data.sources.{index}.shards")
         ]
     for warning in striding_warnings(recipe, shards):
-        say(f"warning: {warning}", flush=True)
+        say(f"warning: {warning}")
     return shards, find(val, "data.val") if val else []
 
 

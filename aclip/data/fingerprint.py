@@ -7,7 +7,8 @@ from collections import Counter
 from itertools import groupby, zip_longest
 from pathlib import Path
 
-from aclip.config.sections import DataConfig, Recipe
+from aclip.config.recipe import Recipe
+from aclip.config.sections import DataConfig
 from aclip.data.loader import count_lanes
 from aclip.data.shards.listing import Shard, shard_names
 from aclip.errors import ConfigError

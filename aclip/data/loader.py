@@ -141,6 +141,11 @@ class TrainLoader:
         self.pin_memory = pin_memory
         self._dataset = dataset
 
+    @property
+    def cursors(self) -> Tensor:
+        """Where the lanes of this rank begin, as Batch.cursors."""
+        return torch.from_numpy(self._dataset.cursors)
+
     def __iter__(self) -> Iterator[Batch]:
         loader = DataLoader(
             self._dataset,

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from aclip import distributed
-from aclip.distributed import default_to_one_rank
+from aclip.distributed import default_to_one_rank, say
 from aclip.errors import ConfigError
 from aclip.evaluation.class_cache import ClassCache
-from aclip.evaluation.evaluate_set import evaluate
+from aclip.evaluation.evaluate_set import evaluate_set
 from aclip.evaluation.load_model import LoadedModel, load_model
 from aclip.evaluation.results import make_rows, markdown, published_results, table, to_json
 from aclip.evaluation.sets.catalog import find_tasks
@@ -23,14 +23,13 @@ from aclip.files import cache_folder, check_writable, write_whole
 PROGRESS_SECONDS = 5
 
 
-def evaluate_checkpoint(arguments: argparse.Namespace) -> None:
+def evaluate(arguments: argparse.Namespace) -> None:
     """Runs `launch/evaluate.py` with its parsed arguments.
 
     Raises:
         ConfigError: bad input, before any image is read where that can be known.
     """
     default_to_one_rank()
-    say = print if os.environ["RANK"] == "0" else _silent
     if arguments.batch_size < 1:
         raise ConfigError(f"--batch_size is {arguments.batch_size}; give a number from 1")
     if arguments.published not in published_results():
@@ -45,7 +44,6 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> None:
         Path(arguments.data).expanduser() if arguments.data else None,
         arguments.download,
         Path(arguments.slip_checkout).expanduser() if arguments.slip_checkout else None,
-        say,
     )
     if arguments.linear_probe and not any(task.train for task in tasks):
         raise ConfigError(
@@ -55,13 +53,13 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> None:
     loaded = load_model(arguments.checkpoint, arguments.model, arguments.recipe)
     device = _join_ranks()
     towers = loaded.towers(device)
-    say(_headline(loaded, tasks, missing), flush=True)
+    say(_headline(loaded, tasks, missing))
     cache = ClassCache(cache_folder() / "class_embeds", loaded.student)
     results = []
     for task in tasks:
-        progress = _Progress(task.name, say)
+        progress = _Progress(task.name)
         size = arguments.batch_size
-        metrics = evaluate(towers, task.dataset, task.prompts, size, cache.embed, progress)
+        metrics = evaluate_set(towers, task.dataset, task.prompts, size, cache.embed, progress)
         if not any(name.startswith(("zero_shot", "image_to_text")) for name in metrics):
             raise ConfigError(
                 f"--suite is {task.name}, whose {task.source} holds neither captions nor labels "
@@ -134,16 +132,16 @@ def _report(
     write_whole(out / "results.json", to_json(values).encode())
     text = markdown(f"Evaluation of the {loaded.description}", rows, arguments.published, facts)
     write_whole(out / "results.md", text.encode())
-    print(table(rows, arguments.published))
-    print("\n".join(facts))
-    print(f"written: {out / 'results.json'}, {out / 'results.md'}", flush=True)
+    say(table(rows, arguments.published))
+    say("\n".join(facts))
+    say(f"written: {out / 'results.json'}, {out / 'results.md'}")
 
 
 class _Progress:
     """Prints what a set's evaluation has done, every few seconds and at the end of each part."""
 
-    def __init__(self, name: str, say):
-        self._name, self._say = name, say
+    def __init__(self, name: str):
+        self._name = name
         self._next = time.monotonic() + PROGRESS_SECONDS
 
     def __call__(self, words: str, done: int, total: int) -> None:
@@ -152,8 +150,4 @@ class _Progress:
             return
         self._next = now + PROGRESS_SECONDS
         share = f": {done:,} of {total:,} on this rank" if total > 1 else ""
-        self._say(f"{self._name}, {words}{share}", flush=True)
-
-
-def _silent(*_, **__) -> None:
-    pass
+        say(f"{self._name}, {words}{share}")

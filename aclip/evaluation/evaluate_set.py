@@ -27,7 +27,7 @@ CAPTIONS_PER_IMAGE = 2**20
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_set(
     towers: Towers,
     dataset: EvaluationSet,
     prompts: ClassPrompts | None,

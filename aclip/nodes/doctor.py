@@ -50,7 +50,7 @@ class Examined:
     problems: list[str] = field(default_factory=list)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def doctor(arguments: argparse.Namespace) -> int:
     """Runs `launch/doctor.py`; returns the exit status."""
     hosts, problems = [Host(LOCAL, arguments.slots)], []
     if arguments.hostfile:

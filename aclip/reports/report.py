@@ -6,9 +6,9 @@ Everything in it is read from the run's folder, so that it can be made at any ti
 import argparse
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import reduce
+from operator import attrgetter
 from pathlib import Path
 
 import yaml
@@ -38,7 +38,7 @@ from aclip.run_folder.layout import (
     latest_record,
     picture_path,
 )
-from aclip.run_folder.metrics_file import flatten, read_metrics
+from aclip.run_folder.metrics_file import EvaluationLine, StepLine, flatten, read_metrics
 
 MAX_PICTURES = 6
 """Kept-patch pictures of a run that a page shows, the first and the last among them."""
@@ -58,7 +58,7 @@ LOGGED = {
     "learning_rate": ("Learning rate", "{:.3e}"),
     "momentum": ("EMA momentum", "{:.6f}"),
 }
-"""Keys of a log step: title and format."""
+"""Numbers of a StepLine: title and format."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class RunRecord:
     """
 
     name: str
-    steps: list[dict]
-    evaluations: list[dict]
+    steps: list[StepLine]
+    evaluations: list[EvaluationLine]
     recipe: str
     pictures: dict[int, Path]
 
@@ -134,14 +134,13 @@ def _read(folder: Path, name: str) -> RunRecord:
                 f"RUN is {folder}, which holds no {path.name}; give the folder of a run, as "
                 "--output of launch/pretrain.py named it"
             )
-    lines = read_metrics(folder)
-    evaluations = [line for line in lines if "evaluation" in line]
+    metrics = read_metrics(folder)
     # A run that began anew leaves pictures whose evaluations metrics.jsonl holds no more.
-    paths = {line["samples"]: picture_path(folder, line["samples"]) for line in evaluations}
+    paths = {line.samples: picture_path(folder, line.samples) for line in metrics.evaluations}
     return RunRecord(
         name,
-        [line for line in lines if "terms" in line],
-        evaluations,
+        metrics.steps,
+        metrics.evaluations,
         recipe.read_text(),
         {samples: path for samples, path in paths.items() if path.is_file()},
     )
@@ -159,27 +158,28 @@ def _latest_values(run: RunRecord) -> dict[str, str]:
     values = {}
     if run.steps:
         last = run.steps[-1]
-        values |= {"samples": f"{last['samples']:,}", "step": f"{last['step']:,}"}
-        values |= {_term(name): _show(v, "{:.4f}") for name, v in last["terms"].items()}
-        for key, (title, form) in LOGGED.items():
-            if last.get(key) is not None:
-                values[title] = _show(last[key], form)
-        values |= {name: f"{v:,}" for name, v in flatten({"skipped": last.get("skipped") or {}})}
+        values |= {"samples": f"{last.samples:,}", "step": f"{last.step:,}"}
+        values |= {_term(name): _show(v, "{:.4f}") for name, v in last.terms.items()}
+        for name, (title, form) in LOGGED.items():
+            number = getattr(last, name)
+            if number is not None:
+                values[title] = form.format(number)
+        values |= {name: f"{v:,}" for name, v in flatten({"skipped": last.skipped})}
     for line in run.evaluations:
-        if line["samples"] == run.evaluations[-1]["samples"]:
-            for metric, value in line["metrics"].items():
-                values[f"{line['evaluation']} {metric}"] = _show_metric(metric, value)
+        if line.samples == run.evaluations[-1].samples:
+            for metric, value in line.metrics.items():
+                values[f"{line.evaluation} {metric}"] = _show_metric(metric, value)
     return values
 
 
 def _evaluations(runs: list[RunRecord]) -> Table:
     lines = [(run.name, line) for run in runs for line in run.evaluations]
-    shown = [name for name in SHARES if any(name in line["metrics"] for _, line in lines)]
+    shown = [name for name in SHARES if any(name in line.metrics for _, line in lines)]
     rows = []
     for run, line in lines:
         prefix = [run] if len(runs) > 1 else []
-        cells = [_show_metric(name, line["metrics"].get(name)) for name in shown]
-        rows.append([*prefix, f"{line['samples']:,}", line["evaluation"], *cells])
+        cells = [_show_metric(name, line.metrics.get(name)) for name in shown]
+        rows.append([*prefix, f"{line.samples:,}", line.evaluation, *cells])
     first = ["run"] if len(runs) > 1 else []
     return Table([*first, "samples", "model", *(SHARES[name] for name in shown)], rows)
 
@@ -200,33 +200,34 @@ def _show_metric(name: str, value: float | None) -> str:
 
 def _curves(runs: list[RunRecord]) -> Iterator[tuple[str, str, list[Line]]]:
     """File name, title and lines of each chart that has something to show."""
-    terms = dict.fromkeys(name for run in runs for line in run.steps for name in line["terms"])
+    terms = dict.fromkeys(name for run in runs for line in run.steps for name in line.terms)
     for name in terms:
-        yield f"term-{name}", _term(name), _over_steps(runs, "terms", name)
+        lines = _over_steps(runs, lambda line, name=name: line.terms.get(name))
+        yield f"term-{name}", _term(name), lines
     for metric, title in SHARES.items():
         yield metric, f"{title}, %", _over_evaluations(runs, metric)
-    for key, (title, _) in LOGGED.items():
-        yield key, title, _over_steps(runs, key)
+    for name, (title, _) in LOGGED.items():
+        yield name, title, _over_steps(runs, attrgetter(name))
 
 
-def _over_steps(runs: list[RunRecord], *keys: str) -> list[Line]:
+def _over_steps(runs: list[RunRecord], number: Callable[[StepLine], float | None]) -> list[Line]:
     lines = []
     for color, run in enumerate(runs):
-        values = [reduce(lambda value, key: value.get(key), keys, line) for line in run.steps]
+        values = [number(line) for line in run.steps]
         if any(value is not None for value in values):
-            lines.append(Line(run.name, [line["samples"] for line in run.steps], values, color))
+            lines.append(Line(run.name, [line.samples for line in run.steps], values, color))
     return lines
 
 
 def _over_evaluations(runs: list[RunRecord], metric: str) -> list[Line]:
     lines = []
     for color, run in enumerate(runs):
-        for model in dict.fromkeys(line["evaluation"] for line in run.evaluations):
-            chosen = [line for line in run.evaluations if line["evaluation"] == model]
+        for model in dict.fromkeys(line.evaluation for line in run.evaluations):
+            chosen = [line for line in run.evaluations if line.evaluation == model]
             points = [
-                (line["samples"], 100 * line["metrics"][metric])
+                (line.samples, 100 * line.metrics[metric])
                 for line in chosen
-                if line["metrics"].get(metric) is not None
+                if line.metrics.get(metric) is not None
             ]
             if points:
                 label = model if len(runs) == 1 else f"{run.name} {model}"

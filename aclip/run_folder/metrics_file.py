@@ -1,18 +1,91 @@
-"""metrics.jsonl: read whole, and its values by name."""
+"""metrics.jsonl: one JSON object a line, for each log step and each model's evaluation."""
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from aclip.run_folder.layout import METRICS_FILE
 
 
-def read_metrics(run_folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, without one that a killed process left unfinished."""
-    text = (run_folder / METRICS_FILE).read_text(encoding="utf-8")
-    lines = (_parse(line) for line in text.splitlines(keepends=True))
-    return [line for line in lines if line is not None]
+@dataclass(frozen=True)
+class StepLine:
+    """A log step; a number that is None is not known, or is not finite.
+
+    The names are the keys of metrics.jsonl, in its order.
+
+    Attributes:
+        samples: seen. step: optimizer steps done.
+        terms: loss terms by name, `loss` among them.
+        memory_gib: the most that rank 0 has held on its device.
+        learning_rate, momentum: of this step; momentum is the teacher's average's.
+        logit_scale: after this step. gradient_norm: before clipping.
+        skipped: samples that could not be used so far, by kind.
+        images_per_second: over all ranks. data_wait_percent: of the host's time. Both are means
+            over the last steps.
+    """
+
+    samples: int
+    step: int
+    terms: dict[str, float | None]
+    memory_gib: float | None = None
+    learning_rate: float | None = None
+    momentum: float | None = None
+    logit_scale: float | None = None
+    gradient_norm: float | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
+    images_per_second: float | None = None
+    data_wait_percent: float | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationLine:
+    """One model's evaluation.
+
+    Attributes:
+        samples: seen. evaluation: what was evaluated, such as student.
+        metrics: shares in [0, 1], and counts with names that start with num_.
+    """
+
+    samples: int
+    evaluation: str
+    metrics: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The lines of a metrics.jsonl, in its order."""
+
+    steps: list[StepLine]
+    evaluations: list[EvaluationLine]
+
+
+def read_metrics(path: Path) -> Metrics:
+    """What a metrics.jsonl holds, without a line that a killed process left unfinished.
+
+    Args:
+        path: of a run folder, or of the file itself.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    file = path / METRICS_FILE if path.is_dir() else path
+    lines = [parse_line(text) for text in file.read_text(encoding="utf-8").splitlines(True)]
+    lines = [line for line in lines if line is not None]
+    return Metrics(
+        [_of_kind(StepLine, line) for line in lines if "terms" in line],
+        [_of_kind(EvaluationLine, line) for line in lines if "evaluation" in line],
+    )
+
+
+def parse_line(text: str) -> dict | None:
+    """A line of metrics.jsonl, or None for one that a killed process left unfinished."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if text.endswith("\n") and isinstance(line, dict) and "samples" in line else None
 
 
 def flatten(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -24,10 +97,6 @@ def flatten(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _parse(text: str) -> dict | None:
-    """A line of metrics.jsonl, or None for one that a killed process left unfinished."""
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if text.endswith("\n") and isinstance(line, dict) and "samples" in line else None
+def _of_kind(kind: type, line: dict) -> Any:
+    """A line's values; an older run may lack some, and a newer one hold more."""
+    return kind(**{each.name: line[each.name] for each in fields(kind) if each.name in line})

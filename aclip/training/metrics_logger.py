@@ -1,4 +1,5 @@
-"""What a run reports: progress lines, metrics.jsonl, TensorBoard and a tracker, by rank 0 alone."""
+"""What a run tells of itself, by rank 0 alone: progress lines, metrics.jsonl, pictures, report,
+TensorBoard and a tracker."""
 
 import json
 import math
@@ -6,6 +7,7 @@ import resource
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,13 @@ import torch
 
 from aclip import distributed
 from aclip.cli import show_duration
+from aclip.distributed import say
 from aclip.files import write_whole
-from aclip.run_folder.layout import METRICS_FILE, TENSORBOARD_FOLDER
-from aclip.run_folder.metrics_file import _parse, flatten
+from aclip.reports.mask_pictures import encode
+from aclip.reports.report import write_report
+from aclip.run_folder.layout import METRICS_FILE, TENSORBOARD_FOLDER, picture_path
+from aclip.run_folder.metrics_file import EvaluationLine, StepLine, flatten, parse_line
+from aclip.training.tensorboard_writer import TensorBoard
 from aclip.training.wandb_tracker import WandbTracker
 
 RATE_WINDOW = 20
@@ -26,11 +32,8 @@ RATE_WINDOW = 20
 class MetricsLogger:
     """Writes a run's metrics; on ranks other than 0 every method does nothing.
 
-    metrics.jsonl holds one JSON object a line: `{"samples", "step", "terms", ...}` for a log step,
-    `{"samples", "evaluation", "metrics"}` for an evaluation. TensorBoard's axis is samples.
-
     Args:
-        run_folder: gets metrics.jsonl and the folder tensorboard.
+        run_folder: gets metrics.jsonl and the folders tensorboard and pictures.
         total_samples: of the whole run.
         resumed_samples: where this process goes on; what was written beyond is dropped. With 0 the
             file starts anew.
@@ -46,6 +49,7 @@ class MetricsLogger:
         tracker: WandbTracker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        self._run_folder = run_folder
         self._total_samples = total_samples
         self._tracker = tracker
         self._clock = clock
@@ -53,88 +57,71 @@ class MetricsLogger:
         self._is_writer = distributed.rank() == 0
         if not self._is_writer:
             return
-        # Here, because other ranks and other users of this module can do without it.
-        from torch.utils.tensorboard import SummaryWriter
-
         run_folder.mkdir(parents=True, exist_ok=True)
         self._file = run_folder / METRICS_FILE
         # A new run evaluates at 0 samples, a resumed one does not do again what was done there.
         purge_from = resumed_samples + 1 if resumed_samples else 0
         self._keep(lambda line: line["samples"] < purge_from)
-        self._tensorboard = SummaryWriter(
-            str(run_folder / TENSORBOARD_FOLDER), purge_step=purge_from
-        )
+        self._tensorboard = TensorBoard(run_folder / TENSORBOARD_FOLDER, purge_from)
 
-    def log(self, step: int, samples: int, terms: dict[str, Any], **values: Any) -> None:
-        """Writes a log step and prints its progress line.
-
-        Args:
-            step: optimizer steps done.
-            samples: samples seen.
-            terms: numbers by name, `loss` among them.
-            **values: numbers, None for one that is not known, or dicts of numbers; those with a
-                meaning on the progress line are learning_rate, images_per_second,
-                data_wait_percent, memory_gib (added if absent) and skipped.
-        """
+    def log(self, line: StepLine) -> None:
+        """Writes a log step and prints its progress line."""
         if not self._is_writer:
             return
-        values = {"memory_gib": peak_memory_gib()} | values
-        line = _plain({"samples": samples, "step": step, "terms": terms, **values})
-        self._append(line)
-        rest = {k: v for k, v in line.items() if k not in ("samples", "terms")}
-        self._plot({"terms": line["terms"], "train": rest}, samples)
-        self._marks.append((self._clock(), samples))
-        print(self._progress(line), flush=True)
+        line = StepLine(**_plain(asdict(line)))
+        self._append(asdict(line))
+        rest = {k: v for k, v in asdict(line).items() if k not in ("samples", "terms")}
+        self._plot({"terms": line.terms, "train": rest}, line.samples)
+        self._marks.append((self._clock(), line.samples))
+        say(self._progress(line))
 
-    def log_evaluation(self, samples: int, name: str, metrics: dict[str, Any]) -> None:
-        """Writes and prints one model's evaluation; one of the same name and place is replaced.
-
-        Args:
-            samples: samples seen.
-            name: of the evaluated model, such as student.
-            metrics: shares in [0, 1], and counts with names that start with num_.
-        """
+    def log_evaluation(self, line: EvaluationLine) -> None:
+        """Writes and prints one model's evaluation; one of the same name and place is replaced."""
         if not self._is_writer:
             return
-        place = {"samples": samples, "evaluation": name}
-        self._keep(lambda line: not place.items() <= line.items())
-        line = _plain({**place, "metrics": metrics})
-        self._append(line)
-        self._plot({name: line["metrics"]}, samples)
-        self._draw("flush")
-        shown = "  ".join(_show_metric(*pair) for pair in flatten(line["metrics"]))
-        print(f"evaluation of {name} at {samples:,} samples  {shown}", flush=True)
+        line = EvaluationLine(**_plain(asdict(line)))
+        place = {"samples": line.samples, "evaluation": line.evaluation}
+        self._keep(lambda written: not place.items() <= written.items())
+        self._append(asdict(line))
+        self._plot({line.evaluation: line.metrics}, line.samples)
+        self._tensorboard.flush()
+        shown = "  ".join(_show_metric(*pair) for pair in flatten(line.metrics))
+        say(f"evaluation of {line.evaluation} at {line.samples:,} samples  {shown}")
 
-    def log_image(self, tag: str, array: np.ndarray, samples: int) -> None:
-        """Adds a (H, W, 3) uint8 picture to TensorBoard."""
-        if self._is_writer:
-            self._draw("add_image", tag, array, samples, dataformats="HWC")
-            self._draw("flush")
-            if self._tracker is not None:
-                self._tracker.log_image(tag, array, samples)
+    def log_kept_patches(self, picture: np.ndarray, samples: int) -> None:
+        """Writes the (H, W, 3) uint8 picture of kept patches, and adds it to TensorBoard."""
+        if not self._is_writer:
+            return
+        path = picture_path(self._run_folder, samples)
+        try:
+            write_whole(path, encode(picture))
+        except OSError as error:  # a picture less must not end the run
+            say(f"{path} was not written: {error.strerror or error}")
+        self._tensorboard.log_image("kept_patches", picture, samples)
+        if self._tracker is not None:
+            self._tracker.log_image("kept_patches", picture, samples)
+
+    def write_report(self) -> None:
+        """Writes report.html and report.md about all that was logged."""
+        if not self._is_writer:
+            return
+        try:
+            write_report([self._run_folder], self._run_folder)
+        # Whatever is wrong with a report, it must not end a run of days.
+        except Exception as error:
+            say(f"the report was not written: {type(error).__name__}: {error}")
 
     def close(self) -> None:
         if self._is_writer:
-            self._draw("close")
+            self._tensorboard.close()
             if self._tracker is not None:
                 self._tracker.close()
 
     def _plot(self, values: dict[str, Any], samples: int) -> None:
         numbers = dict(flatten(values))
-        for name, value in numbers.items():
-            self._draw("add_scalar", name, value, samples)
+        self._tensorboard.log(numbers, samples)
         if self._tracker is not None:
             self._tracker.log(numbers, samples)
-
-    def _draw(self, method: str, *arguments: Any, **options: Any) -> None:
-        """Calls TensorBoard's writer, which can't go on after a write has failed."""
-        if self._tensorboard is None:
-            return
-        try:
-            getattr(self._tensorboard, method)(*arguments, **options)
-        except OSError as error:
-            self._tensorboard = None
-            print(f"TensorBoard's file ends here ({error}); the run goes on", flush=True)
 
     def _append(self, line: dict) -> None:
         """Appends a whole line or none; a full disk costs the line, not the run."""
@@ -147,35 +134,38 @@ class MetricsLogger:
                     raise OSError(f"{written} of {len(text)} bytes written")
             except OSError as error:
                 file.truncate(end)
-                print(f"{self._file} lacks a line ({error}); the run goes on", flush=True)
+                say(f"{self._file} lacks a line ({error}); the run goes on")
 
     def _keep(self, wanted: Callable[[dict], bool]) -> None:
         """Rewrites the file without the lines that are not wanted, all at once or not at all."""
         if not self._file.exists():
             return
         lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [text for text in lines if (line := _parse(text)) is not None and wanted(line)]
+        kept = [text for text in lines if (line := parse_line(text)) is not None and wanted(line)]
         if kept == lines:
             return
         write_whole(self._file, "".join(kept).encode())
 
-    def _progress(self, line: dict) -> str:
-        step, samples, total = line["step"], line["samples"], self._total_samples
-        steps = math.ceil(total * step / samples) if samples else 0
-        parts = [f"step {step:,}/{steps:,}", f"{samples:,} samples ({100 * samples / total:.1f} %)"]
-        parts += [f"{name} {_show(value, '.4g')}" for name, value in line["terms"].items()]
-        for name, form in (
-            ("images_per_second", "{:,.4g} img/s"),
-            ("data_wait_percent", "data wait {:.0f} %"),
-            ("learning_rate", "lr {:.2e}"),
-            ("memory_gib", "{:.1f} GiB"),
+    def _progress(self, line: StepLine) -> str:
+        samples, total = line.samples, self._total_samples
+        steps = math.ceil(total * line.step / samples) if samples else 0
+        parts = [
+            f"step {line.step:,}/{steps:,}",
+            f"{samples:,} samples ({100 * samples / total:.1f} %)",
+        ]
+        parts += [f"{name} {_show(value, '.4g')}" for name, value in line.terms.items()]
+        for value, form in (
+            (line.images_per_second, "{:,.4g} img/s"),
+            (line.data_wait_percent, "data wait {:.0f} %"),
+            (line.learning_rate, "lr {:.2e}"),
+            (line.memory_gib, "{:.1f} GiB"),
         ):
-            if line.get(name) is not None:
-                parts.append(form.format(line[name]))
-        num_skipped = sum((line.get("skipped") or {}).values())
+            if value is not None:
+                parts.append(form.format(value))
+        num_skipped = sum(line.skipped.values())
         if num_skipped:
             parts.append(f"skipped {num_skipped:,}")
-        return "  ".join([*parts, f"ETA {self._remaining(samples, line.get('images_per_second'))}"])
+        return "  ".join([*parts, f"ETA {self._remaining(samples, line.images_per_second)}"])
 
     def _remaining(self, samples: int, images_per_second: float | None) -> str:
         """Time to the end at the pace of the last progress lines, with pauses for evaluation."""

@@ -44,12 +44,17 @@ class StepTimer:
         self._steps.append((self._clock() - self._start, self._waited, images))
         self.reset()
 
-    def summary(self) -> dict[str, float | None]:
-        """images_per_second and data_wait_percent over the window; None before the first step."""
-        seconds = sum(step[0] for step in self._steps)
-        if not seconds:
-            return {"images_per_second": None, "data_wait_percent": None}
-        return {
-            "images_per_second": sum(step[2] for step in self._steps) / seconds,
-            "data_wait_percent": 100 * sum(step[1] for step in self._steps) / seconds,
-        }
+    @property
+    def images_per_second(self) -> float | None:
+        """Over the window; None before the first step."""
+        seconds = self._seconds()
+        return sum(images for _, _, images in self._steps) / seconds if seconds else None
+
+    @property
+    def data_wait_percent(self) -> float | None:
+        """Over the window; None before the first step."""
+        seconds = self._seconds()
+        return 100 * sum(waited for _, waited, _ in self._steps) / seconds if seconds else None
+
+    def _seconds(self) -> float:
+        return sum(seconds for seconds, _, _ in self._steps)

@@ -103,6 +103,21 @@ class Stepper:
             self.teacher.update(self.engine.module, momentum)
         return {"loss": loss.detach(), **terms}
 
+    @property
+    def logit_scale(self) -> float:
+        """The factor itself, from its fp32 master."""
+        return self.engine.module.logit_scale.exact.exp().item()
+
+    def gradient_norm(self) -> Tensor | None:
+        """Of the last step's whole gradient, before clipping, a scalar; None without ZeRO.
+
+        Where it is not finite, DeepSpeed has skipped the update.
+        """
+        norm = self.engine.get_global_grad_norm()
+        if norm is not None and not torch.is_tensor(norm):
+            norm = torch.full((), norm, device=self.device)
+        return None if norm is None else norm.to(self.device)
+
     def _encode(self, make_inputs) -> tuple[list[dict[str, Tensor]], list]:
         """Features of each micro-batch, see Student.encode, and the random state before it.
 

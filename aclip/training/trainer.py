@@ -15,13 +15,15 @@ from aclip.data.batch import Batch
 from aclip.data.fingerprint import check_continues, fingerprint
 from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import SKIP_KINDS, Shard
-from aclip.distributed import all_gather_rows, rank, world_size
+from aclip.distributed import all_gather_rows, rank, say, world_size
 from aclip.errors import ConfigError
-from aclip.method.schedules import count_steps, ema_momentum, learning_rate
-from aclip.reports.report import write_report
+from aclip.evaluation.during_training import Evaluator
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER
+from aclip.run_folder.metrics_file import EvaluationLine, StepLine
 from aclip.training import checkpoint
-from aclip.training.metrics_logger import MetricsLogger
+from aclip.training.evaluated_models import evaluated_models, teacher_scores
+from aclip.training.metrics_logger import MetricsLogger, peak_memory_gib
+from aclip.training.run_schedule import RunSchedule
 from aclip.training.step_timer import StepTimer
 from aclip.training.step_watch import StepWatch
 from aclip.training.stepper import Stepper
@@ -42,7 +44,7 @@ class Trainer:
         run_folder: where checkpoints and metrics go.
         resume_from: a checkpoint folder, or None to start new.
         device: of this rank.
-        evaluator: evaluator(trainer) gives {"student": metrics, "teacher": metrics}; or None.
+        evaluator: see during_training.py; None for no evaluation.
         watchdog: hears of every phase; started by the caller. None for no limits.
     """
 
@@ -54,7 +56,7 @@ class Trainer:
         run_folder: Path,
         resume_from: Path | None,
         device: torch.device,
-        evaluator=None,
+        evaluator: Evaluator | None = None,
         watchdog: Watchdog | None = None,
     ):
         self.recipe = recipe
@@ -63,40 +65,40 @@ class Trainer:
         self.evaluator = evaluator
         self.run_folder = run_folder
         self.checkpoints = run_folder / CHECKPOINTS_FOLDER
-        dataset_size = sum(shard.num_samples for shard in shards)
-        batch_size = recipe.train.global_batch_size
-        self.num_steps = count_steps(recipe.train.epochs, dataset_size, batch_size)
-        self.total_samples = self.num_steps * batch_size
-        self.warmup_samples = round(recipe.train.warmup_epochs * dataset_size)
+        self.schedule = RunSchedule(recipe, sum(shard.num_samples for shard in shards))
+        self.num_steps = self.schedule.num_steps
 
         init = recipe.model.init if resume_from is None else ""
         self.stepper = Stepper(recipe, ds_config, device, init)
         self.step = 0
-        self.cursors: Tensor | None = None
         self.skipped = Counter()
         self.evaluations: dict[str, dict] = {}
         self.wandb_id = ""
         self._fingerprint = fingerprint(recipe, shards)
-        if resume_from is not None:
-            self._resume(resume_from, shards)
-        self._saved_at = self.samples if resume_from is not None else None
+        cursors = None if resume_from is None else self._resume(resume_from, shards)
+        self._saved = None if resume_from is None else self._moment
         self.stepper.share_exact_scalars()
         self._recent_skips = Counter()
         self.watch = StepWatch()
-        self._local_cursors: Tensor | None = None
-        self.loader = build_train_loader(recipe, shards, rank(), world_size(), self.cursors)
+        self.loader = build_train_loader(recipe, shards, rank(), world_size(), cursors)
+        self._cursors = self.loader.cursors
         tracker = None
         if recipe.train.wandb and rank() == 0:
             values = recipe.model_dump(mode="json")
             tracker = WandbTracker(recipe.train.wandb, run_folder, self.wandb_id, values)
             self.wandb_id = tracker.id
-        self.logger = MetricsLogger(run_folder, self.total_samples, self.samples, tracker)
+        self.logger = MetricsLogger(run_folder, self.schedule.total_samples, self.samples, tracker)
         url = recipe.train.upload_to
         self._uploader = Uploader(url) if url and rank() == 0 else None
 
     @property
     def samples(self) -> int:
         return self.step * self.recipe.train.global_batch_size
+
+    @property
+    def _moment(self) -> tuple[int, list[str]]:
+        """What tells a checkpoint from one before: samples seen and evaluations made."""
+        return self.samples, list(self.evaluations)
 
     @property
     def _place(self) -> str:
@@ -128,8 +130,6 @@ class Trainer:
                 # First what was trained, since an evaluation can fail.
                 self._save(required=True, uploads=self.evaluator is None)
                 self._evaluate("end")
-                if self.evaluator is not None:
-                    self._saved_at = None
             self._save(required=True)
             return True
 
@@ -141,22 +141,10 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer update on this rank's part of the global batch; see Stepper.step."""
-        config, teacher = self.recipe.optimizer, self.recipe.teacher
-        self.learning_rate = learning_rate(
-            self.samples,
-            total=self.total_samples,
-            warmup=self.warmup_samples,
-            start=config.warmup_start_lr,
-            peak=config.lr,
-            final=config.final_lr,
+        step, schedule = self.step + 1, self.schedule
+        terms = self.stepper.step(
+            batch, schedule.learning_rate(step), schedule.momentum(step), schedule.progress(step)
         )
-        self.momentum = None
-        if teacher is not None:
-            self.momentum = ema_momentum(
-                self.samples, total=self.total_samples, start=teacher.momentum
-            )
-        progress = self.samples / self.total_samples
-        terms = self.stepper.step(batch, self.learning_rate, self.momentum, progress)
         self.step += 1
         return terms
 
@@ -164,8 +152,11 @@ class Trainer:
         """Logs, evaluates and saves what is due; returns whether a signal asks to stop."""
         self.watch.settle()
         signals = self.watch.take_signals()
-        self.watch.put(self.step, terms | self._gradient_norm(), batch.keys)
-        self._local_cursors = batch.cursors
+        gradient_norm = self.stepper.gradient_norm()
+        if gradient_norm is not None:
+            terms = {**terms, GRADIENT_NORM: gradient_norm}
+        self.watch.put(self.step, terms, batch.keys)
+        self._cursors = batch.cursors
         self._recent_skips.update(batch.skipped)
 
         train = self.recipe.train
@@ -177,45 +168,35 @@ class Trainer:
         if self._evaluation_is_due():
             self._evaluate(self._place)
             timer.reset()
-        if signal.SIGUSR1 in signals or (not at_end and self._is_due(train.checkpoint_every)):
+        is_due = not at_end and self.schedule.is_due(train.checkpoint_every, self.step)
+        if signal.SIGUSR1 in signals or is_due:
             self._save()
             timer.reset()
         return False
 
     def _evaluation_is_due(self) -> bool:
-        is_due = self.step < self.num_steps and self._is_due(self.recipe.train.evaluate_every)
-        return is_due and self._place not in self.evaluations
-
-    def _is_due(self, every: int) -> bool:
-        """Whether a multiple of `every` samples lies in the step that just ended."""
-        previous = self.samples - self.recipe.train.global_batch_size
-        return every > 0 and self.samples // every > previous // every
+        if self.step == self.num_steps or self._place in self.evaluations:
+            return False
+        return self.schedule.is_due(self.recipe.train.evaluate_every, self.step)
 
     def _log(self, timer: StepTimer) -> None:
         self._join_skips()
         terms = self.watch.mean_terms()
         gradient_norm = terms.pop(GRADIENT_NORM, None)
-        self.logger.log(
-            self.step,
+        line = StepLine(
             self.samples,
+            self.step,
             terms,
-            learning_rate=self.learning_rate,
-            momentum=self.momentum,
-            logit_scale=self.stepper.engine.module.logit_scale.exact.exp().item(),
+            memory_gib=peak_memory_gib(),
+            learning_rate=self.schedule.learning_rate(self.step),
+            momentum=self.schedule.momentum(self.step),
+            logit_scale=self.stepper.logit_scale,
             gradient_norm=gradient_norm,
             skipped=dict(self.skipped),
-            **timer.summary(),
+            images_per_second=timer.images_per_second,
+            data_wait_percent=timer.data_wait_percent,
         )
-
-    def _gradient_norm(self) -> dict[str, Tensor]:
-        """Of the whole gradient, before clipping; where it is not finite, DeepSpeed has skipped
-        the update."""
-        norm = self.stepper.engine.get_global_grad_norm()
-        if norm is None:  # without ZeRO
-            return {}
-        if not torch.is_tensor(norm):
-            norm = torch.full((), norm, device=self.device)
-        return {GRADIENT_NORM: norm.to(self.device)}
+        self.logger.log(line)
 
     def _join_skips(self) -> None:
         """Adds the samples skipped since the last call, of all ranks, to the run's total."""
@@ -231,21 +212,17 @@ class Trainer:
         self.watchdog.enter(EVALUATING, self.step)
         if self.evaluator is not None:
             self.stepper.engine.eval()
-            results = self.evaluator(self)
+            models, scores = evaluated_models(self.stepper), teacher_scores(self.stepper)
+            evaluation = self.evaluator(models, scores)
             self.stepper.engine.train()
-            self.evaluations[when] = results
-            for name, metrics in results.items():
+            self.evaluations[when] = evaluation.metrics
+            if evaluation.picture is not None:
+                self.logger.log_kept_patches(evaluation.picture, self.samples)
+            for name, metrics in evaluation.metrics.items():
                 if name != "chance":
-                    self.logger.log_evaluation(self.samples, name, metrics)
-        if rank() == 0 and (self.evaluator is not None or self.step > 0):
-            self._report()
-
-    def _report(self) -> None:
-        try:
-            write_report([self.run_folder], self.run_folder)
-        # Whatever is wrong with a report, it must not end a run of days.
-        except Exception as error:
-            print(f"the report was not written: {type(error).__name__}: {error}", flush=True)
+                    self.logger.log_evaluation(EvaluationLine(self.samples, name, metrics))
+        if self.evaluator is not None or self.step > 0:
+            self.logger.write_report()
 
     def _save(self, required: bool = False, uploads: bool = True) -> None:
         """Writes a checkpoint of this moment unless there is one, and uploads it if the recipe and
@@ -255,18 +232,16 @@ class Trainer:
             CheckpointError: on every rank, if it could not be written and is `required`; without,
                 the run says so and goes on.
         """
-        if self._saved_at == self.samples:
+        if self._saved == self._moment:
             return
         self.watchdog.enter(SAVING, self.step)
         self.watch.settle()
         self._join_skips()
-        if self._local_cursors is not None:
-            self.cursors = all_gather_rows(self._local_cursors.to(self.device)).cpu()
         state = {
             "samples": self.samples,
             "step": self.step,
             "world_size": world_size(),
-            "cursors": None if self.cursors is None else self.cursors.tolist(),
+            "cursors": all_gather_rows(self._cursors.to(self.device)).tolist(),
             "skipped": dict(self.skipped),
             "evaluations": self.evaluations,
             "data": self._fingerprint,
@@ -284,18 +259,15 @@ class Trainer:
         except checkpoint.CheckpointError as error:
             if required:
                 raise
-            self._say(f"{error}; the run goes on, and the checkpoint before is intact")
+            say(f"{error}; the run goes on, and the checkpoint before is intact")
             return
-        self._say(f"checkpoint {folder.name} in {time.perf_counter() - start:.2f} s")
+        say(f"checkpoint {folder.name} in {time.perf_counter() - start:.2f} s")
         if uploader is not None and uploads:
             uploader.put(folder)
-        self._saved_at = self.samples
+        self._saved = self._moment
 
-    def _say(self, text: str) -> None:
-        if rank() == 0:
-            print(text, flush=True)
-
-    def _resume(self, folder: Path, shards: list[Shard]) -> None:
+    def _resume(self, folder: Path, shards: list[Shard]) -> Tensor:
+        """Continues from a checkpoint; returns the cursors of all ranks' lanes."""
         state = checkpoint.read_state(folder)
         batch_size = self.recipe.train.global_batch_size
         if state["samples"] != state["step"] * batch_size:
@@ -306,9 +278,9 @@ class Trainer:
         check_continues(self.recipe, shards, state["data"], folder)
         checkpoint.load(folder, self.stepper.engine, self.stepper.teacher, state["step"])
         self.step = state["step"]
-        self.cursors = torch.tensor(state["cursors"])
         self.skipped.update(state["skipped"])
         self.evaluations = state["evaluations"]
         if self.step < self.num_steps:
             self.evaluations.pop("end", None)  # of a shorter schedule
         self.wandb_id = state.get("wandb_id", "")
+        return torch.tensor(state["cursors"])

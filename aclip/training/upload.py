@@ -6,6 +6,7 @@ from pathlib import Path
 
 import fsspec
 
+from aclip.distributed import say
 from aclip.errors import ConfigError
 from aclip.run_folder.checkpoint_folder import LATEST, MANIFEST
 
@@ -42,7 +43,7 @@ class Uploader:
         """Uploads a complete checkpoint in the background; one that still waits gives way."""
         for waiting, future in self._uploads.items():
             if future.cancel():
-                print(f"{waiting.name} is not uploaded: a newer checkpoint came first", flush=True)
+                say(f"{waiting.name} is not uploaded: a newer checkpoint came first")
         future = self._thread.submit(self._upload, folder)
         future.add_done_callback(partial(self._report, folder))
         self._uploads = {folder: future} | {f: self._uploads[f] for f in self.unfinished}
@@ -66,4 +67,4 @@ class Uploader:
         error = upload.exception()
         if error is not None:
             said = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"{folder.name} was not uploaded to {self._url} ({said}); the run goes on")
+            say(f"{folder.name} was not uploaded to {self._url} ({said}); the run goes on")

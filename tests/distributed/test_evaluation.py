@@ -16,7 +16,7 @@ from PIL import Image
 from aclip import distributed
 from aclip.data.shards.listing import index_shards
 from aclip.data.tokenizer import build_tokenizer
-from aclip.evaluation.evaluate_set import evaluate
+from aclip.evaluation.evaluate_set import evaluate_set
 from aclip.evaluation.linear_probe import fit
 from aclip.evaluation.sets.evaluation_set import ShardSet
 from aclip.evaluation.sets.prompts import find_class_prompts
@@ -78,7 +78,7 @@ def evaluate_with_random_towers(shards, batch_size):
         std=(0.25, 0.25, 0.25),
     )
     prompts = find_class_prompts(Path(shards[0].url).parent)
-    return evaluate(towers, ShardSet(shards), prompts, batch_size), calls
+    return evaluate_set(towers, ShardSet(shards), prompts, batch_size), calls
 
 
 @pytest.mark.parametrize(

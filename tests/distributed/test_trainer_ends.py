@@ -12,7 +12,9 @@ import torch
 from trainer_run import BATCH, RECIPE, STEPS, run_trainer, train_in, write_shards
 
 from aclip.config.arguments import parse
+from aclip.evaluation.during_training import Evaluation
 from aclip.run_folder import checkpoint_folder
+from aclip.run_folder.metrics_file import read_metrics
 from aclip.training import checkpoint, stepper
 from aclip.training.pretrain import pretrain
 from aclip.training.step_watch import NonFiniteLoss
@@ -133,10 +135,13 @@ def test_gradient_that_is_not_finite_stops_every_rank_too(run_distributed, shard
 def test_evaluation_that_fails_at_the_end_costs_nothing_that_was_trained(
     run_distributed, shards, tmp_path
 ):
-    def fail(trainer):
-        if trainer.step:
+    calls = []
+
+    def fail(models, teacher_scores):
+        calls.append(list(models))
+        if len(calls) > 1:
             raise RuntimeError("no memory")
-        return {"student": {"step": 0}}
+        return Evaluation({"student": {"num_calls": 1}})
 
     run, overrides = tmp_path / "run", ["train.epochs=2"]
     with pytest.raises(RuntimeError, match="no memory"):
@@ -166,15 +171,21 @@ def test_ranks_end_after_rank_0_has_uploaded(run_distributed, shards, tmp_path):
 
 
 def test_run_that_is_made_longer_is_evaluated_at_its_new_end(run_distributed, shards, tmp_path):
-    def evaluate(trainer):
-        return {"student": {"step": trainer.step}}
+    notes, run = tmp_path / "notes", tmp_path / "run"
 
-    run = tmp_path / "run"
-    for epochs, end in ((2, 10), (2, 10), (3, 15)):
+    def evaluate(models, teacher_scores):
+        with open(notes, "a") as file:
+            file.write(".")
+        return Evaluation({"student": {"num_calls": len(notes.read_text())}})
+
+    # Before the first step, at the first end, and at the new one.
+    for epochs, num_calls, end in ((2, 2, 10), (2, 2, 10), (3, 3, 15)):
         overrides = [f"train.epochs={epochs}"]
         run_distributed(train_in(run, shards, overrides=overrides, evaluator=evaluate), 1)
         state = checkpoint.read_state(checkpoint_folder.find(run / "checkpoints", "auto"))
-        assert state["evaluations"]["end"] == {"student": {"step": end}}
+        assert state["evaluations"]["end"] == {"student": {"num_calls": num_calls}}
+        assert state["step"] == end
+        assert read_metrics(run).evaluations[-1].samples == end * BATCH
 
 
 def test_resumed_run_keeps_its_wandb_id_and_a_report_that_fails_ends_no_run(

@@ -18,10 +18,9 @@ import time
 # What launch/pretrain.py imports when it starts and, late, when its input is good.
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
-import aclip.evaluation.during_training
 import aclip.reports.report
-import aclip.training.pretrain
-import aclip.training.trainer  # noqa: F401
+import aclip.training.checked_run
+import aclip.training.pretrain  # noqa: F401
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ SMALL = ["model.image.kwargs={patch_size: 16, embed_dim: 24, depth: 1, num_heads
 
 def test_two_ranks_print_and_write_what_one_does(launcher, tmp_path, monkeypatch):
     from aclip.config.recipe_file import load_recipe
-    from aclip.evaluation.evaluate import evaluate_checkpoint
+    from aclip.evaluation.evaluate import evaluate
 
     run, *_ = write_run(tmp_path / "run", load_recipe("demo", SMALL))
     # 960 images in calls of at most 90 leave a last one that is not full, and the captions too.
@@ -34,7 +34,7 @@ def test_two_ranks_print_and_write_what_one_does(launcher, tmp_path, monkeypatch
     monkeypatch.setenv("ACLIP_CACHE", launcher.env["ACLIP_CACHE"])
     values = dict(checkpoint=str(run), suite=["scenes"], batch_size=90, output=str(tmp_path / "1"))
     values |= dict(data=None, download=False, model=None, recipe=None, slip_checkout=None)
-    evaluate_checkpoint(argparse.Namespace(**values, linear_probe=False, published="aclip-25"))
+    evaluate(argparse.Namespace(**values, linear_probe=False, published="aclip-25"))
     one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in "12")
     assert (one.pop("ranks"), two.pop("ranks")) == (1, 2)
     assert one == two

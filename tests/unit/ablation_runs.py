@@ -29,7 +29,9 @@ def write_metrics(folder, points, objects=(), rate=100.0):
     ]
     for step in range(1, 4):  # the first is slow, as it is in a run
         seconds = rate / 10 if step == 1 else rate
-        lines.append({"samples": 100 * step, "terms": {}, "images_per_second": seconds})
+        lines.append(
+            {"samples": 100 * step, "step": step, "terms": {}, "images_per_second": seconds}
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 

@@ -313,7 +313,7 @@ def test_torchvision_sets_are_fetched_only_when_asked_and_count_as_the_catalog_s
     with pytest.raises(ConfigError, match=r"clevr_counts .*--download, or put its images into"):
         find_one("clevr_counts", tmp_path)
     assert FakeTorchvision.downloads == []
-    task = find_one("clevr_counts", tmp_path, download=True, say=lambda *_, **__: None)
+    task = find_one("clevr_counts", tmp_path, download=True)
     assert FakeTorchvision.downloads == [str(tmp_path)]
     assert [label for _, label, _ in read_all(task.dataset)] == [0, 1]  # raw 10 and 3
     assert task.train().num_samples == 2
@@ -325,7 +325,7 @@ def test_every_torchvision_entry_names_a_class_that_takes_its_arguments(tmp_path
         if "torchvision" not in entry or entry["torchvision"]["class"] == "PCAM":  # needs h5py
             continue
         for split in ("test", "train"):
-            where = image_sets.Where(tmp_path, False, print)
+            where = image_sets.Where(tmp_path, False)
             with pytest.raises(image_sets.Unavailable, match=f"{name} is not in"):
                 image_sets.open_torchvision(name, entry["torchvision"], split, where, "")
 

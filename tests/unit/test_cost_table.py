@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aclip.benchmarks.open_clip_step import OpenClipStep
-from aclip.benchmarks.step_cost import System, format_table, make_row, run
+from aclip.benchmarks.step_cost import System, benchmark_steps, format_table, make_row
 from aclip.benchmarks.synthetic import caption_lengths, synthetic_batch, synthetic_tokens
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
@@ -100,4 +100,4 @@ def test_baseline_that_is_not_measured_is_refused():
         json=None,
     )
     with pytest.raises(ConfigError, match="--baseline is clip_vitb16, .* not among demo"):
-        run(arguments)
+        benchmark_steps(arguments)

@@ -35,7 +35,7 @@ def read_samples(url: str) -> list:
 
 
 def test_the_folder_holds_listed_shards_class_names_and_prompts():
-    data = demo.ensure_demo_data(progress=lambda line: None)
+    data = demo.ensure_demo_data()
     assert index_shards(data.train) == [Shard(url, 30) for url in data.train]
     assert index_shards(data.val) == [Shard(data.val[0], 48)]
     assert {path.name for path in data.folder.iterdir()} == {
@@ -86,7 +86,7 @@ def test_a_comment_in_the_code_does_not_change_the_folders_name(tmp_path):
 
 
 def test_validation_has_as_many_scenes_of_each_class_and_no_caption_twice():
-    data = demo.ensure_demo_data(progress=lambda line: None)
+    data = demo.ensure_demo_data()
     names = (data.folder / "classnames.txt").read_text().splitlines()
     samples = read_samples(data.val[0])
     labels = [int(sample.read("cls")) for sample in samples]
@@ -100,7 +100,7 @@ def test_validation_has_as_many_scenes_of_each_class_and_no_caption_twice():
 
 
 def test_a_training_scene_has_three_captions_that_name_its_object():
-    for sample in read_samples(demo.ensure_demo_data(progress=lambda line: None).train[0]):
+    for sample in read_samples(demo.ensure_demo_data().train[0]):
         captions = read_captions(sample)
         assert len(set(captions)) == 3
         assert captions[0] == sample.read("txt").decode()
@@ -108,7 +108,7 @@ def test_a_training_scene_has_three_captions_that_name_its_object():
 
 
 def test_the_box_is_the_masks_and_the_object_has_its_size():
-    for sample in read_samples(demo.ensure_demo_data(progress=lambda line: None).train[1]):
+    for sample in read_samples(demo.ensure_demo_data().train[1]):
         image = Image.open(io.BytesIO(sample.read("jpg")))
         mask = np.asarray(Image.open(io.BytesIO(sample.read("mask.png"))))
         assert image.size == (80, 80) and mask.shape == (80, 80) and mask.dtype == bool
@@ -148,40 +148,36 @@ def test_articles_fit_the_words():
 
 
 def test_the_data_are_the_same_each_time_they_are_made(tmp_path, monkeypatch):
-    first = demo.ensure_demo_data(progress=lambda line: None)
+    first = demo.ensure_demo_data()
     monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "other"))
-    second = demo.ensure_demo_data(progress=lambda line: None)
+    second = demo.ensure_demo_data()
     assert first.folder != second.folder
     for path in first.folder.iterdir():
         assert path.read_bytes() == (second.folder / path.name).read_bytes()
 
 
 def test_train_and_validation_share_no_scene():
-    data = demo.ensure_demo_data(progress=lambda line: None)
+    data = demo.ensure_demo_data()
     images = [s.read("jpg") for url in [*data.train, *data.val] for s in read_samples(url)]
     assert len(set(images)) == len(images) == 2 * 30 + 48
 
 
-def test_the_data_are_written_once_also_when_several_ask_at_once():
-    lines = []
-    askers = [
-        threading.Thread(target=demo.ensure_demo_data, kwargs={"progress": lines.append})
-        for _ in range(3)
-    ]
+def test_the_data_are_written_once_also_when_several_ask_at_once(capsys):
+    askers = [threading.Thread(target=demo.ensure_demo_data) for _ in range(3)]
     for asker in askers:
         asker.start()
     for asker in askers:
         asker.join()
-    demo.ensure_demo_data(progress=lines.append)
-    assert len(lines) == 1
+    demo.ensure_demo_data()
+    assert capsys.readouterr().out.count("writing the demo data") == 1
 
 
 def test_what_a_killed_writer_left_is_replaced():
-    folder = demo.ensure_demo_data(progress=lambda line: None).folder
+    folder = demo.ensure_demo_data().folder
     unfinished = folder.with_suffix(".tmp")
     folder.rename(unfinished)
     (unfinished / "half.tar").touch()
-    assert not (demo.ensure_demo_data(progress=lambda line: None).folder / "half.tar").exists()
+    assert not (demo.ensure_demo_data().folder / "half.tar").exists()
     assert not unfinished.exists()
 
 
@@ -189,4 +185,4 @@ def test_a_cache_that_can_not_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ConfigError, match="ACLIP_CACHE"):
-        demo.ensure_demo_data(progress=lambda line: None)
+        demo.ensure_demo_data()

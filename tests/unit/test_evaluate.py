@@ -9,7 +9,7 @@ from written_run import write_run
 
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
-from aclip.evaluation.evaluate import evaluate_checkpoint
+from aclip.evaluation.evaluate import evaluate
 from aclip.evaluation.results import make_rows, markdown, published_results, table
 from aclip.evaluation.sets.catalog import catalog, is_retrieval
 from aclip.evaluation.sets.task import Task
@@ -57,7 +57,7 @@ def write_colours(folder, images_per_class=10):
 def test_results_are_printed_and_written(tmp_path, capsys):
     write_run(tmp_path / "run", load_recipe("demo", SMALL))
     write_colours(tmp_path / "colours")
-    evaluate_checkpoint(arguments_for(tmp_path, linear_probe=True))
+    evaluate(arguments_for(tmp_path, linear_probe=True))
     output = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     entry = results["sets"]["colours"]
@@ -89,7 +89,7 @@ def test_bad_arguments_are_refused_before_the_model_is_read(tmp_path):
         ({"suite": ["no_train/x"]}, "the checkpoint is .*run, which does not exist"),
     ):
         with pytest.raises(ConfigError, match=words):
-            evaluate_checkpoint(arguments_for(tmp_path, **changes))
+            evaluate(arguments_for(tmp_path, **changes))
 
 
 def paper_results(value):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aclip.evaluation.evaluate_set import evaluate
+from aclip.evaluation.evaluate_set import evaluate_set
 from aclip.evaluation.sets.evaluation_set import Example
 from aclip.evaluation.sets.prompts import ClassPrompts
 from aclip.evaluation.towers import Towers
@@ -79,7 +79,7 @@ def allocated():
 def run_evaluation(num_images, num_templates):
     names = [[f"class {number}"] for number in range(CLASSES)]
     prompts = ClassPrompts("test", names, [f"{n} of a {{c}}" for n in range(num_templates)])
-    metrics = evaluate(towers(), Images(num_images), prompts, 256)
+    metrics = evaluate_set(towers(), Images(num_images), prompts, 256)
     assert metrics["num_images"] == num_images and metrics["num_classes"] == CLASSES
     # All images are the same, so that one class takes them all.
     assert metrics["zero_shot_top1"] <= 1 / min(CLASSES, num_images)

@@ -35,16 +35,16 @@ def test_rows_are_medians_and_medians_of_ratios():
 
 def test_data_waits_come_from_the_log_lines_of_a_run(tmp_path):
     lines = [
-        {"samples": 1, "terms": {}, "data_wait_percent": 4.0},
+        {"samples": 1, "step": 1, "terms": {}, "data_wait_percent": 4.0},
         {"samples": 1, "evaluation": "student", "metrics": {}},
-        {"samples": 2, "terms": {}, "data_wait_percent": None},
-        {"samples": 3, "terms": {}, "data_wait_percent": 2.0},
+        {"samples": 2, "step": 2, "terms": {}, "data_wait_percent": None},
+        {"samples": 3, "step": 3, "terms": {}, "data_wait_percent": 2.0},
     ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert data_waits(tmp_path) == data_waits(tmp_path / "metrics.jsonl") == [4, 2]
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"samples": 1, "terms": {}}'])
+@pytest.mark.parametrize("content", [None, "{", '{"samples": 1, "step": 1, "terms": {}}\n'])
 def test_a_run_without_readable_metrics_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
@@ -60,7 +60,7 @@ def arguments(**changes) -> argparse.Namespace:
 @pytest.mark.parametrize("name", ["rounds", "images", "gpu_rate"])
 def test_numbers_that_can_not_be_are_refused_by_name(name):
     with pytest.raises(ConfigError, match=f"--{name} is 0"):
-        loading.run(arguments(**{name: 0}))
+        loading.benchmark_loading(arguments(**{name: 0}))
 
 
 def test_all_loaders_read_the_same_shards_and_are_timed(
@@ -77,7 +77,7 @@ def test_all_loaders_read_the_same_shards_and_are_timed(
     small = ["model.image.resolution=32", "teacher.resolution=32"]
     path = tmp_path / "figures.json"
     changes = {"shards": f"{tmp_path}/[01].tar", "set": small, "json": str(path)}
-    assert loading.run(arguments(**changes)) == 0
+    assert loading.benchmark_loading(arguments(**changes)) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [row["name"] for row in rows] == [EXACT, ON_DEVICE, OPEN_CLIP, PLAIN]
     assert all(row["images_per_second"] > 0 for row in rows)

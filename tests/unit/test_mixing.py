@@ -146,7 +146,7 @@ def test_the_turns_are_those_of_the_documented_circle(shards):
 
 
 def test_a_recipes_sources_are_found_in_their_order_and_few_shards_are_warned_of(
-    write_tar, tmp_path, monkeypatch
+    write_tar, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
     for name, count in (("a0", 2), ("a1", 3), ("b", 4)):
@@ -158,11 +158,11 @@ def test_a_recipes_sources_are_found_in_their_order_and_few_shards_are_warned_of
     recipe = Recipe(
         data={"sources": sources}, teacher={"resolution": 224}, train={"global_batch_size": 4}
     )
-    said = []
-    shards, val = find_data(recipe, lambda text, **_: said.append(text))
+    shards, val = find_data(recipe)
     assert val == [] and shards == [
         Shard(f"{tmp_path}/b.tar", 4, 0),
         Shard(f"{tmp_path}/a0.tar", 2, 1),
         Shard(f"{tmp_path}/a1.tar", 3, 1),
     ]
+    said = capsys.readouterr().out.splitlines()
     assert len(said) == 1 and said[0].startswith("warning: data.sources.0 has 1 shards for 2 data")

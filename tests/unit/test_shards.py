@@ -126,6 +126,17 @@ def test_counts_are_cached_until_the_file_changes(write_tar, monkeypatch):
     assert index_shards([url]) == [Shard(url, 8)] and scans == [url]
 
 
+def test_a_long_count_tells_how_far_it_is(write_tar, monkeypatch, capsys):
+    monkeypatch.setattr("aclip.data.shards.counts.PROGRESS_SHARDS", 2)
+    urls = [write_tar(f"{number}.tar", numbered(1)) for number in range(5)]
+    for _ in range(2):  # the second time the counts are in the cache
+        index_shards(urls)
+    assert capsys.readouterr().out.splitlines() == [
+        "counting samples: 2 of 5 shards",
+        "counting samples: 4 of 5 shards",
+    ]
+
+
 def test_counting_works_where_the_cache_folder_can_not_be_made(tmp_path, write_tar, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "file" / "cache"))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from aclip.errors import ConfigError
+from aclip.run_folder.metrics_file import EvaluationLine, StepLine
 from aclip.training.metrics_logger import MetricsLogger
 from aclip.training.wandb_tracker import WandbTracker, check_wandb
 
@@ -58,14 +59,15 @@ def test_offline_every_number_arrives_and_a_resumed_run_keeps_its_id(tmp_path):
     tracker = WandbTracker("project", tmp_path, "", {"optimizer": {"lr": 0.5}})
     first_id = tracker.id
     logger = MetricsLogger(tmp_path, 1000, tracker=tracker)
-    logger.log(2, 200, {"loss": 1.5}, momentum=None, skipped={"no_image": 4}, memory_gib=2.0)
-    logger.log_image("kept_patches", np.zeros((4, 6, 3), dtype=np.uint8), 200)
+    logger.log(StepLine(200, 2, {"loss": 1.5}, memory_gib=2.0, skipped={"no_image": 4}))
+    logger.log_kept_patches(np.zeros((4, 6, 3), dtype=np.uint8), 200)
     logger.close()
 
     tracker = WandbTracker("project", tmp_path, first_id, {})
     assert tracker.id == first_id
     logger = MetricsLogger(tmp_path, 1000, 100, tracker)
-    logger.log_evaluation(150, "teacher", {"zero_shot_top1": 0.25})  # before what was seen already
+    # Before what was seen already.
+    logger.log_evaluation(EvaluationLine(150, "teacher", {"zero_shot_top1": 0.25}))
     logger.close()
 
     ids, lines = read_run(tmp_path)

@@ -14,7 +14,7 @@ from PIL import Image
 from aclip.data.shards.listing import Shard, index_shards
 from aclip.data.tokenizer import build_tokenizer
 from aclip.errors import ConfigError
-from aclip.evaluation.evaluate_set import evaluate
+from aclip.evaluation.evaluate_set import evaluate_set
 from aclip.evaluation.sets.evaluation_set import NO_LABEL, ShardSet, read_validation
 from aclip.evaluation.sets.prompts import find_class_prompts
 from aclip.evaluation.towers import Towers
@@ -179,7 +179,7 @@ def evaluate_here(shards, **kwargs):
         std=(1.0, 1.0, 1.0),
     )
     prompts = find_class_prompts(Path(shards[0].url).parent)
-    return evaluate(replace(towers, **kwargs), ShardSet(shards), prompts, 2)
+    return evaluate_set(replace(towers, **kwargs), ShardSet(shards), prompts, 2)
 
 
 def test_the_suite_scores_what_the_set_allows(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,9 +21,7 @@ PROGRESS_SHARDS = 64
 """A scan reports each time it has counted this many shards."""
 
 
-def count_samples(
-    urls: list[str], progress: Callable[[str], None] | None, remote: RemoteShards
-) -> dict[str, int]:
+def count_samples(urls: list[str], remote: RemoteShards) -> dict[str, int]:
     """The number of samples of each shard, by its url.
 
     Counts come from a `sizes.json` beside the shards where it lists them (webdataset's shard list,
@@ -34,7 +31,6 @@ def count_samples(
 
     Args:
         urls: paths and addresses as list_shards gives them.
-        progress: gets a line now and then while many shards are scanned; or None.
         remote: how remote shards are fetched.
 
     Raises:
@@ -44,7 +40,7 @@ def count_samples(
     for folder in {_folder(url) for url in urls}:
         listed.update(_read_sizes(folder, remote))
     counts = {url: listed[_full(url)] for url in urls if _full(url) in listed}
-    counts.update(_count_by_scan([url for url in urls if url not in counts], progress, remote))
+    counts.update(_count_by_scan([url for url in urls if url not in counts], remote))
     return counts
 
 
@@ -88,33 +84,26 @@ def _read_sizes(folder: str, remote: RemoteShards) -> dict[str, int]:
     return {_full(url): count for url, count in full.items()}
 
 
-def _count_by_scan(
-    urls: list[str], progress: Callable[[str], None] | None, remote: RemoteShards
-) -> dict[str, int]:
+def _count_by_scan(urls: list[str], remote: RemoteShards) -> dict[str, int]:
     if not urls:
         return {}
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "shard_counts.lock"):
-            return _count_with_cache(urls, folder / "shard_counts.json", progress, remote)
+            return _count_with_cache(urls, folder / "shard_counts.json", remote)
     except OSError as error:
         logger.warning("counts of shards are not cached: %s; set ACLIP_CACHE", error)
-        return _scan(urls, progress, remote)
+        return _scan(urls, remote)
 
 
-def _count_with_cache(
-    urls: list[str],
-    cache_file: Path,
-    progress: Callable[[str], None] | None,
-    remote: RemoteShards,
-) -> dict[str, int]:
+def _count_with_cache(urls: list[str], cache_file: Path, remote: RemoteShards) -> dict[str, int]:
     try:
         cached = json.loads(cache_file.read_text())
     except (OSError, ValueError):  # absent, or of a version that wrote something else
         cached = {}
     stamps = {url: _stamp(url) for url in urls}
-    scanned = _scan([url for url in urls if stamps[url] not in cached], progress, remote)
+    scanned = _scan([url for url in urls if stamps[url] not in cached], remote)
     if scanned:
         cached.update({stamps[url]: count for url, count in scanned.items()})
         write_whole(cache_file, json.dumps(cached).encode())
@@ -131,9 +120,7 @@ def _stamp(url: str) -> str:
     return f"{os.path.abspath(url)}:{status.st_size}:{status.st_mtime_ns}"
 
 
-def _scan(
-    urls: list[str], progress: Callable[[str], None] | None, remote: RemoteShards
-) -> dict[str, int]:
+def _scan(urls: list[str], remote: RemoteShards) -> dict[str, int]:
     num_remote = sum(map(is_remote, urls))
     if num_remote:
         logger.warning(
@@ -149,8 +136,12 @@ def _scan(
         scans = pool.map(lambda url: _scan_shard(url, remote), urls)
         for url, count in zip(urls, scans, strict=True):
             counts[url] = count
-            if progress and len(counts) % PROGRESS_SHARDS == 0:
-                progress(f"counting samples: {len(counts)} of {len(urls)} shards")
+            if len(counts) % PROGRESS_SHARDS == 0:
+                # Imported here: it brings torch, which takes seconds, and who only lists shards,
+                # as the nodes' probe does, never comes here.
+                from aclip.distributed import say
+
+                say(f"counting samples: {len(counts)} of {len(urls)} shards")
     return counts
 
 

@@ -8,7 +8,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,23 +90,18 @@ def remote_shards(config: DataConfig) -> RemoteShards:
     return RemoteShards(folder.absolute(), round(config.cache_gb * 1e9), config.retries)
 
 
-def index_shards(
-    urls: list[str],
-    progress: Callable[[str], None] | None = None,
-    remote: RemoteShards | None = None,
-) -> list[Shard]:
+def index_shards(urls: list[str], remote: RemoteShards | None = None) -> list[Shard]:
     """Counts the samples of each shard and leaves out, with a warning, shards that hold none.
 
     Args:
         urls: paths and addresses as list_shards gives them.
-        progress: gets a line now and then while many shards are scanned.
         remote: how remote shards are fetched; by default as a recipe's defaults say.
 
     Raises:
         ConfigError: a sizes.json is malformed, a shard can't be read, or no shard holds a sample.
     """
     remote = remote or remote_shards(DataConfig())
-    counts = count_samples(urls, progress, remote)
+    counts = count_samples(urls, remote)
     for url in urls:
         if counts[url] == 0:
             logger.warning("shard %s holds no sample and is left out", url)

@@ -56,7 +56,6 @@ def find_tasks(
     data: Path | None,
     download: bool = False,
     slip_checkout: Path | None = None,
-    say: Callable = print,
 ) -> tuple[list[Task], list[str]]:
     """The sets that the names mean, each opened, and a sentence for each of the suite `paper` that
     is not there.
@@ -66,7 +65,6 @@ def find_tasks(
         data: the folder of the papers' sets.
         download: fetch what torchvision can.
         slip_checkout: whose prompts are taken for the papers' sets; None for clip-benchmark's.
-        say: takes a line of progress.
 
     Raises:
         ConfigError: a name means nothing, a named set is not there or malformed, or of the suite
@@ -76,7 +74,7 @@ def find_tasks(
         raise ConfigError(
             f"--suite is {' '.join(suite)}, whose sets are looked for in --data; give that folder"
         )
-    where = Where(data or Path(), download, say)
+    where = Where(data or Path(), download)
     tasks, missing = [], []
     for name in suite:
         if name == PAPER:
@@ -88,7 +86,7 @@ def find_tasks(
         elif name in catalog():
             tasks.append(_find_paper(name, where, slip_checkout))
         elif name == SCENES:
-            tasks.append(_scenes(say))
+            tasks.append(_scenes())
         else:
             tasks.append(find_folder(name, _folder(name, where.data)))
     if not tasks:
@@ -112,8 +110,8 @@ def _folder(name: str, data: Path) -> Path:
     )
 
 
-def _scenes(say: Callable) -> Task:
-    demo = ensure_demo_data(say)
+def _scenes() -> Task:
+    demo = ensure_demo_data()
     return Task(
         SCENES,
         "built-in scenes",

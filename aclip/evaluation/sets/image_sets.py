@@ -13,6 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from aclip.data.decode import DECODE_ERRORS, decode_image, to_rgb
 from aclip.data.shards.listing import Skip
+from aclip.distributed import say
 from aclip.errors import ConfigError
 from aclip.evaluation.sets.evaluation_set import MIN_SIDE, NO_LABEL, Example
 
@@ -24,12 +25,10 @@ class Where:
     Attributes:
         data: their folder.
         download: whether to fetch what torchvision can.
-        say: takes a line of progress.
     """
 
     data: Path
     download: bool
-    say: Callable
 
 
 class Unavailable(ConfigError):
@@ -209,7 +208,7 @@ def open_torchvision(
     download = where.download and manual is None
     try:
         if download:
-            where.say(f"downloading {name} to {where.data} unless it is there", flush=True)
+            say(f"downloading {name} to {where.data} unless it is there")
             where.data.mkdir(parents=True, exist_ok=True)
             with FileLock(where.data / f".{name}.lock"):
                 dataset = build(**arguments, download=True)

@@ -1,0 +1,53 @@
+"""A run as a function of its steps: how many, what each is taken with, what is due after it."""
+
+from aclip.config.recipe import Recipe
+from aclip.method.schedules import count_steps, ema_momentum, learning_rate
+
+
+class RunSchedule:
+    """What is planned for each step of a run; steps count from 1.
+
+    Args:
+        recipe: of the run. dataset_size: samples of an epoch.
+
+    Attributes:
+        num_steps, total_samples: of the whole run.
+    """
+
+    def __init__(self, recipe: Recipe, dataset_size: int):
+        train = recipe.train
+        self.num_steps = count_steps(train.epochs, dataset_size, train.global_batch_size)
+        self.total_samples = self.num_steps * train.global_batch_size
+        self._warmup_samples = round(train.warmup_epochs * dataset_size)
+        self._recipe = recipe
+
+    def learning_rate(self, step: int) -> float:
+        config = self._recipe.optimizer
+        return learning_rate(
+            self._samples(step - 1),
+            total=self.total_samples,
+            warmup=self._warmup_samples,
+            start=config.warmup_start_lr,
+            peak=config.lr,
+            final=config.final_lr,
+        )
+
+    def momentum(self, step: int) -> float | None:
+        """Of the teacher's average; None without a teacher."""
+        teacher = self._recipe.teacher
+        if teacher is None:
+            return None
+        before = self._samples(step - 1)
+        return ema_momentum(before, total=self.total_samples, start=teacher.momentum)
+
+    def progress(self, step: int) -> float:
+        """How much of the run lies before the step, in [0, 1)."""
+        return self._samples(step - 1) / self.total_samples
+
+    def is_due(self, every: int, step: int) -> bool:
+        """Whether a multiple of `every` samples lies in the step; with 0 none does."""
+        return every > 0 and self._samples(step) // every > self._samples(step - 1) // every
+
+    def _samples(self, step: int) -> int:
+        """Seen after so many steps."""
+        return step * self._recipe.train.global_batch_size

@@ -1,0 +1,107 @@
+"""The evaluation between two steps: every model's scores, chance by hand, the picture on rank 0."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aclip import distributed
+from aclip.config.recipe_file import load_recipe
+from aclip.data.shards.listing import index_shards
+from aclip.data.tokenizer import build_tokenizer
+from aclip.evaluation.during_training import Evaluator
+from aclip.evaluation.towers import Towers
+
+NUM_SAMPLES = 12
+CLASSES = ["one", "two", "three"]
+RECIPE = ["model.image.resolution=32", "mask.block_size=1", "teacher.resolution=32"]
+RECIPE += ["views.scale=[1, 1]"]
+
+
+@pytest.fixture
+def shards(write_tar, encode_image, tmp_path, monkeypatch):
+    """Captioned pictures of three classes, the object at the top left of each."""
+    monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "classnames.txt").write_text("\n".join(CLASSES))
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}")
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[:32, :32] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG")
+    members = []
+    for number in range(NUM_SAMPLES):
+        members += [(f"{number:02d}.jpg", encode_image(64, 64, number))]
+        members += [(f"{number:02d}.mask.png", buffer.getvalue())]
+        members += [(f"{number:02d}.txt", f"picture {number}".encode())]
+        members += [(f"{number:02d}.cls", str(number % 3).encode())]
+    return index_shards([write_tar("val.tar", members)])
+
+
+def towers(encode_image) -> Towers:
+    """Texts of a class lie at its angle; images where `encode_image` says."""
+    tokenizer = build_tokenizer(16)
+    known = [tokenizer.encode([f"a {name}"])[0].tolist() for name in CLASSES]
+
+    def encode_text(tokens):
+        rows = [[token for token in row if token] for row in tokens.tolist()]
+        return torch.eye(4)[[known.index(row) if row in known else 3 for row in rows]]
+
+    nothing, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    device = torch.device("cpu")
+    return Towers(encode_image, encode_text, tokenizer, 32, device, torch.float32, nothing, one)
+
+
+def always(place):
+    return towers(lambda pixels: torch.eye(4)[[place] * len(pixels)])
+
+
+def scores_of_the_object(views):
+    """Attention on the object alone, of 4 x 4 patches."""
+    assert views.dtype == torch.uint8 and views.shape == (NUM_SAMPLES, 3, 32, 32)
+    scores = torch.zeros(NUM_SAMPLES, 4, 4)
+    scores[:, :2, :2] = 1
+    return scores
+
+
+def test_every_model_is_scored_and_the_mask_measured(shards):
+    evaluator = Evaluator(load_recipe("demo", RECIPE), shards)
+    models = {"student": always(0), "teacher": always(1)}
+    for _ in range(2):  # the second time on the samples of the first
+        evaluation = evaluator(models, scores_of_the_object)
+        metrics = evaluation.metrics
+        assert list(metrics) == ["student", "teacher", "chance", "mask"]
+        for name in ("student", "teacher"):  # both name one class of three, whatever they see
+            assert metrics[name]["zero_shot_top1"] == pytest.approx(1 / 3)
+            assert metrics[name]["num_images"] == metrics[name]["num_captions"] == NUM_SAMPLES
+        assert metrics["mask"] == {"object_patches_kept": 1.0}
+        assert evaluation.picture.dtype == np.uint8 and evaluation.picture.shape[2] == 3
+
+
+def test_chance_is_what_guessing_scores(shards):
+    chance = Evaluator(load_recipe("demo", RECIPE), shards)(
+        {"student": always(0)}, scores_of_the_object
+    ).metrics["chance"]
+    assert chance == {
+        "image_to_text_r1": pytest.approx(1 / 12),
+        "image_to_text_r5": pytest.approx(5 / 12),
+        "image_to_text_r10": pytest.approx(10 / 12),
+        "text_to_image_r1": pytest.approx(1 / 12),
+        "text_to_image_r5": pytest.approx(5 / 12),
+        "text_to_image_r10": pytest.approx(10 / 12),
+        "zero_shot_top1": pytest.approx(1 / 3),
+        "zero_shot_top5": 1.0,
+        "zero_shot_mean_per_class": pytest.approx(1 / 3),
+    }
+
+
+def test_without_a_mask_or_on_another_rank_nothing_is_pictured(shards, monkeypatch):
+    plain = [*RECIPE, "mask.policy=none", "loss.byol=0", "loss.simclr=0", "teacher=null"]
+    evaluation = Evaluator(load_recipe("demo", plain), shards)({"student": always(0)}, None)
+    assert evaluation.picture is None and "mask" not in evaluation.metrics
+    evaluator = Evaluator(load_recipe("demo", RECIPE), shards)
+    monkeypatch.setattr(evaluator, "_score", lambda towers: {"num_images": 1.0})
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    evaluation = evaluator({"student": always(0)}, scores_of_the_object)
+    assert evaluation.picture is None and "mask" not in evaluation.metrics

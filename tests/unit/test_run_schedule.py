@@ -1,0 +1,36 @@
+"""What a run does at each of its steps."""
+
+import pytest
+
+from aclip.config.recipe_file import load_recipe
+from aclip.training.run_schedule import RunSchedule
+
+VALUES = ["train.global_batch_size=10", "train.epochs=2", "train.warmup_epochs=0.5"]
+VALUES += ["optimizer.warmup_start_lr=0", "optimizer.lr=1", "optimizer.final_lr=0"]
+DATASET_SIZE = 80
+
+
+def test_a_step_is_taken_with_the_values_where_it_begins():
+    schedule = RunSchedule(load_recipe("demo", [*VALUES, "teacher.momentum=0.5"]), DATASET_SIZE)
+    assert (schedule.num_steps, schedule.total_samples) == (16, 160)
+    # Forty samples of warm-up, in four steps.
+    assert [schedule.learning_rate(step) for step in range(1, 6)] == [0, 0.25, 0.5, 0.75, 1]
+    assert schedule.learning_rate(11) == pytest.approx(0.5)  # half of the cosine's 120 samples
+    assert schedule.momentum(1) == 0.5
+    assert schedule.momentum(9) == pytest.approx(0.75)  # half of the run's 160
+
+
+def test_without_a_teacher_there_is_no_momentum():
+    overrides = [*VALUES, "mask.policy=random", "teacher=null", "loss.byol=0"]
+    assert RunSchedule(load_recipe("demo", overrides), DATASET_SIZE).momentum(1) is None
+
+
+def test_what_comes_every_so_many_samples_is_due_after_the_step_that_holds_them():
+    schedule = RunSchedule(load_recipe("demo", VALUES), DATASET_SIZE)
+
+    def due(every):
+        return [step for step in range(1, 9) if schedule.is_due(every, step)]
+
+    assert due(25) == [3, 5, 8]
+    assert due(10) == due(1) == list(range(1, 9))
+    assert due(0) == []
