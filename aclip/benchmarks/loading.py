@@ -183,7 +183,7 @@ def _plain_batches(urls: list[str], recipe: Recipe) -> Iterator:
         ]
     )
     student, teacher = T.Compose([crop, colour, finish]), T.Compose([crop, finish])
-    tokenizer = build_tokenizer(recipe.model.text.context_length)
+    tokenizer = build_tokenizer(recipe.model.text)
 
     def views(image: Image.Image) -> torch.Tensor:
         return torch.stack([student(image), student(image), teacher(image)])

@@ -30,8 +30,8 @@ class OpenClipStep:
         self._recipe, self._device = recipe, device
         batch = synthetic_batch(recipe, batch_size)
         self._views = batch.student_views[:, 0]
-        missing = CONTEXT_LENGTH - batch.tokens.shape[1]
-        self._tokens = F.pad(batch.tokens, (0, missing))
+        missing = CONTEXT_LENGTH - batch.tokens.ids.shape[1]
+        self._tokens = F.pad(batch.tokens.ids, (0, missing))
         if device.type == "cuda":
             self._views, self._tokens = self._views.pin_memory(), self._tokens.pin_memory()
         with torch.device("meta"):

@@ -11,7 +11,7 @@ from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
 from aclip.data.augment import draw_augment_params
 from aclip.data.batch import Batch
-from aclip.method.tokens import END_ID, START_ID
+from aclip.method.tokens import END_ID, START_ID, Tokens
 
 # Token counts of YFCC-15M's captions: log-normal with this median and mean.
 MEDIAN_LENGTH, MEAN_LENGTH = 12, 20
@@ -27,16 +27,16 @@ def caption_lengths(num_captions: int, context_length: int) -> list[int]:
     return [min(max(length, 3), context_length) for length in lengths]
 
 
-def synthetic_tokens(num_captions: int, context_length: int) -> Tensor:
-    """(B, L) int64 tokens of such lengths, L the longest."""
+def synthetic_tokens(num_captions: int, context_length: int) -> Tokens:
+    """Captions of such lengths."""
     lengths = caption_lengths(num_captions, context_length)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1, START_ID, (num_captions, max(lengths)), generator=generator)
+    ids = torch.randint(1, START_ID, (num_captions, max(lengths)), generator=generator)
     columns = torch.arange(max(lengths))
     ends = torch.tensor(lengths).unsqueeze(1) - 1
-    tokens = tokens.masked_fill(columns == ends, END_ID).masked_fill(columns > ends, 0)
-    tokens[:, 0] = START_ID
-    return tokens
+    ids = ids.masked_fill(columns == ends, END_ID).masked_fill(columns > ends, 0)
+    ids[:, 0] = START_ID
+    return Tokens(ids, torch.tensor(lengths))
 
 
 def synthetic_batch(recipe: Recipe, batch_size: int) -> Batch:

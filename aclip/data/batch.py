@@ -11,6 +11,7 @@ from torch import Tensor
 from aclip.data.samples import Sample
 from aclip.data.tokenizer import Tokenizer
 from aclip.data.whole_images import PixelBuffer, WholeImages, join_images, stack_images
+from aclip.method.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Batch:
     """(B, S, 3, R, R) uint8, S views of their own for a loss between views"""
     ssl_params: Tensor | None
     """(B, S, 9) fp32, as augment_params"""
-    tokens: Tensor
-    """(B, L) int64, L the longest caption's length"""
+    tokens: Tokens
+    """Of one caption each"""
     term_noise: dict[str, Tensor]
     """(B, ...) fp32 in [0, 1), what each loss term wants, by the term's name"""
     keys: list[str]
@@ -106,11 +107,6 @@ def join(parts: list[Batch], pin: bool = False) -> Batch:
     """Joins consecutive parts of a batch, with one copy, into pinned memory if asked."""
     if len(parts) == 1 and not pin:
         return parts[0]
-    length = max(part.tokens.shape[1] for part in parts)
-    parts = [
-        replace(part, tokens=F.pad(part.tokens, (0, length - part.tokens.shape[1])))
-        for part in parts
-    ]
     return Batch(
         **{name: _join([getattr(part, name) for part in parts], pin) for name in PER_SAMPLE},
         cursors=torch.cat([part.cursors for part in parts]),
@@ -135,5 +131,9 @@ def _join(values: list, pin: bool):
         return {name: _join([value[name] for value in values], pin) for name in first}
     if isinstance(first, WholeImages):
         return join_images(values, pin)
+    if isinstance(first, Tokens):
+        longest = max(value.ids.shape[1] for value in values)
+        ids = [F.pad(value.ids, (0, longest - value.ids.shape[1])) for value in values]
+        return Tokens(_join(ids, pin), _join([value.lengths for value in values], pin))
     shape = (sum(len(value) for value in values), *first.shape[1:])
     return torch.cat(values, out=torch.empty(shape, dtype=first.dtype, pin_memory=pin))

@@ -64,7 +64,7 @@ class LaneDataset(IterableDataset):
         self.first = first
         self.cursors = cursors
         patch_grid(recipe)  # refuses a tower here rather than in a worker
-        self.tokenizer = build_tokenizer(recipe.model.text.context_length)
+        self.tokenizer = build_tokenizer(recipe.model.text)
 
     def __iter__(self) -> Iterator[Part]:
         info = get_worker_info()

@@ -1,14 +1,13 @@
-"""Captions -> token ids: CLIP's byte-pair encoding as open_clip ships it, with its cleaning."""
+"""Captions -> tokens: CLIP's byte-pair encoding as open_clip ships it, with its cleaning."""
 
 from functools import cached_property
 
-from torch import Tensor
-
-from aclip.method.tokens import VOCAB_SIZE, caption_lengths
+from aclip.config.sections import TextTowerConfig
+from aclip.method.tokens import VOCAB_SIZE, Tokens, clip_tokens
 
 MAX_CHARACTERS = 8192
-"""So much of a caption is read, which is more than any context holds: byte-pair encoding of one
-endless word takes time by the square of its length."""
+"""How much of a caption is read, more than any context holds: byte-pair encoding of one endless
+word takes time by the square of its length."""
 
 
 class Tokenizer:
@@ -33,24 +32,18 @@ class Tokenizer:
 
         return SimpleTokenizer(context_length=self.context_length, clean="lower")
 
-    def encode(self, captions: list[str]) -> Tensor:
+    def encode(self, captions: list[str]) -> Tokens:
         """Encodes cleaned captions (ftfy, HTML entities, white space, lower case).
 
         Returns:
-            (B, L) int64, L the longest caption's length; 0 after the end token. A caption longer
-            than context_length is cut, and its last token is the end token. What lies behind
-            MAX_CHARACTERS is not read.
+            The captions' tokens, on the CPU. A caption longer than context_length is cut, and its
+            last token is the end token. What lies behind MAX_CHARACTERS is not read.
         """
         if not captions:
-            return self._simple([""])[:0, :0]
-        tokens = self._simple([caption.strip()[:MAX_CHARACTERS] for caption in captions])
-        return cut_padding(tokens)
+            return clip_tokens(self._simple([""])[:0])
+        return clip_tokens(self._simple([text.strip()[:MAX_CHARACTERS] for text in captions]))
 
 
-def cut_padding(tokens: Tensor) -> Tensor:
-    """Cuts (B, L) tokens after the last end token."""
-    return tokens[:, : int(caption_lengths(tokens).max())]
-
-
-def build_tokenizer(context_length: int) -> Tokenizer:
-    return Tokenizer(context_length)
+def build_tokenizer(config: TextTowerConfig) -> Tokenizer:
+    """The tokenizer of a text tower; see models.text.build_text_tower."""
+    return Tokenizer(config.context_length)

@@ -43,7 +43,7 @@ class LoadedModel:
         return Towers(
             self.student.encode_image,
             self.student.encode_text,
-            build_tokenizer(self.recipe.model.text.context_length),
+            build_tokenizer(self.recipe.model.text),
             self.recipe.model.image.resolution,
             device,
             torch.float32,

@@ -74,4 +74,4 @@ def embed_classes(
 def _encode(towers: Towers, texts: list[str]) -> Tensor:
     """(len(texts), E); a rank without texts takes part with one that is cut off again."""
     tokens = towers.tokenizer.encode(texts or [""])
-    return towers.encode_text(tokens.to(towers.device))[: len(texts)]
+    return towers.encode_text(tokens.map(lambda ids: ids.to(towers.device)))[: len(texts)]

@@ -24,7 +24,7 @@ class Towers:
 
     Attributes:
         encode_image: (n, 3, R, R) normalised pixels of `dtype` on `device` -> (n, E).
-        encode_text: (n, L) int64 tokens on `device` -> (n, E).
+        encode_text: n captions' Tokens on `device` -> (n, E).
         tokenizer: of the text tower. resolution: R, pixels.
         device, dtype: where the encoders are, and of the pixels.
         mean, std: of the channels, pixels in [0, 1].

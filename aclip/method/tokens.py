@@ -1,4 +1,10 @@
-"""What a caption's tokens are: CLIP's vocabulary, where a caption starts and ends."""
+"""Captions as tokens: what a tokenizer gives, a text tower reads and a loss may mask.
+
+Only `clip_tokens` knows how CLIP's vocabulary marks a caption's end.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,25 +14,53 @@ START_ID = 49406
 END_ID = 49407
 
 
-def caption_lengths(tokens: Tensor) -> Tensor:
-    """How many tokens each caption has, start and end included: (B, L) int64 -> (B,) int64.
+@dataclass(frozen=True)
+class Tokens:
+    """B captions as ids, padded to L.
 
-    The end token has the greatest id of the vocabulary, which is what tells it from padding.
+    Attributes:
+        ids: (B, L) int64; what stands behind a caption's end is 0.
+        lengths: (B,) int64, how many ids are the caption's own, start and end included.
+        real_ids: (T,) int64, where the captions' own ids stand: row * L + column, ascending. None
+            until `located`.
     """
-    return tokens.argmax(1) + 1
+
+    ids: Tensor
+    lengths: Tensor
+    real_ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice) -> "Tokens":
+        return Tokens(self.ids[rows], self.lengths[rows])
+
+    @property
+    def ends(self) -> Tensor:
+        """(B,) int64, the column of each caption's last id: there a causal tower has read all."""
+        return self.lengths - 1
+
+    def located(self) -> "Tokens":
+        """The same with `real_ids`.
+
+        The number of real tokens is a shape, so on a GPU this waits for the device: call it while
+        the tokens are on the CPU.
+        """
+        if self.real_ids is not None:
+            return self
+        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
+        is_real = columns < self.lengths.unsqueeze(1)
+        return Tokens(self.ids, self.lengths, is_real.flatten().nonzero().squeeze(1))
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> "Tokens":
+        """Located, with `move` done to each tensor: a copy to a device."""
+        located = self.located()
+        return Tokens(move(located.ids), move(located.lengths), move(located.real_ids))
 
 
-def real_token_ids(tokens: Tensor) -> Tensor:
-    """Where the captions' own tokens stand, up to and including the end token.
-
-    The number of real tokens is a shape, so on a GPU this waits for the device: call it where the
-    tokens still are on the CPU, and hand the result on.
-
-    Args:
-        tokens: (B, L) int64, zeros behind the end token.
-
-    Returns:
-        (T,) int64, row * L + column of each real token, ascending.
-    """
-    columns = torch.arange(tokens.shape[1], device=tokens.device)
-    return (columns < caption_lengths(tokens).unsqueeze(1)).flatten().nonzero().squeeze(1)
+def clip_tokens(ids: Tensor) -> Tokens:
+    """(B, L) int64 of CLIP's vocabulary, in which the end token has the greatest id; cut behind the
+    longest caption."""
+    lengths = ids.argmax(1) + 1
+    longest = int(lengths.max()) if len(lengths) else 0
+    return Tokens(ids[:, :longest], lengths)

@@ -11,7 +11,8 @@ from aclip.errors import ConfigError
 from aclip.method.losses.heads import ExactScalar, LogitScale
 from aclip.method.losses.term import LossTerm, TermPart
 from aclip.method.masks.policy import Selection
-from aclip.models.text import TextTower
+from aclip.method.tokens import Tokens
+from aclip.models.text import TextTower, build_text_tower
 from aclip.models.vit import ImageTower
 
 
@@ -21,15 +22,14 @@ class StudentInput:
 
     Attributes:
         pixels: (B, V, 3, R, R) normalised. selection: of the kept patches, None for all.
-        tokens: (B, L) int64. real_ids: (T,) int64, method.tokens.real_token_ids(tokens).
+        tokens: B captions, located.
         ssl_pixels: (B, 2, 3, R, R) normalised.
         of_terms: what each loss term reads besides, by the term's name.
     """
 
     pixels: Tensor
     selection: Selection | None
-    tokens: Tensor
-    real_ids: Tensor
+    tokens: Tokens
     ssl_pixels: Tensor | None = None
     of_terms: dict[str, Any] = field(default_factory=dict)
 
@@ -129,7 +129,7 @@ class Student(nn.Module):
         image_features = self.image(inputs.pixels.flatten(0, 1), inputs.selection)
         features = {
             "image": image_features.unflatten(0, batch_and_views),
-            "text": self.text(inputs.tokens, inputs.real_ids),
+            "text": self.text(inputs.tokens),
         }
         if inputs.ssl_pixels is not None:
             ssl_features = self.image(inputs.ssl_pixels.flatten(0, 1))
@@ -151,8 +151,8 @@ class Student(nn.Module):
         """(M, 3, R, R) normalised -> (M, E) unnormalised embeds, over all patches."""
         return self.image_projection(self.image(pixels))
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """(M, L) int64 -> (M, E) unnormalised embeds."""
+    def encode_text(self, tokens: Tokens) -> Tensor:
+        """M captions -> (M, E) unnormalised embeds."""
         return self.text_projection(self.text(tokens))
 
 
@@ -181,7 +181,7 @@ def build_student(recipe: Recipe, for_training: bool = True) -> Student:
     _check_mask(recipe, image)
     student = Student(
         image,
-        TextTower(**model.text.model_dump(), compile=compile),
+        build_text_tower(model.text, compile),
         model.embed_dim,
         LogitScale(recipe.loss.initial_logit_scale, recipe.loss.max_logit_scale),
         recipe.terms,

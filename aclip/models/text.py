@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from aclip.config.sections import Recompute
-from aclip.method.tokens import END_ID, START_ID, VOCAB_SIZE, caption_lengths, real_token_ids
+from aclip.config.sections import Recompute, TextTowerConfig
+from aclip.method.tokens import END_ID, START_ID, VOCAB_SIZE, Tokens
 from aclip.models.one_query_attention import one_query_attention
 from aclip.models.recompute import applied, run_block
 
@@ -45,6 +45,10 @@ class _Packing:
 
 class TextTower(nn.Module):
     """Captions to features at the end token.
+
+    A text tower of another kind offers what is public here: `width`, `num_heads`,
+    `context_length`, `external_parameters`, `forward` and, for masked language modelling,
+    `forward_tokens`. It reads Tokens and decides where in them its feature lies.
 
     Args:
         width, heads, layers: of the transformer.
@@ -92,43 +96,33 @@ class TextTower(nn.Module):
         attn = self.transformer.encoder.layers[-1].self_attn
         return [attn.k_proj.weight, attn.k_proj.bias, attn.v_proj.weight, attn.v_proj.bias]
 
-    def forward(self, tokens: Tensor, real_ids: Tensor | None = None) -> Tensor:
-        """Encodes captions.
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Encodes captions to (B, W), the normalised feature at the end token.
 
-        Args:
-            tokens: (B, L) int64, start token first, end token last, zeros behind it.
-            real_ids: (T,) int64, `real_token_ids(tokens)`; computed here if empty.
-
-        Returns:
-            (B, W), the normalised feature at the end token.
+        On a GPU, tokens that are not `located` make the step wait for the device.
         """
-        packing = _packing(tokens, real_ids)
+        packing = _packing(tokens)
         x = self._embed(tokens, packing)
         *layers, last = self.transformer.encoder.layers
         for layer in layers:
             x = self._run(self._packed_layer, layer, x, packing)
-        x = self._run(self._end_only_layer, last, x, packing, caption_lengths(tokens) - 1)
+        x = self._run(self._end_only_layer, last, x, packing, tokens.ends)
         return self.transformer.final_layer_norm(x)
 
     def forward_tokens(
-        self,
-        tokens: Tensor,
-        masked: Tensor | None = None,
-        mask_token: Tensor | None = None,
-        real_ids: Tensor | None = None,
+        self, tokens: Tokens, masked: Tensor | None = None, mask_token: Tensor | None = None
     ) -> Tensor:
         """Encodes captions to the features of all their tokens.
 
         Args:
-            tokens: (B, L) int64, as in `forward`.
+            tokens: as in `forward`.
             masked: (B, L) bool, tokens whose embedding is replaced.
             mask_token: (W,), what it is replaced by; the position is added to it too.
-            real_ids: as in `forward`.
 
         Returns:
             (B, L, W), normalised; zero at padding.
         """
-        packing = _packing(tokens, real_ids)
+        packing = _packing(tokens)
         x = self._embed(tokens, packing, masked, mask_token)
         for layer in self.transformer.encoder.layers:
             x = self._run(self._packed_layer, layer, x, packing)
@@ -136,24 +130,29 @@ class TextTower(nn.Module):
 
     def _embed(
         self,
-        tokens: Tensor,
+        tokens: Tokens,
         packing: _Packing,
         masked: Tensor | None = None,
         mask_token: Tensor | None = None,
     ) -> Tensor:
         embeddings, real_ids = self.transformer.embeddings, packing.real_ids
-        x = embeddings.token_embedding(tokens.flatten().index_select(0, real_ids))
+        x = embeddings.token_embedding(tokens.ids.flatten().index_select(0, real_ids))
         if masked is not None:
             masked = masked.flatten().index_select(0, real_ids).unsqueeze(1)
             x = torch.where(masked, mask_token.to(x.dtype), x)
-        return x + embeddings.position_embedding(real_ids % tokens.shape[1])
+        return x + embeddings.position_embedding(real_ids % tokens.ids.shape[1])
 
     def _run(self, function: Callable, *args) -> Tensor:
         return run_block(self.recompute, function, self.recompute, *args)
 
 
-def _packing(tokens: Tensor, real_ids: Tensor | None) -> _Packing:
-    return _Packing(real_token_ids(tokens) if real_ids is None else real_ids, tuple(tokens.shape))
+def build_text_tower(config: TextTowerConfig, compile: bool = False) -> TextTower:
+    """The text tower that a recipe asks for; data.tokenizer.build_tokenizer gives its tokenizer."""
+    return TextTower(**config.model_dump(), compile=compile)
+
+
+def _packing(tokens: Tokens) -> _Packing:
+    return _Packing(tokens.located().real_ids, tuple(tokens.ids.shape))
 
 
 def _packed_layer(

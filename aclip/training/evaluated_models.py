@@ -48,7 +48,7 @@ def _towers(stepper: Stepper, encode_image: Encoder, encode_text: Encoder) -> To
     return Towers(
         encode_image,
         encode_text,
-        build_tokenizer(recipe.model.text.context_length),
+        build_tokenizer(recipe.model.text),
         recipe.model.image.resolution,
         stepper.device,
         stepper.dtype,

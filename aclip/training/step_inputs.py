@@ -17,7 +17,6 @@ from aclip.data.batch import Batch
 from aclip.data.device_views import cut_views_on_device
 from aclip.method.losses.term import LossTerm, Taught, TermContext
 from aclip.method.masks.policy import Selection, ViewsToMask
-from aclip.method.tokens import real_token_ids
 from aclip.models.student import StudentInput
 from aclip.models.vit import ImageTower
 from aclip.training.teacher import Teacher
@@ -98,9 +97,7 @@ class StepInputs:
         return StudentInput(
             pixels=pixels,
             selection=self.select(micro, pixels, taught.scores, progress),
-            tokens=self._to_device(micro.tokens),
-            # Counted while the tokens are on the CPU: on a GPU, the step would wait for the count.
-            real_ids=self._to_device(real_token_ids(micro.tokens)),
+            tokens=micro.tokens.map(self._to_device),
             ssl_pixels=self._ssl_pixels(micro),
             of_terms=self._of_terms(micro, pixels, taught, statistics),
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from aclip.engine.sharded_state import gathered
 from aclip.method.losses.term import LossTerm, Taught
+from aclip.method.tokens import Tokens
 from aclip.models.student import Student
 
 # Parameters that ZeRO-3 gathers at once: bounds the memory of an update.
@@ -67,7 +68,7 @@ class Teacher:
         return self.model.encode_image(pixels)
 
     @torch.no_grad()
-    def encode_text(self, tokens: Tensor) -> Tensor:
+    def encode_text(self, tokens: Tokens) -> Tensor:
         return self.model.encode_text(tokens)
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from grey_images import Greys, probe
 from PIL import Image
 
 from aclip import distributed
+from aclip.config.sections import TextTowerConfig
 from aclip.data.shards.listing import index_shards
 from aclip.data.tokenizer import build_tokenizer
 from aclip.evaluation.evaluate_set import evaluate_set
@@ -65,12 +66,12 @@ def evaluate_with_random_towers(shards, batch_size):
 
     def encode_text(tokens):
         calls["text"] += 1
-        return F.embedding(tokens, text_weight).where(tokens[..., None] > 0, 0).sum(1)
+        return F.embedding(tokens.ids, text_weight).where(tokens.ids[..., None] > 0, 0).sum(1)
 
     towers = Towers(
         encode_image,
         encode_text,
-        build_tokenizer(77),
+        build_tokenizer(TextTowerConfig()),
         resolution=6,
         device=torch.device("cpu"),
         dtype=torch.float32,

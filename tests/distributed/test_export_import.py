@@ -18,6 +18,7 @@ from aclip.config.recipe_file import dump_recipe, load_recipe
 from aclip.data.shards.listing import index_shards
 from aclip.engine.process_group import init_distributed
 from aclip.engine.sharded_state import ShardedState
+from aclip.method.tokens import clip_tokens
 from aclip.reports.visualize import attention
 from aclip.run_folder import checkpoint_folder
 from aclip.training.trainer import Trainer
@@ -107,7 +108,7 @@ def test_export_and_figure_compute_what_the_run_computed(
         assert trainer.train()
         engine, teacher = trainer.stepper.engine, trainer.stepper.teacher
         engine.eval()
-        tokens = open_clip.SimpleTokenizer(context_length=16)(CAPTIONS)
+        tokens = clip_tokens(open_clip.SimpleTokenizer(context_length=16)(CAPTIONS))
         with torch.no_grad():
             student = engine("encode_image", PIXELS), engine("encode_text", tokens)
         pixels = (IMAGES / 255 - MEAN) / STD

@@ -5,7 +5,7 @@ import tiny_run
 import torch
 
 from aclip.method.masks.policy import Selection
-from aclip.method.tokens import real_token_ids
+from aclip.method.tokens import clip_tokens
 from aclip.models.student import Student, StudentInput
 
 pytestmark = pytest.mark.distributed
@@ -23,15 +23,16 @@ OVERRIDES = [
 def _all_ways(self, pixels, tokens):
     """One number that reads features of CLS and end tokens and of all tokens, packed and not."""
     views = pixels.flatten(0, 1)
-    masked = torch.zeros_like(tokens, dtype=torch.bool)
+    tokens = clip_tokens(tokens).located()
+    masked = torch.zeros_like(tokens.ids, dtype=torch.bool)
     masked[:, 1::2] = True
     scores = views[:, 0, ::8, ::8].unflatten(0, pixels.shape[:2])
     selection = Selection(scores, None, None, 8, 1)
-    inputs = StudentInput(pixels, selection, tokens, real_token_ids(tokens))
+    inputs = StudentInput(pixels, selection, tokens)
     features = [
         *self.encode(inputs).values(),
         self.text.forward_tokens(tokens),
-        self.text.forward_tokens(tokens, masked, tokens.new_ones(8, dtype=views.dtype)),
+        self.text.forward_tokens(tokens, masked, views.new_ones(8)),
         self.image.forward_patches(views)[0],
         self.image.forward_patches(views, selection)[0],
     ]

@@ -15,7 +15,7 @@ from aclip.engine.sharded_state import ShardedState
 from aclip.method.losses.term import StudentOutput, Taught, total
 from aclip.method.masks.attentive import select_attentive
 from aclip.method.masks.policy import ViewsToMask
-from aclip.method.tokens import END_ID, START_ID, real_token_ids
+from aclip.method.tokens import END_ID, START_ID, clip_tokens
 from aclip.models.student import StudentInput, build_student
 from aclip.training.teacher import Teacher
 
@@ -85,7 +85,7 @@ class TinyRun:
             teacher_box=box.repeat(size, 1),
             view_boxes=box.repeat(size, 2, 1),
         )
-        inputs = StudentInput(pixels, select_attentive(views), tokens, real_token_ids(tokens))
+        inputs = StudentInput(pixels, select_attentive(views), clip_tokens(tokens).located())
         output = StudentOutput.of(self.engine("project", self.engine("encode", inputs)))
         targets = self.teacher.targets(self.terms, [Taught(taught.scores, taught.features)])
         loss, _ = total(self.terms, output, targets)

@@ -29,6 +29,7 @@ BLOCK = tarfile.BLOCKSIZE
 def main(folder: Path, first: int, count: int) -> None:
     """Reads shards `first` to `first + count` and prints a JSON object of what was seen."""
     from aclip.config.recipe import Recipe
+    from aclip.config.sections import TextTowerConfig
     from aclip.data.batch import collate
     from aclip.data.samples import SampleMaker
     from aclip.data.shards.counts import _scan_shard
@@ -37,7 +38,7 @@ def main(folder: Path, first: int, count: int) -> None:
     from aclip.data.tokenizer import build_tokenizer
 
     remote = RemoteShards(folder / "cache", 2**20, retries=0)
-    tokenizer = build_tokenizer(77)
+    tokenizer = build_tokenizer(TextTowerConfig())
     tokenizer.encode(["warm up"])
     seen: dict[str, Counter] = {}
     slowest = 0.0

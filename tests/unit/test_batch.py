@@ -17,6 +17,7 @@ import torch
 
 from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
+from aclip.config.sections import TextTowerConfig
 from aclip.data.augment import augment
 from aclip.data.batch import Batch, join
 from aclip.data.loader import LaneDataset, build_train_loader, striding_warnings
@@ -82,8 +83,10 @@ def take(recipe: Recipe, shards, ranks: int, count: int, cursors=None) -> list[B
 
 def assert_equal_batches(first: Batch, second: Batch) -> None:
     assert first.keys == second.keys and first.captions == second.captions
-    for name in [*PARTS, "tokens", "cursors"]:
+    for name in [*PARTS, "cursors"]:
         assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert torch.equal(first.tokens.ids, second.tokens.ids)
+    assert torch.equal(first.tokens.lengths, second.tokens.lengths)
 
 
 def augmented(batch: Batch, recipe: Recipe, ranks: int = 1) -> torch.Tensor:
@@ -173,7 +176,7 @@ def test_tensors_have_their_documented_shapes_and_types(shards):
         "augment_params": ((16, 2, 9), torch.float32),
         "cursors": ((8, 2), torch.int64),
     }
-    assert batch.mask_noise is None and batch.tokens.dtype == torch.int64
+    assert batch.mask_noise is None and batch.tokens.ids.dtype == torch.int64
 
 
 def test_keys_name_shard_and_sample(shards):
@@ -186,9 +189,11 @@ def test_keys_name_shard_and_sample(shards):
 def test_tokens_end_with_the_longest_caption_of_the_batch(shards):
     for batch in take(make_recipe(2), shards, 1, 3):
         lengths = [2 + len(caption.split()) for caption in batch.captions]
-        assert batch.tokens.shape[1] == max(lengths)
-        assert (batch.tokens.argmax(1) + 1).tolist() == lengths
-        assert torch.equal(batch.tokens, build_tokenizer(77).encode(batch.captions))
+        assert batch.tokens.ids.shape[1] == max(lengths)
+        assert batch.tokens.lengths.tolist() == lengths
+        assert torch.equal(
+            batch.tokens.ids, build_tokenizer(TextTowerConfig()).encode(batch.captions).ids
+        )
 
 
 def test_the_random_policy_gets_uniform_noise_on_the_block_grid_and_no_teacher(shards):
@@ -219,8 +224,10 @@ def test_micro_batches_are_consecutive_and_join_to_the_batch(shards):
     micros = batch.split(6)
     assert [len(micro) for micro in micros] == [6, 6, 4]
     assert [key for micro in micros for key in micro.keys] == batch.keys
-    for name in [*PARTS, "tokens"]:
+    for name in PARTS:
         assert torch.equal(torch.cat([getattr(m, name) for m in micros]), getattr(batch, name))
+    assert torch.equal(torch.cat([m.tokens.ids for m in micros]), batch.tokens.ids)
+    assert torch.equal(torch.cat([m.tokens.lengths for m in micros]), batch.tokens.lengths)
     assert all(torch.equal(micro.cursors, batch.cursors) for micro in micros)
 
 

@@ -12,7 +12,7 @@ from aclip.config.sections import OptimizerConfig
 from aclip.engine.build import build_engine
 from aclip.errors import ConfigError
 from aclip.method.masks.policy import Selection
-from aclip.method.tokens import END_ID, START_ID, real_token_ids
+from aclip.method.tokens import END_ID, START_ID, clip_tokens
 from aclip.models.student import build_student
 from aclip.models.text import TextTower
 from aclip.models.vit import ImageTower
@@ -46,8 +46,8 @@ def _captions(recompute, compile):
                 END_ID,
                 0,
             )
-        batches.append((tokens, real_token_ids(tokens)))
-    return tower, lambda: torch.cat([tower(*batch) for batch in batches])
+        batches.append(clip_tokens(tokens).located())
+    return tower, lambda: torch.cat([tower(batch) for batch in batches])
 
 
 def _compare(build, recompute):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from aclip import distributed
 from aclip.config.recipe_file import load_recipe
+from aclip.config.sections import TextTowerConfig
 from aclip.data.shards.listing import index_shards
 from aclip.data.tokenizer import build_tokenizer
 from aclip.evaluation.during_training import Evaluator
@@ -41,11 +42,11 @@ def shards(write_tar, encode_image, tmp_path, monkeypatch):
 
 def towers(encode_image) -> Towers:
     """Texts of a class lie at its angle; images where `encode_image` says."""
-    tokenizer = build_tokenizer(16)
-    known = [tokenizer.encode([f"a {name}"])[0].tolist() for name in CLASSES]
+    tokenizer = build_tokenizer(TextTowerConfig(context_length=16))
+    known = [tokenizer.encode([f"a {name}"]).ids[0].tolist() for name in CLASSES]
 
     def encode_text(tokens):
-        rows = [[token for token in row if token] for row in tokens.tolist()]
+        rows = [[token for token in row if token] for row in tokens.ids.tolist()]
         return torch.eye(4)[[known.index(row) if row in known else 3 for row in rows]]
 
     nothing, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

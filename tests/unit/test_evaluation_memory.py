@@ -11,6 +11,7 @@ from aclip.evaluation.evaluate_set import evaluate_set
 from aclip.evaluation.sets.evaluation_set import Example
 from aclip.evaluation.sets.prompts import ClassPrompts
 from aclip.evaluation.towers import Towers
+from aclip.method.tokens import Tokens
 
 CLASSES, TEMPLATES, IMAGES, EMBED_DIM, SIDE = 1000, 80, 50_000, 512, 8
 BOUND = 32 * 2**20
@@ -32,14 +33,15 @@ class Images:
 
 class Tokenizer:
     def encode(self, texts):
-        return torch.tensor([[len(text), hash(text) % 49408] for text in texts])
+        ids = torch.tensor([[len(text), hash(text) % 49408] for text in texts])
+        return Tokens(ids, torch.full((len(texts),), 2))
 
 
 def towers():
     weight = torch.randn(3 * SIDE * SIDE, EMBED_DIM, generator=torch.manual_seed(0))
     return Towers(
         lambda pixels: pixels.flatten(1) @ weight,
-        lambda tokens: weight[tokens.sum(1) % len(weight)],
+        lambda tokens: weight[tokens.ids.sum(1) % len(weight)],
         Tokenizer(),
         SIDE,
         torch.device("cpu"),

@@ -21,6 +21,7 @@ from aclip.method.losses.distill import (
 )
 from aclip.method.losses.mlm import TextDecoder, mask_tokens, mlm
 from aclip.method.masks.policy import other_patches
+from aclip.method.tokens import Tokens
 from aclip.models.student import build_student
 
 START, END = 49406, 49407
@@ -28,10 +29,10 @@ START, END = 49406, 49407
 
 def tokens_of(*lengths, columns=None):
     """Captions of so many word pieces, numbered from 1."""
-    tokens = torch.zeros(len(lengths), columns or max(lengths) + 2, dtype=torch.int64)
+    ids = torch.zeros(len(lengths), columns or max(lengths) + 2, dtype=torch.int64)
     for row, length in enumerate(lengths):
-        tokens[row, : length + 2] = torch.tensor([START, *range(1, length + 1), END])
-    return tokens
+        ids[row, : length + 2] = torch.tensor([START, *range(1, length + 1), END])
+    return Tokens(ids, torch.tensor(lengths) + 2)
 
 
 def test_distill_of_two_patches_by_hand():
@@ -64,7 +65,8 @@ def test_hidden_tokens_are_the_share_of_the_caption_and_never_its_ends():
     noise = torch.rand(4, 30, generator=torch.Generator().manual_seed(0))
     masked = mask_tokens(tokens, noise, 0.2)
     assert masked.sum(1).tolist() == [1, 1, 2, 4]
-    assert not masked[(tokens == START) | (tokens == END) | (tokens == 0)].any()
+    ids = tokens.ids
+    assert not masked[(ids == START) | (ids == END) | (ids == 0)].any()
     row = masked[3].nonzero().squeeze(1) - 1
     assert sorted(row.tolist()) == sorted(noise[3, :20].argsort()[:4].tolist())
 

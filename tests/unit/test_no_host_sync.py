@@ -15,7 +15,7 @@ from aclip.config.recipe_file import load_recipe
 from aclip.method.losses.term import StudentOutput, Taught, TermContext, total
 from aclip.method.masks.policies import POLICIES
 from aclip.method.masks.policy import Selection, ViewsToMask, kept_patches
-from aclip.method.tokens import END_ID, START_ID, real_token_ids
+from aclip.method.tokens import END_ID, START_ID, Tokens, clip_tokens
 from aclip.models.student import StudentInput, build_student
 from aclip.training.teacher import Teacher
 
@@ -37,7 +37,7 @@ RECIPE = [
     "mlm.decoder_layers=1",
 ]
 BATCH, GRID = 4, 8
-TOKENS = torch.tensor([[START_ID, *range(1, 15), END_ID]] * BATCH)
+TOKENS = clip_tokens(torch.tensor([[START_ID, *range(1, 15), END_ID]] * BATCH))
 """Tokens are on the CPU where masked language modelling chooses among them."""
 
 
@@ -78,7 +78,7 @@ def _boxes():
         pytest.param(lambda x: x[x > 0], id="boolean index"),
         pytest.param(lambda x: (x > 0).nonzero(), id="nonzero"),
         pytest.param(lambda x: 1 if (x > 0).any() else 0, id="branch"),
-        pytest.param(lambda x: real_token_ids(x.long().view(1, 4)), id="real_token_ids"),
+        pytest.param(lambda x: Tokens(x.long().view(1, 4), x[:1]).located(), id="located"),
         pytest.param(lambda x: x.cpu(), id="cpu"),
         pytest.param(lambda x: torch.zeros(4).copy_(x), id="copy"),
     ],
@@ -115,7 +115,7 @@ def test_step_does_not_wait_for_the_device(recipe, models, dtype):
     views = ViewsToMask(kept_blocks(recipe, GRID), 2, teacher_scores=taught.scores, **_boxes())
     selection = POLICIES["attentive"].select(views)
     pixels = make(BATCH, 2, 3, 64, 64, dtype=dtype)
-    tokens, real_ids = make(BATCH, 16, dtype=torch.int64), make(37, dtype=torch.int64)
+    tokens = TOKENS.map(lambda tensor: make(*tensor.shape, dtype=tensor.dtype))
     taught = Taught(taught.scores, taught.features, teacher.encode_patches(pixels[:, 0]))
     context = TermContext(
         pixels=pixels,
@@ -134,7 +134,7 @@ def test_step_does_not_wait_for_the_device(recipe, models, dtype):
         noise = None if shape is None else torch.zeros(BATCH, *shape)
         own = replace(context, noise=noise, statistic=term.statistic([taught]))
         of_terms[term.name] = term.inputs(own)
-    inputs = StudentInput(pixels, selection, tokens, real_ids, pixels, of_terms)
+    inputs = StudentInput(pixels, selection, tokens, pixels, of_terms)
     output = StudentOutput.of(student("project", student("encode", inputs)))
     loss, _ = total(student.terms, output, teacher.targets(student.terms, [taught]))
     loss.backward()
@@ -145,9 +145,9 @@ def test_step_does_not_wait_for_the_device(recipe, models, dtype):
 def test_features_of_all_tokens_do_not_wait_for_the_device(models):
     student, _ = models
     _without_values(student, torch.float32)
-    tokens, real_ids = make(BATCH, 16, dtype=torch.int64), make(37, dtype=torch.int64)
+    tokens = TOKENS.map(lambda tensor: make(*tensor.shape, dtype=tensor.dtype))
     masked = make(BATCH, 16, dtype=torch.bool)
-    features = student.text.forward_tokens(tokens, masked, make(16), real_ids)
+    features = student.text.forward_tokens(tokens, masked, make(16))
     assert features.shape == (BATCH, 16, 16)
 
     selection = Selection(make(BATCH, 1, GRID, GRID), None, None, 5, 2)

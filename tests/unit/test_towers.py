@@ -11,7 +11,7 @@ from transformers import CLIPTextModel
 
 from aclip.errors import ConfigError
 from aclip.method.masks.policy import Selection
-from aclip.method.tokens import END_ID, START_ID, real_token_ids
+from aclip.method.tokens import END_ID, START_ID, Tokens, clip_tokens
 from aclip.models.text import TextTower
 from aclip.models.vit import ImageTower
 
@@ -228,18 +228,21 @@ def test_packed_captions_equal_padded_transformers_forward(lengths, layers):
     tokens = _captions(lengths)
     hidden = plain(input_ids=tokens).last_hidden_state
     expected = hidden[torch.arange(len(lengths)), torch.tensor(lengths) - 1]
-    cut = tokens[:, : max(lengths)]
+    cut = clip_tokens(tokens)
     _compare(tower(cut), expected, tower.transformer, plain)
     with torch.no_grad():
-        given = tower(cut, real_token_ids(cut))
+        given = tower(cut.located())
         torch.testing.assert_close(given, tower(cut), rtol=0, atol=0)
-        torch.testing.assert_close(tower(tokens), given, rtol=1e-5, atol=1e-5)
+        padded = tower(Tokens(tokens, cut.lengths))
+        torch.testing.assert_close(padded, given, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_real_tokens_are_those_up_to_the_end_token(lengths):
     expected = [row * CONTEXT + column for row, n in enumerate(lengths) for column in range(n)]
-    assert real_token_ids(_captions(lengths)).tolist() == expected
+    tokens = Tokens(_captions(lengths), torch.tensor(lengths))
+    assert tokens.located().real_ids.tolist() == expected
+    assert clip_tokens(tokens.ids).lengths.tolist() == list(lengths)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -247,7 +250,7 @@ def test_features_of_all_tokens_equal_transformers_forward(lengths):
     tower, plain = _text_towers()
     tokens = _captions(lengths)[:, : max(lengths)]
     real = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
-    features = tower.forward_tokens(tokens)
+    features = tower.forward_tokens(clip_tokens(tokens))
     assert features.shape == (*tokens.shape, 64) and features.isfinite().all()
     expected = plain(input_ids=tokens).last_hidden_state
     _compare(features[real], expected[real], tower.transformer, plain)
@@ -260,7 +263,7 @@ def test_masked_tokens_read_the_mask_token_at_their_position():
     masked[0, 2] = masked[1, 3] = masked[1, 7] = masked[2, 8] = True  # the last is padding
     mask_token = torch.randn(64, requires_grad=True)
     real = torch.arange(9) < torch.tensor((4, 9, 6)).unsqueeze(1)
-    features = tower.forward_tokens(tokens, masked, mask_token)[real]
+    features = tower.forward_tokens(clip_tokens(tokens), masked, mask_token)[real]
 
     # A word of the plain model that embeds like the mask token.
     with torch.no_grad():

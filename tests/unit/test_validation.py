@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from aclip.config.sections import TextTowerConfig
 from aclip.data.shards.listing import Shard, index_shards
 from aclip.data.tokenizer import build_tokenizer
 from aclip.errors import ConfigError
@@ -19,7 +20,7 @@ from aclip.evaluation.sets.evaluation_set import NO_LABEL, ShardSet, read_valida
 from aclip.evaluation.sets.prompts import find_class_prompts
 from aclip.evaluation.towers import Towers
 
-TOKENIZER = build_tokenizer(16)
+TOKENIZER = build_tokenizer(TextTowerConfig(context_length=16))
 
 
 @pytest.fixture(autouse=True)
@@ -161,8 +162,8 @@ def encode_grey(pixels):
 def encode_number(tokens):
     """A caption `number 30` to the direction at angle 30 degrees."""
     known = TOKENIZER.encode([f"number {number}" for number in range(91)])
-    length = tokens.shape[1]
-    numbers = [(known[:, :length] == row).all(1).nonzero().item() for row in tokens]
+    length = tokens.ids.shape[1]
+    numbers = [(known.ids[:, :length] == row).all(1).nonzero().item() for row in tokens.ids]
     angle = torch.deg2rad(torch.tensor(numbers, dtype=torch.float64))
     return torch.stack([angle.cos(), angle.sin()], 1) * 3
 

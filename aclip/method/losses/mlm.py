@@ -15,7 +15,7 @@ from aclip.method.losses.term import (
     transformer_blocks,
     trunc_normal,
 )
-from aclip.method.tokens import VOCAB_SIZE, caption_lengths
+from aclip.method.tokens import VOCAB_SIZE, Tokens
 from aclip.section import Section, Weight
 
 
@@ -75,7 +75,7 @@ class Mlm(LossTerm):
         return MlmInput(
             masked=move(masked),
             ids=move(ids),
-            labels=move(context.tokens.flatten()[ids]),
+            labels=move(context.tokens.ids.flatten()[ids]),
             rows=move(rows),
             weights=move(1.0 / masked.sum(1)[rows]),
         )
@@ -83,11 +83,10 @@ class Mlm(LossTerm):
     def encode(self, student: nn.Module, inputs) -> Tensor:
         """(B,) fp32, the term of each sample."""
         own: MlmInput = inputs.of_terms[self.name]
-        features = student.text.forward_tokens(
-            inputs.tokens, own.masked, student.mlm_mask_token, inputs.real_ids
-        )
-        is_real = torch.zeros_like(own.masked).flatten().index_fill(0, inputs.real_ids, True)
-        logits = student.mlm_decoder(features, is_real.view_as(own.masked), own.ids)
+        features = student.text.forward_tokens(inputs.tokens, own.masked, student.mlm_mask_token)
+        columns = torch.arange(own.masked.shape[1], device=own.masked.device)
+        is_real = columns < inputs.tokens.lengths.unsqueeze(1)
+        logits = student.mlm_decoder(features, is_real, own.ids)
         return mlm(logits, own.labels, own.rows, own.weights, len(own.masked))
 
     def project(self, student: nn.Module, features: dict[str, Tensor]) -> Tensor:
@@ -130,20 +129,20 @@ class TextDecoder(nn.Module):
         return self.to_vocabulary(self.norm(tokens.flatten(0, 1)[masked_ids]))
 
 
-def mask_tokens(tokens: Tensor, noise: Tensor, mask_ratio: float) -> Tensor:
+def mask_tokens(tokens: Tokens, noise: Tensor, mask_ratio: float) -> Tensor:
     """Chooses the tokens that masked language modelling hides: those of the lowest noise.
 
     Args:
-        tokens: (B, L) int64, start token first, end token last, zeros behind it.
+        tokens: B captions, start token first and end token last.
         noise: (B, at least L - 2) uniform; number i belongs to the caption's word piece i.
         mask_ratio: share of a caption's n word pieces, rounded, one or more where there are any.
 
     Returns:
         (B, L) bool, false at start, end and padding.
     """
-    num_pieces = caption_lengths(tokens).unsqueeze(1) - 2  # (B, 1)
+    num_pieces = tokens.lengths.unsqueeze(1) - 2  # (B, 1)
     num_masked = (num_pieces * mask_ratio).round().clamp(min=1).minimum(num_pieces)
-    pieces = torch.arange(tokens.shape[1] - 2, device=tokens.device)
+    pieces = torch.arange(tokens.ids.shape[1] - 2, device=noise.device)
     noise = noise[:, : len(pieces)].masked_fill(pieces >= num_pieces, 2.0)  # above any noise
     ranks = noise.argsort(dim=1, stable=True).argsort(dim=1)
     return F.pad(ranks < num_masked, (1, 1))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from aclip.method.tokens import Tokens
 from aclip.section import Section
 
 
@@ -50,7 +51,7 @@ class TermContext:
 
     Attributes:
         pixels: (B, V, 3, R, R) normalised, on the student's device.
-        tokens: (B, L) int64, on the CPU.
+        tokens: B captions, on the CPU.
         noise: (B, ...) fp32 uniform in [0, 1) on the CPU, in the term's `noise_shape`; or None.
         taught: what the teacher made of the micro-batch. statistic: the term's `statistic`.
         teacher: the averaged student, for its parts; None where the recipe has no teacher.
@@ -59,7 +60,7 @@ class TermContext:
     """
 
     pixels: Tensor
-    tokens: Tensor
+    tokens: Tokens
     noise: Tensor | None
     taught: Taught
     statistic: Tensor | None
