@@ -70,6 +70,7 @@ def test_offline_every_number_arrives_and_a_resumed_run_keeps_its_id(tmp_path):
     logger.log_evaluation(EvaluationLine(150, "teacher", {"zero_shot_top1": 0.25}))
     logger.close()
 
+    wandb.teardown()  # its process may still be writing the second run's file
     ids, lines = read_run(tmp_path)
     assert set(ids) == {first_id}
     numbers, picture, evaluation = lines
