@@ -15,16 +15,16 @@ from pathlib import Path
 import torch
 
 from aclip.benchmarks.scaling_rank import RESULT, SPEC
-from aclip.benchmarks.step_cost import MIB
-from aclip.benchmarks.synthetic import caption_lengths
 from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
+from aclip.data.synthetic import synthetic_batch
 from aclip.errors import ConfigError
 from aclip.nodes.hostfile import Host, environment_for_nodes, read_hostfile
 from aclip.nodes.node import Node
 from aclip.nodes.remote_shell import LOCAL, SSH, check_remote_shell
 from aclip.planning.plan import plan_memory
+from aclip.reports.text import MIB
 
 LONGEST_SECONDS = 3600.0
 WEAK, STRONG = "weak", "strong"
@@ -73,10 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
     for (mode, ranks, size), (recipe, ds_config) in zip(cases, read, strict=True):
         print(f"{mode}: {ranks} ranks, {size} images a step", flush=True)
         found = _measure(hosts, ranks, size, name, overrides, arguments)
-        lengths = caption_lengths(size // ranks, recipe.model.text.context_length)
-        tokens = sum(lengths) / len(lengths), max(lengths)
+        batch = synthetic_batch(recipe, size // ranks)
         on_host = not torch.cuda.is_available()
-        planned = plan_memory(recipe, ds_config, ranks, *tokens, on_host)
+        planned = plan_memory(recipe, ds_config, ranks, batch, on_host)
         speed = found["images_per_second"]
         first = next((row for row in rows if row.mode == mode), None)
         efficiency = speed / (ranks * first.images_per_second) if first else 1.0

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -173,4 +172,9 @@ class ShardedState:
 def gathered(parameters: list[nn.Parameter]):
     """A context in which ZeRO-3's partitioned parameters are whole; free for any other."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()
+    if not partitioned:
+        return nullcontext()
+    # Imported here: the planner builds a teacher, which needs no DeepSpeed until this point.
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned)

@@ -1,5 +1,7 @@
 """Numbers and tables as text."""
 
+MIB, GIB = 2**20, 2**30
+
 
 def show_duration(seconds: float) -> str:
     """`45 s`, `3 min 05 s`, `2 h 07 min` or `3 d 04 h`."""

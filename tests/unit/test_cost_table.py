@@ -13,8 +13,8 @@ import torch
 
 from aclip.benchmarks.open_clip_step import OpenClipStep
 from aclip.benchmarks.step_cost import System, format_table, make_row, run
-from aclip.benchmarks.synthetic import caption_lengths, synthetic_batch, synthetic_tokens
 from aclip.config.recipe_file import load_recipe
+from aclip.data.synthetic import caption_lengths, synthetic_batch, synthetic_tokens
 from aclip.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
