@@ -2,7 +2,6 @@
 --gpu h100 --gpus_per_node 8`. Needs no GPU."""
 
 import argparse
-import os
 
 from aclip.cli import run_reporting_errors
 
@@ -43,8 +42,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    # A plan is arithmetic: DeepSpeed need not look for a GPU.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Imported here so that --help answers at once.
     from aclip.planning.plan import plan_run
     from aclip.planning.plan_report import report

@@ -18,13 +18,12 @@ from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe_file import load_recipe
 from aclip.data.find_data import find_data
 from aclip.data.fingerprint import count_shards
+from aclip.data.synthetic import batch_of_mean_captions
 from aclip.errors import ConfigError
 from aclip.files import check_writable
 from aclip.method.schedules import count_steps
-from aclip.models.student import build_student
 from aclip.nodes.probe import BUSY_MIB, gpus
-from aclip.planning.flops import step_flops
-from aclip.planning.step_shape import describe_step
+from aclip.planning.measure_step import measure_step
 
 CAPTION_TOKENS = 17
 """The mean length of a caption, start and end included, for the table's FLOPs."""
@@ -138,10 +137,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _gflops(case: Case) -> float:
-    with torch.device("meta"):
-        student = build_student(case.recipe)
-    shape = describe_step(case.recipe, student, CAPTION_TOKENS, CAPTION_TOKENS)
-    return sum(part.total for part in step_flops(shape).values()) / 1e9
+    batch = batch_of_mean_captions(case.recipe, CAPTION_TOKENS, CAPTION_TOKENS)
+    return measure_step(case.recipe, batch, modes=("none",)).total_flops / 1e9
 
 
 def _devices(num_processes: int | None, num_runs: int) -> list[dict[str, str]]:

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from open_clip import CLIP, ClipLoss
 from torch import Tensor
 
-from aclip.benchmarks.synthetic import synthetic_batch
 from aclip.config.recipe import Recipe
 from aclip.data.augment import augment
+from aclip.data.synthetic import synthetic_batch
 from aclip.engine.optimizer import optimizer_bytes, parameter_groups
 from aclip.models.vit import ImageTower
 

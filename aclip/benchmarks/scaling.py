@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from aclip.benchmarks.scaling_rank import RESULT, SPEC
-from aclip.benchmarks.synthetic import caption_lengths
 from aclip.cli import MIB, text_table
 from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
+from aclip.data.synthetic import synthetic_batch
 from aclip.errors import ConfigError
 from aclip.nodes.hostfile import Host, environment_for_nodes, read_hostfile
 from aclip.nodes.node import Node
@@ -77,15 +77,9 @@ def benchmark_scaling(arguments: argparse.Namespace) -> int:
     for (mode, ranks, size), (recipe, ds_config) in zip(cases, read, strict=True):
         print(f"{mode}: {ranks} ranks, {size} images a step", flush=True)
         found = _measure(hosts, ranks, size, name, overrides, arguments)
-        lengths = caption_lengths(size // ranks, recipe.model.text.context_length)
-        planned = plan_memory(
-            recipe,
-            ds_config,
-            ranks,
-            caption_tokens=sum(lengths) / len(lengths),
-            longest_caption=max(lengths),
-            on_host=not torch.cuda.is_available(),
-        )
+        batch = synthetic_batch(recipe, size // ranks)
+        on_host = not torch.cuda.is_available()
+        planned = plan_memory(recipe, ds_config, ranks, batch, on_host)
         speed = found["images_per_second"]
         first = next((row for row in rows if row.mode == mode), None)
         rows.append(

@@ -17,10 +17,10 @@ def main() -> None:
 
     from aclip.benchmarks.host_pages import own_pages
     from aclip.benchmarks.peak_memory import peak_bytes
-    from aclip.benchmarks.synthetic import synthetic_batch
     from aclip.config.ds_config import read_ds_config
     from aclip.config.recipe_file import load_recipe
     from aclip.data.batch import join
+    from aclip.data.synthetic import synthetic_batch
     from aclip.engine.process_group import init_distributed
     from aclip.training.stepper import Stepper
 

@@ -23,18 +23,17 @@ import torch
 from aclip.benchmarks.host_pages import kept_pages
 from aclip.benchmarks.open_clip_step import OpenClipStep
 from aclip.benchmarks.peak_memory import peak_growth
-from aclip.benchmarks.synthetic import caption_lengths, synthetic_batch
 from aclip.cli import MIB, text_table
 from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
 from aclip.data.batch import join
+from aclip.data.synthetic import caption_lengths, synthetic_batch
 from aclip.distributed import default_to_one_rank
 from aclip.engine.optimizer import optimizer_bytes
 from aclip.engine.process_group import init_distributed
 from aclip.errors import ConfigError
-from aclip.planning.flops import step_flops
-from aclip.planning.step_shape import describe_step
+from aclip.planning.measure_step import measure_step
 from aclip.training.stepper import Stepper
 
 
@@ -139,17 +138,14 @@ def _build(name: str, recipe: Recipe, batch_size: int, device: torch.device) -> 
         path.write_text(json.dumps(values))
         ds_config = read_ds_config(str(path), batch_size, 1)
     stepper = Stepper(recipe, ds_config, device)
-    batch = join([synthetic_batch(recipe, batch_size)], pin=on_gpu)  # as the loader hands it over
+    synthetic = synthetic_batch(recipe, batch_size)
+    batch = join([synthetic], pin=on_gpu)  # as the loader hands it over
     momentum = 1.0 if recipe.teacher is None else recipe.teacher.momentum
-    lengths = caption_lengths(batch_size, recipe.model.text.context_length)
-    shape = describe_step(
-        recipe, stepper.engine.module, sum(lengths) / batch_size, longest_caption=max(lengths)
-    )
     return System(
         name,
         lambda: stepper.step(batch, recipe.optimizer.lr, momentum),
         _state_bytes(stepper),
-        sum(part.total for part in step_flops(shape).values()) / 1e9,
+        measure_step(recipe, synthetic, modes=("none",)).total_flops / 1e9,
     )
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -170,7 +169,9 @@ class ShardedState:
 
     def _own_form(self, value: Scalar, flat: Tensor) -> Scalar:
         """A scalar in the type and on the device in which this optimizer keeps it for `flat`."""
-        if isinstance(self._optimizer, deepspeed.ops.adam.DeepSpeedCPUAdam):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        if isinstance(self._optimizer, DeepSpeedCPUAdam):
             return int(value)  # it counts in an int where torch's Adam does in a tensor
         if isinstance(self._optimizer, torch.optim.Adam):
             value = torch.as_tensor(value, dtype=torch.float32)
@@ -250,4 +251,9 @@ def _is_scalar(value: object) -> bool:
 def gathered(parameters: list[nn.Parameter]):
     """A context in which ZeRO-3's partitioned parameters are whole; free for any other."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()
+    if not partitioned:
+        return nullcontext()
+    # Imported here: the planner builds a teacher, which needs no DeepSpeed until this point.
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned)

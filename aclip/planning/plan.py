@@ -9,7 +9,6 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import torch
 
@@ -17,16 +16,16 @@ from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
 from aclip.config.sections import Recompute
+from aclip.data.batch import Batch
+from aclip.data.synthetic import batch_of_mean_captions
 from aclip.engine.optimizer import parameter_groups
 from aclip.errors import ConfigError
-from aclip.method.losses import CHUNK_ROWS
 from aclip.method.schedules import count_steps
-from aclip.models.student import TRAINING_ONLY, Student, build_student
-from aclip.planning.activation_memory import FP32, activations, local_activations, logits
-from aclip.planning.flops import Flops, repeated_flops, step_flops
+from aclip.models.student import Student, build_student
 from aclip.planning.gpus import NETWORK_BYTES, Gpu, find_gpu
-from aclip.planning.step_shape import StepShape, describe_step, with_recompute
+from aclip.planning.measure_step import META, MODES, Measured, measure_step
 from aclip.planning.zero_memory import (
+    FP32,
     States,
     ZeroSettings,
     all_stages,
@@ -35,98 +34,131 @@ from aclip.planning.zero_memory import (
     zero_settings,
     zero_states,
 )
+from aclip.training.teacher import Teacher
 
 # Of a GPU's memory; the rest is for CUDA's context, NCCL, work space and fragmentation.
 USABLE_SHARE = 0.9
-UNLIMITED = 2.0**60
-MODES: tuple[Recompute, ...] = get_args(Recompute)
 
 
 @dataclass(frozen=True)
-class Run:
+class Workload:
     """What is the same under every ZeRO stage.
 
     Attributes:
         groups, frozen: elements of the trained parameters by group, and of the others.
         teacher: elements of the EMA teacher.
-        step: what a step runs per sample.
-        num_ranks: GPUs. memory_bytes: that a GPU has for us.
+        global_batch_size: images of a step. num_ranks: GPUs.
+        measured: a step on one of them, by the bytes of the towers' values.
     """
 
     groups: list[list[int]]
     frozen: list[int]
     teacher: int
-    step: StepShape
+    global_batch_size: int
     num_ranks: int
-    memory_bytes: float
+    measured: dict[int, Measured]
 
     @property
     def local_batch_size(self) -> int:
-        return self.step.global_batch_size // self.num_ranks
+        return self.global_batch_size // self.num_ranks
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a GPU holds under a ZeRO stage, bytes; activations come on top.
+
+    Attributes:
+        states: of the parameters. teacher: average and compute copy.
+        heads, losses: of all images that the GPU has in a step.
+        local_batch_size: how many these are.
+    """
+
+    states: States
+    teacher: float
+    heads: float
+    losses: float
+    local_batch_size: int
+
+    def peak(self, micro_batch_size: int, kept: float) -> float:
+        """The most at a time, where a sample of the micro-batch keeps `kept` bytes."""
+        activations = micro_batch_size * kept + self.heads + self.losses
+        num_micro_steps = self.local_batch_size // micro_batch_size
+        return self.teacher + self.states.peak(activations, num_micro_steps)
+
+    def largest_fitting(self, kept: float, limit: float) -> int:
+        """The largest micro-batch that stays within `limit` bytes; 0 for none."""
+        return largest_divisor(self.local_batch_size, lambda micro: self.peak(micro, kept) <= limit)
 
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """A ZeRO stage's memory on one GPU, bytes.
+    """A ZeRO stage's memory on one GPU.
 
     Attributes:
         title: the stage, and its precision where that is not the ds_config's.
-        states: of the parameters. teacher: average and compute copy.
-        local_batch_size: images of a step. heads, logits: of all of them.
-        activations: of a sample of the micro-batch, by what the backward pass recomputes.
-        micro_batches: the largest that fit, likewise; 0 for none.
-        fitting: the largest with what the recipe itself recomputes.
+        memory: without activations.
+        kept: bytes of a sample's activations, by what the backward pass recomputes; None for what
+            the recipe says.
+        largest: the largest micro-batch that fits, likewise; 0 for none.
     """
 
     title: str
-    states: States
-    teacher: float
-    local_batch_size: int
-    heads: float
-    logits: float
-    activations: dict[Recompute, float]
-    micro_batches: dict[Recompute, int]
-    fitting: int
+    memory: Memory
+    kept: dict[Recompute | None, float]
+    largest: dict[Recompute | None, int]
 
-    def total(self, micro_batch_size: int, recompute: Recompute) -> float:
-        return self.at(micro_batch_size, self.activations[recompute])
-
-    def at(self, micro_batch_size: int, kept: float) -> float:
-        """The peak with `kept` bytes of activations a sample."""
-        activations = micro_batch_size * kept + self.heads + self.logits
-        num_micro_steps = self.local_batch_size // micro_batch_size
-        return self.teacher + self.states.peak(activations, num_micro_steps)
+    def peak(self, micro_batch_size: int, recompute: Recompute | None) -> float:
+        return self.memory.peak(micro_batch_size, self.kept[recompute])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run; see planner_report.py for how it reads.
+    """The plan of a run; see plan_report.py for how it reads.
 
     Attributes:
-        ds_config: as read. gpu: as found. run: the same under every stage.
-        flops: a sample's by component. repeated: a sample's on top, which run twice.
+        ds_config: as read. gpu: as found. workload: the same under every stage.
+        memory_bytes: that a GPU has for us.
         rows: memory by stage. own: the row of the ds_config.
-        micro_batch_size, num_micro_steps: that the times are for. mfu: share of the peak.
-        link_bytes: that a GPU sends a second.
-        compute_seconds, sent_bytes, communication_seconds: of a step.
+        micro_batch_size: that the times are for. mfu: share of the peak.
+        link_bytes: that a GPU can send a second. sent_bytes: that it sends in a step.
         num_steps: of the schedule.
     """
 
     ds_config: DsConfig
     gpu: Gpu
-    run: Run
-    flops: dict[str, Flops]
-    repeated: float
+    workload: Workload
+    memory_bytes: float
     rows: list[MemoryRow]
     own: MemoryRow
     micro_batch_size: int
-    num_micro_steps: int
     mfu: float
     link_bytes: float
-    compute_seconds: float
     sent_bytes: float
-    communication_seconds: float
     num_steps: int
+
+    @property
+    def measured(self) -> Measured:
+        return self.workload.measured[self.ds_config.dtype.itemsize]
+
+    @property
+    def num_micro_steps(self) -> int:
+        return self.workload.local_batch_size // self.micro_batch_size
+
+    @property
+    def repeated_flops(self) -> float:
+        """A sample's, on top of those that are needed once."""
+        return self.measured.repeated_flops(self.num_micro_steps)
+
+    @property
+    def compute_seconds(self) -> float:
+        flops = self.measured.total_flops + self.repeated_flops
+        in_bf16 = self.ds_config.dtype == torch.bfloat16
+        peak = self.gpu.bf16_flops if in_bf16 else self.gpu.fp32_flops
+        return self.workload.local_batch_size * flops / (self.mfu * peak)
+
+    @property
+    def communication_seconds(self) -> float:
+        return self.sent_bytes / self.link_bytes
 
     @property
     def step_seconds(self) -> float:
@@ -135,7 +167,7 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        return self.num_steps * self.step_seconds * self.run.num_ranks / 3600
+        return self.num_steps * self.step_seconds * self.workload.num_ranks / 3600
 
 
 def plan_run(arguments: argparse.Namespace) -> Plan:
@@ -146,89 +178,94 @@ def plan_run(arguments: argparse.Namespace) -> Plan:
     num_ranks = arguments.nodes * arguments.gpus_per_node
     ds_config = read_ds_config(arguments.ds_config, recipe.train.global_batch_size, num_ranks)
     settings = zero_settings(ds_config, num_ranks)
-    with torch.device("meta"):
-        student = build_student(recipe)
-    step = describe_step(recipe, student, arguments.caption_tokens)
-    run = Run(
-        *count_parameters(student, recipe.optimizer.weight_decay),
-        _count_teacher(student) if recipe.needs_teacher else 0,
-        step,
-        num_ranks,
-        USABLE_SHARE * gpu.memory_bytes,
-    )
-    rows = [memory_row(run, stage) for stage in all_stages(settings)]
+    context = recipe.model.text.context_length
+    batch = batch_of_mean_captions(recipe, min(arguments.caption_tokens, context), context)
+    workload = describe_workload(recipe, batch, num_ranks, {ds_config.dtype, torch.float32})
+    memory_bytes = USABLE_SHARE * gpu.memory_bytes
+    rows = [memory_row(workload, stage, memory_bytes) for stage in all_stages(settings)]
     own = next(row for row in rows if row.title == settings.title)
-    micro = min(ds_config.micro_batch_size, own.fitting) or ds_config.micro_batch_size
-    num_micro_steps = run.local_batch_size // micro
-    flops = step_flops(step)
-    repeated = repeated_flops(step, num_micro_steps)
-    per_gpu = run.local_batch_size * (sum(part.total for part in flops.values()) + repeated)
-    peak = gpu.bf16_flops if ds_config.dtype == torch.bfloat16 else gpu.fp32_flops
-    sent = sent_bytes(run.groups, run.frozen, settings, num_micro_steps, bool(run.teacher))
-    sent += embedding_bytes(step, num_ranks)
+    micro = min(ds_config.micro_batch_size, own.largest[None]) or ds_config.micro_batch_size
+    num_micro_steps = workload.local_batch_size // micro
+    sent = sent_bytes(
+        workload.groups, workload.frozen, settings, num_micro_steps, bool(workload.teacher)
+    )
+    sent += ring_share(num_ranks) * workload.measured[settings.dtype_bytes].collectives
     link = gpu.link_bytes if arguments.nodes == 1 else NETWORK_BYTES
     if arguments.bandwidth is not None:
         link = arguments.bandwidth * 1e9
+    num_steps = count_steps(recipe.train.epochs, arguments.samples, recipe.train.global_batch_size)
     return Plan(
-        ds_config,
-        gpu,
-        run,
-        flops,
-        repeated,
-        rows,
-        own,
-        micro,
-        num_micro_steps,
-        arguments.mfu,
-        link,
-        compute_seconds=per_gpu / (arguments.mfu * peak),
+        ds_config=ds_config,
+        gpu=gpu,
+        workload=workload,
+        memory_bytes=memory_bytes,
+        rows=rows,
+        own=own,
+        micro_batch_size=micro,
+        mfu=arguments.mfu,
+        link_bytes=link,
         sent_bytes=sent,
-        communication_seconds=sent / link,
-        num_steps=count_steps(recipe.train.epochs, arguments.samples, step.global_batch_size),
+        num_steps=num_steps,
     )
 
 
 def plan_memory(
-    recipe: Recipe,
-    ds_config: DsConfig,
-    num_ranks: int,
-    caption_tokens: float,
-    longest_caption: float,
-    on_host: bool,
+    recipe: Recipe, ds_config: DsConfig, num_ranks: int, batch: Batch, on_host: bool
 ) -> float:
     """Bytes of a rank at the ds_config's micro-batch, with what the recipe recomputes.
 
     Args:
-        caption_tokens, longest_caption: of a batch, the mean and the most.
+        batch: some samples such as the rank reads.
         on_host: ranks on CPUs.
     """
-    with torch.device("meta"):
-        student = build_student(recipe)
-    step = describe_step(recipe, student, caption_tokens, longest_caption)
-    teacher = _count_teacher(student) if recipe.needs_teacher else 0
-    counts = count_parameters(student, recipe.optimizer.weight_decay)
-    run = Run(*counts, teacher, step, num_ranks, memory_bytes=UNLIMITED)
     settings = replace(zero_settings(ds_config, num_ranks), on_host=on_host)
-    kept = activations(step, settings.dtype_bytes)
-    return memory_row(run, settings).at(ds_config.micro_batch_size, kept)
+    workload = describe_workload(recipe, batch, num_ranks, {ds_config.dtype}, modes=())
+    kept = workload.measured[settings.dtype_bytes].encoding[None].kept
+    return stage_memory(workload, settings).peak(ds_config.micro_batch_size, kept)
 
 
-def memory_row(run: Run, settings: ZeroSettings) -> MemoryRow:
+def describe_workload(
+    recipe: Recipe,
+    batch: Batch,
+    num_ranks: int,
+    dtypes: set[torch.dtype],
+    modes: tuple[Recompute, ...] = MODES,
+) -> Workload:
+    """Counts parameters and measures steps of the recipe on such batches, see measure_step."""
+    with META:
+        student = build_student(recipe)
+    teacher = Teacher(student, torch.float32, META).state_dict() if recipe.needs_teacher else {}
+    return Workload(
+        *count_parameters(student, recipe.optimizer.weight_decay),
+        teacher=sum(average.numel() for average in teacher.values()),
+        global_batch_size=recipe.train.global_batch_size,
+        num_ranks=num_ranks,
+        measured={
+            dtype.itemsize: measure_step(recipe, batch, num_ranks, dtype, modes) for dtype in dtypes
+        },
+    )
+
+
+def memory_row(workload: Workload, settings: ZeroSettings, limit: float) -> MemoryRow:
     """The memory under one stage, and the largest micro-batches, which divide the local batch."""
-    width, local = settings.dtype_bytes, run.local_batch_size
-    states = zero_states(run.groups, run.frozen, settings)
-    teacher = run.teacher * (FP32 + (width if width < FP32 else 0))
-    heads = local * local_activations(run.step, width)
-    of_logits = logits(run.step, local, CHUNK_ROWS)
-    each = {mode: activations(with_recompute(run.step, mode), width) for mode in MODES}
-    row = MemoryRow(settings.title, states, teacher, local, heads, of_logits, each, {}, 0)
+    memory = stage_memory(workload, settings)
+    encoding = workload.measured[settings.dtype_bytes].encoding
+    kept = {mode: encoded.kept for mode, encoded in encoding.items()}
+    largest = {mode: memory.largest_fitting(each, limit) for mode, each in kept.items()}
+    return MemoryRow(settings.title, memory, kept, largest)
 
-    def largest(kept: float) -> int:
-        return largest_divisor(local, lambda micro: row.at(micro, kept) <= run.memory_bytes)
 
-    micro_batches = {mode: largest(kept) for mode, kept in each.items()}
-    fitting = largest(activations(run.step, width))
-    return replace(row, micro_batches=micro_batches, fitting=fitting)
+def stage_memory(workload: Workload, settings: ZeroSettings) -> Memory:
+    """What a GPU holds under one stage besides activations."""
+    width = settings.dtype_bytes
+    measured = workload.measured[width]
+    return Memory(
+        states=zero_states(workload.groups, workload.frozen, settings),
+        teacher=workload.teacher * (FP32 + (width if width < FP32 else 0)),
+        heads=measured.heads,
+        losses=measured.losses,
+        local_batch_size=workload.local_batch_size,
+    )
 
 
 def largest_divisor(number: int, fits: Callable[[int], bool]) -> int:
@@ -237,25 +274,11 @@ def largest_divisor(number: int, fits: Callable[[int], bool]) -> int:
     return next((n for n in divisors if fits(n)), 0)
 
 
-def embedding_bytes(step: StepShape, num_ranks: int) -> float:
-    """Bytes that a GPU sends for the losses: fp32 embeddings gathered, gradients all-reduced."""
-    embeddings = (step.num_views + 1) * step.embed_dim + 2 * (step.simclr_dim or 0)
-    return ring_share(num_ranks) * 3 * FP32 * step.global_batch_size * embeddings
-
-
 def count_parameters(student: Student, weight_decay: float) -> tuple[list[list[int]], list[int]]:
     """Elements of the trained parameters by the optimizer's groups, and of the frozen ones."""
     groups = parameter_groups(student, weight_decay)
     frozen = [p.numel() for p in student.parameters() if not p.requires_grad]
     return [[p.numel() for p in group["params"]] for group in groups], frozen
-
-
-def _count_teacher(student: Student) -> int:
-    return sum(
-        parameter.numel()
-        for name, parameter in student.named_parameters()
-        if name.split(".")[0] not in TRAINING_ONLY
-    )
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:

@@ -1,10 +1,12 @@
 """How a plan reads: text tables."""
 
-from aclip.cli import show_duration, text_table
-from aclip.planning.flops import Flops
-from aclip.planning.plan import MODES, Plan
+from aclip.cli import GIB, MIB, show_duration, text_table
+from aclip.planning.measure_step import MODES
+from aclip.planning.meter import Flops
+from aclip.planning.plan import Plan
 
-GIB, MIB = 2**30, 2**20
+TITLES = {"image": "image tower", "text": "text tower"}
+"""Of parts; any other is shown by its name."""
 STATE_COLUMNS = (
     "weights",
     "gradients",
@@ -12,7 +14,7 @@ STATE_COLUMNS = (
     "teacher",
     "buffers",
     "heads",
-    "logits",
+    "losses",
     "sum",
     "host",
 )
@@ -25,14 +27,14 @@ def report(plan: Plan) -> str:
 
 
 def _headline(plan: Plan) -> str:
-    run = plan.run
-    trained, frozen = sum(map(sum, run.groups)), sum(run.frozen)
+    load = plan.workload
+    trained, frozen = sum(map(sum, load.groups)), sum(load.frozen)
     return (
-        f"{run.num_ranks} x {plan.gpu.name}, {plan.ds_config.path}, "
+        f"{load.num_ranks} x {plan.gpu.name}, {plan.ds_config.path}, "
         f"{str(plan.ds_config.dtype).removeprefix('torch.')}, global batch "
-        f"{run.step.global_batch_size:,} = {run.num_ranks} x {run.local_batch_size:,}\n"
+        f"{load.global_batch_size:,} = {load.num_ranks} x {load.local_batch_size:,}\n"
         f"{trained / 1e6:,.1f} M parameters trained, {frozen / 1e6:,.1f} M frozen, "
-        f"{run.teacher / 1e6:,.1f} M in the teacher"
+        f"{load.teacher / 1e6:,.1f} M in the teacher"
     )
 
 
@@ -42,21 +44,22 @@ def _flops(plan: Plan) -> str:
         return [name, *(f"{number / 1e9:,.2f}" for number in numbers)]
 
     lines = [["GFLOP a sample", "forward", "backward", "both"]]
-    lines += [row(name, flops) for name, flops in plan.flops.items()]
-    lines.append(row("sum", sum(plan.flops.values(), Flops())))
-    if plan.repeated:
-        lines.append(["run again", "", "", f"{plan.repeated / 1e9:,.2f}"])
+    parts = plan.measured.flops
+    lines += [row(TITLES.get(name, name), flops) for name, flops in parts.items()]
+    lines.append(row("sum", sum(parts.values(), Flops())))
+    if plan.repeated_flops:
+        lines.append(["run again", "", "", f"{plan.repeated_flops / 1e9:,.2f}"])
     return text_table(lines)
 
 
 def _states(plan: Plan) -> str:
-    usable = plan.run.memory_bytes / GIB
+    usable = plan.memory_bytes / GIB
     title = f"Memory of a GPU, GiB, without activations ({usable:.1f} of it usable)"
     lines = [["ZeRO", *STATE_COLUMNS]]
     for row in plan.rows:
-        states = row.states
-        parts = [states.parameters, states.gradients, states.optimizer, row.teacher]
-        parts += [states.buffers + states.arriving, row.heads, row.logits]
+        memory, states = row.memory, row.memory.states
+        parts = [states.parameters, states.gradients, states.optimizer, memory.teacher]
+        parts += [states.buffers + states.arriving, memory.heads, memory.losses]
         numbers = [f"{part / GIB:,.2f}" for part in (*parts, sum(parts), states.host)]
         lines.append([_mark(plan, row.title), *numbers])
     return f"{title}\n{text_table(lines)}"
@@ -76,9 +79,9 @@ def _micro_batches(plan: Plan) -> str:
         cells = [_mark(plan, row.title)]
         for mode in MODES:
             cells += [
-                f"{row.activations[mode] / MIB:,.1f}",
-                f"{row.total(size, mode) / GIB:,.1f}",
-                f"{row.micro_batches[mode] or 'none'}",
+                f"{row.kept[mode] / MIB:,.1f}",
+                f"{row.peak(size, mode) / GIB:,.1f}",
+                f"{row.largest[mode] or 'none'}",
             ]
         lines.append(cells)
     return f"{title}\n{text_table(lines)}"
@@ -87,7 +90,7 @@ def _micro_batches(plan: Plan) -> str:
 def _time(plan: Plan) -> str:
     asked, size = plan.ds_config.micro_batch_size, plan.micro_batch_size
     lines = []
-    if not plan.own.fitting:
+    if not plan.own.largest[None]:
         lines.append(f"ZeRO {plan.own.title} does not fit; the times are as if it did.")
     elif size < asked:
         lines.append(
@@ -95,7 +98,7 @@ def _time(plan: Plan) -> str:
             f"{size}, {plan.num_micro_steps} micro_steps."
         )
     seconds = plan.num_steps * plan.step_seconds
-    images = plan.run.step.global_batch_size / plan.step_seconds
+    images = plan.workload.global_batch_size / plan.step_seconds
     lines += [
         f"Step: {plan.step_seconds:.3f} s, {images:,.0f} images/s (arithmetic "
         f"{plan.compute_seconds:.3f} s at MFU {plan.mfu:.0%}; {plan.sent_bytes / 1e9:.2f} GB sent "

@@ -6,8 +6,9 @@ from saved_activations import saved_activation_bytes
 
 from aclip.config.geometry import kept_blocks
 from aclip.config.recipe_file import load_recipe
-from aclip.method import masking
-from aclip.method.tokens import END_ID, START_ID, real_token_ids
+from aclip.method.masks.policy import ViewsToMask
+from aclip.method.masks.random import select_random
+from aclip.method.tokens import END_ID, START_ID, clip_tokens
 from aclip.models.student import StudentInput, build_student
 
 LENGTHS = (12, 9, 16, 39)  # mean 19, as captions of YFCC have it
@@ -25,17 +26,16 @@ def test_two_masked_views_keep_less_than_one_full_view_of_open_clip():
 
     recipe = load_recipe("aclip_vitb16")
     student = build_student(recipe)
-    selection = masking.select(
-        "random",
-        kept_blocks(recipe, student.image.grid),
-        recipe.mask.block_size,
-        noise=torch.rand(len(LENGTHS), 2, 7, 7),
+    kept_in_view = kept_blocks(recipe, student.image.grid)
+    to_mask = ViewsToMask(
+        kept_in_view, recipe.mask.block_size, noise=torch.rand(len(LENGTHS), 2, 7, 7)
     )
+    selection = select_random(to_mask)
     views = torch.randn(len(LENGTHS), 2, 3, 224, 224)
-    cut = tokens[:, : max(LENGTHS)]
+    cut = clip_tokens(tokens).located()
 
     def forward():
-        inputs = StudentInput(views, selection, cut, real_token_ids(cut))
+        inputs = StudentInput(views, selection, cut)
         return student("project", student("encode", inputs))
 
     kept = {}

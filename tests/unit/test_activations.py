@@ -1,32 +1,18 @@
-"""What a step keeps for its backward pass, against autograd's own and by hand."""
-
-import dataclasses
+"""What a step keeps for its backward pass: by hand, and against autograd's own on a CPU."""
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from aclip.config.geometry import kept_blocks
 from aclip.config.recipe_file import load_recipe
-from aclip.method.masking import Selection
-from aclip.method.tokens import END_ID, START_ID
-from aclip.models.student import (
-    DistillInput,
-    MlmInput,
-    StudentInput,
-    build_student,
-)
-from aclip.planning.activation_memory import (
-    activations,
-    local_activations,
-    logits,
-    tower_activations,
-)
-from aclip.planning.step_shape import BlockShape, StepShape, TowerPass, describe_step
+from aclip.data.synthetic import batch_of_mean_captions
+from aclip.models.student import build_student
+from aclip.planning.measure_step import measure_step
+from aclip.training.step_inputs import StepInputs
+from aclip.training.teacher import Teacher
 
-BATCH = 8
-SHORTEST, CAPTION, LONGEST = 5, 17, 29  # tokens: of every other caption, the mean, of the others
-MASKED = 3  # 20 % of the mean caption's 15 pieces
+CAPTION, LONGEST = 17, 29  # tokens: the mean, and that to which captions are padded
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -59,34 +45,6 @@ def kept_bytes(monkeypatch):
     return measure
 
 
-def make_input(recipe, student, dtype):
-    grid, side, num_views = student.image.grid, recipe.model.image.resolution, recipe.views.student
-    selection = ssl = distill = mlm = None
-    if recipe.mask.policy != "none":
-        scores = torch.rand(BATCH, num_views, grid, grid)
-        size = recipe.mask.block_size
-        selection = Selection(scores, None, None, kept_blocks(recipe, grid), size)
-    tokens = torch.full((BATCH, LONGEST), START_ID)
-    tokens[::2, SHORTEST - 1] = tokens[1::2, -1] = END_ID
-    is_real = torch.arange(LONGEST) <= tokens.argmax(1, keepdim=True)
-    if recipe.views.ssl:
-        ssl = torch.randn(BATCH, 2, 3, side, side, dtype=dtype)
-    if recipe.loss.distill:
-        num_masked = int(recipe.distill.mask_ratio * grid**2)
-        scores = torch.rand(BATCH, 1, grid, grid)
-        distill = DistillInput(
-            Selection(scores, None, None, grid**2 - num_masked, 1),
-            torch.zeros(BATCH, num_masked, dtype=torch.int64),
-            torch.rand(BATCH, num_masked, recipe.distill.num_codewords),
-        )
-    if recipe.loss.mlm:
-        ids = torch.zeros(BATCH * MASKED, dtype=torch.int64)
-        mlm = MlmInput(torch.zeros_like(is_real), ids, ids, ids, torch.ones(BATCH * MASKED))
-    pixels = torch.randn(BATCH, num_views, 3, side, side, dtype=dtype)
-    real_ids = is_real.flatten().nonzero().squeeze(1)
-    return StudentInput(pixels, selection, tokens, real_ids, ssl, distill, mlm)
-
-
 # Small towers of the demo: 64 patches of 8 px.
 STEPS = [
     pytest.param(["loss.simclr=1", "loss.byol=2"], id="A-CLIP"),
@@ -110,51 +68,81 @@ STEPS = [
 def test_activations_are_what_autograd_keeps(kept_bytes, overrides, dtype, mode):
     modes = [f"model.image.recompute={mode}", f"model.text.recompute={mode}"]
     recipe = load_recipe("demo", [*overrides, *modes])
+    batch = batch_of_mean_captions(recipe, CAPTION, LONGEST)
+    step = measure_step(recipe, batch, dtype=dtype, modes=())
+
     student = build_student(recipe).to(dtype)
-    step = describe_step(recipe, student, CAPTION, LONGEST)
-    inputs = make_input(recipe, student, dtype)
-    kept, features = kept_bytes(student, lambda: student.encode(inputs))
-    assert BATCH * activations(step, dtype.itemsize) == pytest.approx(kept, rel=0.1)
+    teacher = Teacher(student, dtype, CPU) if recipe.needs_teacher else None
+    inputs = StepInputs(recipe, student.terms, teacher, student.image, CPU, dtype)
+    taught = inputs.teach(batch)
+    statistics = {term.name: term.statistic([taught]) for term in student.terms}
+    student_input = inputs.student(batch, taught, statistics)
+    kept, features = kept_bytes(student, lambda: student.encode(student_input))
+    assert len(batch) * step.encoding[None].kept == pytest.approx(kept, rel=0.02)
 
+    assert recipe.train.global_batch_size == len(batch)
     leaves = {name: part.detach().requires_grad_() for name, part in features.items()}
-    kept, _ = kept_bytes(student, lambda: student.project(leaves))
-    assert BATCH * local_activations(step, dtype.itemsize) == pytest.approx(kept, rel=0.1)
+    kept, output = kept_bytes(student, lambda: student.project(leaves))
+    embeds = sum(part.nbytes for part in output.values() if len(part) > 1)
+    # What the losses read is there as well, whatever they keep of it.
+    assert step.heads == pytest.approx(kept + embeds, rel=0.02)
 
 
-@pytest.mark.parametrize("mode", ["none", "elementwise"])
-def test_text_activations_are_what_autograd_keeps(kept_bytes, mode):
-    recipe = load_recipe("demo", ["model.text.layers=4", f"model.text.recompute={mode}"])
-    student = build_student(recipe)
-    step = describe_step(recipe, student, CAPTION, LONGEST)
-    inputs = make_input(recipe, student, torch.float32)
-    (shape,) = (tower for tower in step.towers if tower.name == "text tower")
-    kept, _ = kept_bytes(student, lambda: student.text(inputs.tokens, inputs.real_ids))
-    assert BATCH * tower_activations(shape, 4) == pytest.approx(kept, rel=0.1)
+TOKENS, WIDTH, HEADS, VIEWS = 1 + 32, 96, 3, 2  # half of the demo's 64 patches
+# A token: 8 tensors of the width and 2 of the MLP's: input, norm, query, key, value, attention's
+# output, second input, second norm; the MLP before and behind its activation.
+ROW = 8 * WIDTH + 2 * 4 * WIDTH
+NORMS_AND_ACTIVATION = 2 * WIDTH + 4 * WIDTH
+STATISTICS = (HEADS + 2 * 2) * 4  # fp32: the heads' log-sums, both norms' mean and deviation
 
 
-def test_activations_of_a_block_by_hand():
-    block = BlockShape(width=10, mlp_width=40, num_heads=2)
-    tower = TowerPass("t", block, 3, num_tokens=5, num_runs=2)
-    # A token: 8 tensors of the width and 2 of the MLP's, 2 bytes each; 2 heads' log-sum and two
-    # norms' two statistics, fp32. Behind the last block one more norm's input.
-    whole = 5 * (8 * 10 + 2 * 40) * 2 + 5 * 2 * 4 + 5 * 2 * 2 * 4
-    assert tower_activations(tower, 2) == 2 * (3 * whole + 5 * 10 * 2)
-    # Recomputed: the input of each block, and all of one block.
-    blocks = dataclasses.replace(tower, recompute="blocks")
-    assert tower_activations(blocks, 2) == 2 * (3 * 100 + whole + 100)
-    # Without both norms and the MLP behind its activation.
-    elementwise = dataclasses.replace(tower, recompute="elementwise")
-    less = 5 * (2 * 10 + 40) * 2
-    assert tower_activations(elementwise, 2) == 2 * (3 * (whole - less) + 100)
-    assert tower_activations(dataclasses.replace(tower, trained=False), 2) == 0
+def encoding(depth, dtype=torch.float32):
+    kwargs = f"{{patch_size: 8, embed_dim: {WIDTH}, depth: {depth}, num_heads: {HEADS}}}"
+    recipe = load_recipe("demo", [f"model.image.kwargs={kwargs}"])
+    return measure_step(recipe, batch_of_mean_captions(recipe, CAPTION, 32), dtype=dtype).encoding
 
 
-STEP = StepShape((), (), 2, 3, None, global_batch_size=8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_activations_of_a_block_by_hand(dtype):
+    shallow, deep, width = encoding(3, dtype), encoding(4, dtype), dtype.itemsize
+    one_more = {mode: deep[mode].kept - shallow[mode].kept for mode in deep}
+    whole = TOKENS * (ROW * width + STATISTICS)
+    assert one_more["none"] == VIEWS * whole
+    assert one_more["elementwise"] == VIEWS * (whole - TOKENS * NORMS_AND_ACTIVATION * width)
+    assert one_more["blocks"] == VIEWS * TOKENS * WIDTH * width
+    assert one_more[None] == one_more["none"]
 
 
-def test_logits_by_hand():
-    # 3 x (2 x 4 + 8) embeddings of 3; 4 directions' gradients of 4 rows and 8 columns; 2 x 8 logits
-    assert logits(STEP, 4, chunk_rows=2) == 4 * (3 * 16 * 3 + 4 * 12 * 3 + 2 * 8)
-    simclr = dataclasses.replace(STEP, simclr_dim=6)
-    more = logits(simclr, 4, chunk_rows=2) - logits(STEP, 4, chunk_rows=2)
-    assert more == 4 * (2 * 16 * 6 + 4 * 2 * 4 * 8)
+def test_recomputed_blocks_are_held_one_at_a_time():
+    step = encoding(4)
+    # The text tower's pass is over, and of the image tower's three blocks are left: their inputs,
+    # and what the last of them has besides. The patch embedding keeps its own input.
+    whole = TOKENS * (ROW * 4 + STATISTICS)
+    patches = 64 * (3 * 8 * 8) * 4 + 64 * 4  # with where each patch went, int32
+    expected = VIEWS * (2 * TOKENS * WIDTH * 4 + whole + patches)
+    assert step["blocks"].kept == pytest.approx(expected, rel=0.02)
+
+
+def plain_clip(num_ranks, local_size, views):
+    overrides = ["mask.policy=none", "teacher=null", f"views.student={views}"]
+    overrides.append(f"train.global_batch_size={num_ranks * local_size}")
+    recipe = load_recipe("demo", overrides)
+    return measure_step(recipe, batch_of_mean_captions(recipe, CAPTION, 32), num_ranks, modes=())
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_losses_grow_with_the_global_batch(views):
+    local, embed = 8, 96
+    few, many = plain_clip(2, local, views), plain_clip(4, local, views)
+    # A column more: its gathered embeddings, their gradients in each direction of each view, and
+    # the local batch's logits, fp32.
+    column = (views + 1) * embed + 2 * views * embed + local
+    assert many.losses - few.losses == 4 * 2 * local * column
+    assert many.heads == few.heads
+
+
+def test_collectives_of_the_losses():
+    local, embed = 8, 96
+    # Embeddings of two views and a text are gathered, and their gradients all-reduced: fp32.
+    assert plain_clip(4, local, 2).collectives == 3 * 4 * (4 * local) * 3 * embed
+    assert plain_clip(1, local, 2).collectives == 0

@@ -13,8 +13,13 @@ import torch
 
 from aclip.benchmarks.open_clip_step import OpenClipStep
 from aclip.benchmarks.step_cost import System, benchmark_steps, format_table, make_row
-from aclip.benchmarks.synthetic import caption_lengths, synthetic_batch, synthetic_tokens
 from aclip.config.recipe_file import load_recipe
+from aclip.data.synthetic import (
+    batch_of_mean_captions,
+    caption_lengths,
+    synthetic_batch,
+    synthetic_tokens,
+)
 from aclip.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -50,11 +55,22 @@ def test_captions_have_the_published_lengths():
 
 
 def test_synthetic_captions_end_where_their_lengths_say():
-    tokens = synthetic_tokens(16, 77)
-    ids, lengths = tokens.ids, torch.tensor(caption_lengths(16, 77))
-    assert torch.equal(ids.argmax(1) + 1, lengths) and torch.equal(tokens.lengths, lengths)
+    lengths = caption_lengths(16, 77)
+    tokens = synthetic_tokens(lengths, 77)
+    ids = tokens.ids
+    assert ids.shape == (16, 77)
+    assert (ids.argmax(1) + 1).tolist() == tokens.lengths.tolist() == lengths
     assert (ids[:, 0] == 49406).all()
-    assert torch.equal((ids == 0).sum(1), ids.shape[1] - lengths)
+    assert torch.equal((ids == 0).sum(1), 77 - tokens.lengths)
+
+
+@pytest.mark.parametrize("mean_length", [2, 12.5, 22])
+def test_captions_of_a_given_mean_length(mean_length):
+    tokens = batch_of_mean_captions(load_recipe("demo"), mean_length, 32).tokens
+    lengths = tokens.lengths.tolist()
+    assert tokens.ids.shape[1] == 32
+    assert mean(lengths) == mean_length
+    assert max(lengths) - min(lengths) <= 1
 
 
 @pytest.mark.parametrize("name", ["slip_vitb16", "maskclip_vitb16", "random_2x50_vitb16", "demo"])

@@ -1,185 +1,218 @@
-"""The analytic FLOPs equal those that torch counts in a real step, at real widths and depths.
-
-The counted step runs on the meta device: every operation is dispatched with its real shapes, none
-is computed. Not counted by torch, because they are elementwise in the reference: the remap of
-attentive_pack and cls_attention_scores. The products inside contrastive_loss are, by a formula.
-"""
+"""The FLOPs of a step against formulas written out here, part by part, and a published figure."""
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from aclip.config.geometry import kept_blocks
 from aclip.config.recipe_file import load_recipe, recipe_names
-from aclip.method import losses
-from aclip.method.masking import Selection
-from aclip.method.tokens import END_ID, START_ID
-from aclip.models.student import (
-    DistillInput,
-    MlmInput,
-    StudentInput,
-    build_student,
-)
-from aclip.planning import flops
-from aclip.planning.step_shape import (
-    BlockShape,
-    HeadShape,
-    PatchEmbedShape,
-    StepShape,
-    TowerPass,
-    describe_step,
-)
-from aclip.training.teacher import Teacher
+from aclip.data.synthetic import batch_of_mean_captions
+from aclip.models.student import Student
+from aclip.planning import measure_step as module_under_test
+from aclip.planning.measure_step import MODES, measure_step
+from aclip.planning.meter import Flops
 
-BATCH = 2
-SHORTEST, CAPTION, LONGEST = 5, 17, 29  # tokens: of the first caption, the mean, the second
-MASKED = 3  # 20 % of the mean caption's 15 pieces
+# The demo's towers: 64 patches of 8 x 8 pixels, of which a view keeps 32 in 8 blocks of 4.
+WIDTH, DEPTH, HEADS, PATCHES, KEPT, PIXELS = 96, 4, 3, 64, 32, 3 * 8 * 8
+TEXT_WIDTH, TEXT_LAYERS, TEXT_HEADS, CONTEXT = 96, 2, 3, 32
+EMBED, BATCH = 96, 32
+CAPTION = 12  # tokens, ten of them word pieces
 
 
-def contrastive_products(rows, columns, scale, offset, chunk, grad_rows, grad_columns, out_shape):
-    """FLOPs of the op from its arguments' shapes: the logits and the gradients asked for."""
-    return 2 * rows[0] * columns[0] * rows[1] * (1 + grad_rows + grad_columns)
+def measured(overrides=(), caption=CAPTION, num_ranks=1, modes=("none",), name="demo"):
+    recipe = load_recipe(name, list(overrides))
+    context = recipe.model.text.context_length
+    batch = batch_of_mean_captions(recipe, caption, context)
+    return measure_step(recipe, batch, num_ranks, modes=modes)
 
 
-def count_step(recipe, student, device):
-    """Forward and backward FLOPs of one step on BATCH samples, as torch counts them."""
-    with torch.device(device):
-        teacher = None
-        if recipe.needs_teacher:
-            teacher = Teacher(student, torch.float32, torch.device(device))
-        inputs, teacher_view = make_inputs(recipe, student)
-        custom = {torch.ops.aclip.contrastive_loss: contrastive_products}
-        with sdpa_kernel(SDPBackend.MATH):
-            with FlopCounterMode(display=False, custom_mapping=custom) as forward:
-                taught = teach(recipe, student, teacher, inputs, teacher_view)
-                output = losses.StudentOutput(**student.project(student.encode(inputs)))
-                loss, _ = losses.total(output, taught, recipe.loss.model_dump(), 0.1)
-            with FlopCounterMode(display=False) as backward:
-                loss.backward()
-    return forward.get_total_flops(), backward.get_total_flops()
+def product(rows, inner, columns):
+    return 2 * rows * inner * columns
 
 
-def make_inputs(recipe, student):
-    grid, side = student.image.grid, recipe.model.image.resolution
-    num_views = recipe.views.student
-    selection = None
-    if recipe.mask.policy != "none":
-        scores = torch.rand(BATCH, num_views, grid, grid)
-        size = recipe.mask.block_size
-        selection = Selection(scores, None, None, kept_blocks(recipe, grid), size)
-    tokens = torch.full((BATCH, LONGEST), START_ID)
-    tokens[0, SHORTEST - 1] = tokens[1, -1] = END_ID
-    ssl_pixels = torch.randn(BATCH, 2, 3, side, side) if recipe.views.ssl else None
-    distill = mlm = None
-    if recipe.loss.distill:
-        num_masked = int(recipe.distill.mask_ratio * grid**2)
-        codewords = recipe.distill.targets == "codewords"
-        num_targets = recipe.distill.num_codewords if codewords else student.image.width
-        scores = torch.rand(BATCH, 1, grid, grid)
-        distill = DistillInput(
-            Selection(scores, None, None, grid**2 - num_masked, 1),
-            torch.zeros(BATCH, num_masked, dtype=torch.int64),
-            torch.rand(BATCH, num_masked, num_targets),
-        )
-    if recipe.loss.mlm:
-        ids = torch.zeros(BATCH * MASKED, dtype=torch.int64)
-        masked = torch.zeros(BATCH, LONGEST, dtype=torch.bool)
-        mlm = MlmInput(masked, ids, ids, ids, torch.ones(BATCH * MASKED))
-    pixels = torch.randn(BATCH, num_views, 3, side, side)
-    real_ids = torch.cat([torch.arange(SHORTEST), torch.arange(LONGEST) + LONGEST])
-    teacher_view = None
-    if recipe.needs_teacher_view:
-        teacher_view = torch.randn(BATCH, 3, recipe.teacher.resolution, recipe.teacher.resolution)
-    return StudentInput(pixels, selection, tokens, real_ids, ssl_pixels, distill, mlm), teacher_view
+def block(tokens, width, padded=None):
+    """A transformer block; attention runs on padded rows where they are given."""
+    attended = padded or tokens
+    attention = 2 * product(attended, width, attended)  # scores, and the weighted sum
+    mlp = product(tokens, width, 4 * width) + product(tokens, 4 * width, width)
+    return product(tokens, width, 3 * width) + attention + product(tokens, width, width) + mlp
 
 
-def teach(recipe, student, teacher, inputs, teacher_view):
-    """All that the teacher computes; returns BYOL's target."""
-    target = None
-    if recipe.needs_teacher_view:
-        taught = teacher.forward(teacher_view)
-        target = teacher.project(taught.features) if recipe.loss.byol else None
-    if recipe.distills_features:
-        patches = teacher.encode_patches(inputs.pixels[:, 0])
-        masked = patches[:, : inputs.distill.masked_ids.shape[1]]
-        if recipe.distill.targets == "codewords":
-            teacher.codeword_probabilities(masked, torch.zeros(student.image.width), 0.04)
-    return target
+def one_query_block(tokens, width, heads):
+    """One row of a block: the query, the query times W_k, and W_v times the weighted sum."""
+    attention = 2 * product(heads, width, tokens)
+    mlp = product(1, width, 4 * width) + product(1, 4 * width, width)
+    return 3 * product(1, width, width) + attention + product(1, width, width) + mlp
+
+
+EMBEDDING = product(PATCHES, PIXELS, WIDTH)
+VIEW = (DEPTH - 1) * block(1 + KEPT, WIDTH) + one_query_block(1 + KEPT, WIDTH, HEADS)
+CONTRASTIVE = 2 * 2 * 3 * product(1, EMBED, BATCH)  # 2 views, 2 directions, logits and 2 gradients
+
+
+def text(caption):
+    layers = (TEXT_LAYERS - 1) * block(caption, TEXT_WIDTH, padded=CONTEXT)
+    return layers + one_query_block(CONTEXT, TEXT_WIDTH, TEXT_HEADS)
+
+
+def expect(flops, forward, backward):
+    assert (flops.forward, flops.backward) == (pytest.approx(forward), pytest.approx(backward))
+
+
+def test_parts_of_a_step():
+    parts = measured().flops
+    assert set(parts) == {
+        "image",
+        "text",
+        "teacher",
+        "image_projection",
+        "text_projection",
+        "losses",
+    }
+    # The pixels need no gradient, so the embedding has one product in the backward pass.
+    expect(parts["image"], 2 * (EMBEDDING + VIEW), 2 * (EMBEDDING + 2 * VIEW))
+    expect(parts["text"], text(CAPTION), 2 * text(CAPTION))
+    projection = product(2, WIDTH, EMBED)
+    expect(parts["image_projection"], projection, 2 * projection)
+    expect(parts["text_projection"], product(1, TEXT_WIDTH, EMBED), 2 * product(1, 96, EMBED))
+    expect(parts["losses"], CONTRASTIVE, 0)  # the op computes gradients with the loss
+
+
+def test_teacher_runs_forward_on_all_patches_with_scores():
+    blocks = (DEPTH - 1) * block(1 + PATCHES, WIDTH) + one_query_block(1 + PATCHES, WIDTH, HEADS)
+    scores = (DEPTH - 1) * product(1, WIDTH, 1 + PATCHES)
+    expect(measured().flops["teacher"], EMBEDDING + blocks + scores, 0)
+
+
+def test_frozen_patch_embedding_has_no_backward_pass():
+    image = measured(["model.image.freeze_patch_embed=true"]).flops["image"]
+    expect(image, 2 * (EMBEDDING + VIEW), 2 * 2 * VIEW)
+
+
+def test_heads_and_their_losses():
+    plain = measured().flops
+    parts = measured(["loss.simclr=1", "loss.byol=2"]).flops
+    simclr = product(2, WIDTH, 256) + product(2, 256, 256) + product(2, 256, 64)
+    expect(parts["simclr_head"], simclr, 2 * simclr)
+    projector = product(2, WIDTH, 256) + product(2, 256, 64)
+    expect(parts["byol_projector"], projector, 2 * projector)
+    predictor = product(2, 64, 256) + product(2, 256, 64)
+    expect(parts["byol_predictor"], predictor, 2 * predictor)
+    expect(parts["teacher"], plain["teacher"].forward + projector / 2, 0)  # of one view
+    logits = 4 * product(1, 64, BATCH)  # each of 2 views against both
+    expect(parts["losses"], CONTRASTIVE + logits, 2 * logits)
+    assert parts["image"] == plain["image"]
+
+
+def test_masked_modelling():
+    overrides = ["loss.distill=1", "distill.num_codewords=128", "loss.mlm=1"]
+    plain, parts = measured().flops, measured(overrides).flops
+    masked = 48  # three quarters of the patches
+    more = EMBEDDING + DEPTH * block(1 + PATCHES - masked, WIDTH)
+    expect(
+        parts["image"],
+        plain["image"].forward + more,
+        plain["image"].backward + 2 * more - EMBEDDING,
+    )
+    decoder = block(1 + PATCHES, WIDTH) + product(masked, WIDTH, WIDTH)
+    expect(parts["distill_decoder"], decoder, 2 * decoder)
+    codewords = product(masked, WIDTH, 128)
+    expect(parts["codewords"], codewords, 2 * codewords)
+    targets = EMBEDDING + DEPTH * block(1 + PATCHES, WIDTH) + codewords
+    expect(parts["teacher"], plain["teacher"].forward + targets, 0)
+    all_tokens = text(CAPTION) + TEXT_LAYERS * block(CAPTION, TEXT_WIDTH, padded=CONTEXT)
+    expect(parts["text"], all_tokens, 2 * all_tokens)
+    # 20 % of ten word pieces
+    decoder = 4 * block(CONTEXT, TEXT_WIDTH) + product(2, TEXT_WIDTH, 49408)
+    expect(parts["mlm_decoder"], decoder, 2 * decoder)
+
+
+def test_views_for_simclr_alone_are_the_image_towers_work():
+    overrides = ["mask.policy=none", "teacher=null", "views={student: 1, ssl: 2}", "loss.simclr=1"]
+    whole = (DEPTH - 1) * block(1 + PATCHES, WIDTH) + one_query_block(1 + PATCHES, WIDTH, HEADS)
+    image = measured(overrides).flops["image"]
+    expect(image, 3 * (EMBEDDING + whole), 3 * (EMBEDDING + 2 * whole))
+
+
+@pytest.mark.parametrize("caption", [12.5, 7.25, 32])
+def test_captions_have_any_mean_length(caption):
+    # Linears run on real tokens, whose number is a mean; attention on the context.
+    expect(measured(caption=caption).flops["text"], text(caption), 2 * text(caption))
+
+
+def test_a_sample_costs_the_same_on_any_number_of_ranks():
+    overrides = ["loss.simclr=1", "loss.byol=2"]
+    one, four = measured(overrides), measured(overrides, num_ranks=4)
+    assert one.flops.keys() == four.flops.keys()
+    for name, flops in one.flops.items():
+        expect(four.flops[name], flops.forward, flops.backward)
+
+
+def test_vit_b_16_has_its_published_size():
+    overrides = ["loss.distill=1", "distill.targets=features", "teacher={resolution: 224}"]
+    teacher = measured(overrides, name="clip_vitb16").flops["teacher"]
+    # The teacher's features of all patches: 17.6 G multiply-adds (DeiT, arXiv:2012.12877, table 5).
+    assert teacher.forward == pytest.approx(2 * 17.6e9, rel=0.005)
+
+
+def test_recomputed_blocks_run_forward_once_more():
+    step = measured(["model.image.recompute=blocks"], modes=MODES)
+    # But for their last product, of which the backward pass needs the input alone.
+    full = block(1 + KEPT, WIDTH) - product(1 + KEPT, 4 * WIDTH, WIDTH)
+    last = one_query_block(1 + KEPT, WIDTH, HEADS) - product(1, 4 * WIDTH, WIDTH)
+    assert step.repeated_flops(1) == pytest.approx(2 * ((DEPTH - 1) * full + last))
+    assert step.flops["image"].backward == pytest.approx(2 * (EMBEDDING + 2 * VIEW))
+    assert measured(["model.image.recompute=elementwise"], modes=MODES).repeated_flops(1) == 0
+
+
+def test_towers_run_again_in_all_micro_steps_but_the_last():
+    step = measured(["loss.simclr=1", "loss.byol=2"])
+    towers = 2 * (EMBEDDING + VIEW) + text(CAPTION)
+    assert step.repeated_flops(4) == pytest.approx(3 / 4 * towers)
+    assert step.repeated_flops(1) == 0
+
+
+def test_compiled_towers_are_measured_as_they_are_written():
+    assert measured(["model.compile=true"]).flops == measured().flops
+
+
+class StudentWithMore(Student):
+    """A student with a head that planning knows nothing of."""
+
+    def add(self):
+        self.adapter = nn.Linear(WIDTH, EMBED)
+
+    def project(self, features):
+        output = super().project(features)
+        more = self.adapter(features["image"]).tanh()
+        return output | {"image_embeds": output["image_embeds"] + more}
+
+
+def test_a_part_of_which_planning_is_not_told_is_counted(monkeypatch):
+    plain = measured()
+    build = module_under_test.build_student
+
+    def build_with_more(recipe):
+        student = build(recipe)
+        student.__class__ = StudentWithMore
+        student.add()
+        return student
+
+    monkeypatch.setattr(module_under_test, "build_student", build_with_more)
+    more = measured()
+    adapter = product(2, WIDTH, EMBED)
+    expect(more.flops["adapter"], adapter, 2 * adapter)
+    assert more.total_flops == pytest.approx(plain.total_flops + 3 * adapter)
+    # tanh keeps its output, of 2 views in fp32.
+    assert more.heads == plain.heads + BATCH * 2 * EMBED * 4
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_step_equals_what_torch_counts(name):
-    compare(load_recipe(name, [f"train.global_batch_size={BATCH}"]), "meta")
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        pytest.param(["loss.simclr=1", "loss.byol=2"], id="A-CLIP"),
-        pytest.param(["loss.distill=1", "distill.targets=features"], id="features as targets"),
-        pytest.param(["model.image.freeze_patch_embed=true"], id="frozen patch embedding"),
-    ],
-)
-def test_computed_step_equals_what_torch_counts(overrides):
-    recipe = load_recipe("demo", [f"train.global_batch_size={BATCH}", *overrides])
-    compare(recipe, "cpu")
-
-
-def compare(recipe, device):
-    with torch.device(device):
-        student = build_student(recipe)
-    parts = flops.step_flops(describe_step(recipe, student, CAPTION, LONGEST))
-    total = sum(parts.values(), flops.Flops())
-    forward, backward = count_step(recipe, student, device)
-    assert BATCH * total.forward == pytest.approx(forward, rel=0.03)
-    assert BATCH * total.backward == pytest.approx(backward, rel=0.03)
-
-
-BLOCK = BlockShape(width=4, mlp_width=8, num_heads=2)
-
-
-def test_block_over_all_tokens():
-    # 3 tokens: qkv 2*3*4*12, scores and sum 2*3*3*4 each, projection 2*3*4*4, MLP 2*3*4*8 twice
-    forward = 288 + 2 * 72 + 96 + 2 * 192
-    counted = flops.transformer_block(3, 3, BLOCK)
-    assert (counted.forward, counted.backward) == (forward, 2 * forward)
-
-
-def test_padding_costs_in_attention_alone():
-    longer = (
-        flops.transformer_block(3, 5, BLOCK).forward - flops.transformer_block(3, 3, BLOCK).forward
-    )
-    assert longer == 2 * 2 * (25 - 9) * 4
-
-
-def test_block_of_one_query():
-    # query, lifted query, value: 3 * 2*4*4; scores and sum over 5 tokens: 2 * 2*(2 heads)*4*5;
-    # projection 2*4*4, MLP 2 * 2*4*8
-    assert flops.one_query_block(5, BLOCK).forward == 96 + 160 + 32 + 128
-
-
-@pytest.mark.parametrize("trained, backward", [(False, 0), (True, 2 * 9 * 12 * 4)])
-def test_patch_embedding_has_at_most_a_weight_gradient(trained, backward):
-    embed = PatchEmbedShape(num_patches=9, num_inputs=12, trained=trained)
-    tower = TowerPass("image", BLOCK, 1, num_tokens=4, num_runs=2, embed=embed)
-    counted = flops.patch_embedding(tower)
-    assert (counted.forward, counted.backward) == (2 * 2 * 9 * 12 * 4, 2 * backward)
-
-
-def test_head_and_logits():
-    assert flops.head(HeadShape("h", (4, 6, 5), 3)).forward == 2 * 3 * (4 * 6 + 6 * 5)
-    assert flops.head(HeadShape("h", (4, 6), 3, trained=False)).backward == 0
-    # 2 views x 2 directions x (logits, two gradients), each 2 * 10 columns * 7
-    assert flops.contrastive_logits(10, 7, 2).total == 2 * 2 * 3 * 140
-    # each of 2 views against 2 views, forward and two gradients
-    assert flops.simclr_logits(10, 7).total == 2 * 2 * 3 * 140
-
-
-def test_what_runs_twice_is_counted_apart():
-    block_forward = flops.transformer_block(3, 3, BLOCK).forward
-    tower = TowerPass("image", BLOCK, 2, num_tokens=3, recompute="blocks")
-    teacher = TowerPass("teacher", BLOCK, 2, num_tokens=3, trained=False)
-    step = StepShape((tower, teacher), (), 1, 4, None, 8)
-    # recomputed once, and 3 of 4 micro_steps run the tower's forward pass twice
-    assert flops.repeated_flops(step, 4) == 2 * block_forward * (1 + 3 / 4)
+def test_every_recipe_is_measured(name):
+    shallow = ["model.image.kwargs={patch_size: 16, depth: 2}", "model.text.layers=2"]
+    recipe = load_recipe(name, shallow)
+    parts = measured(shallow, name=name).flops
+    assert {"image", "text", "losses"} <= parts.keys()
+    assert ("teacher" in parts) == recipe.needs_teacher
+    assert "student" not in parts, "all products are made by modules"
+    assert sum(parts.values(), Flops()).backward > 0
+    assert not torch.distributed.is_initialized()

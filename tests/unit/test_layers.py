@@ -13,8 +13,9 @@ LAYERS = (
     {"engine"},
     {"weights", "nodes"},
     {"reports"},
-    {"evaluation", "planning"},
+    {"evaluation"},
     {"training"},
+    {"planning"},
     {"ablation", "benchmarks"},
 )
 FLOOR = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -15,6 +15,9 @@ from aclip.method.tokens import END_ID, START_ID, Tokens
 
 # Token counts of YFCC-15M's captions: log-normal with this median and mean.
 MEDIAN_LENGTH, MEAN_LENGTH = 12, 20
+# Samples of which one's share is measured: enough that what a step has once for all of them, such
+# as a normalised weight, is a small share.
+NUM_MEASURED = 32
 
 
 def caption_lengths(num_captions: int, context_length: int) -> list[int]:
@@ -27,20 +30,23 @@ def caption_lengths(num_captions: int, context_length: int) -> list[int]:
     return [min(max(length, 3), context_length) for length in lengths]
 
 
-def synthetic_tokens(num_captions: int, context_length: int) -> Tokens:
-    """Captions of such lengths."""
-    lengths = caption_lengths(num_captions, context_length)
+def synthetic_tokens(lengths: list[int], num_columns: int) -> Tokens:
+    """Captions of these lengths, padded to so many columns."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, START_ID, (num_captions, max(lengths)), generator=generator)
-    columns = torch.arange(max(lengths))
+    ids = torch.randint(1, START_ID, (len(lengths), num_columns), generator=generator)
+    columns = torch.arange(num_columns)
     ends = torch.tensor(lengths).unsqueeze(1) - 1
     ids = ids.masked_fill(columns == ends, END_ID).masked_fill(columns > ends, 0)
     ids[:, 0] = START_ID
     return Tokens(ids, torch.tensor(lengths))
 
 
-def synthetic_batch(recipe: Recipe, batch_size: int) -> Batch:
-    """A batch as the recipe's loader gives it, with what its parts read and nothing else."""
+def synthetic_batch(recipe: Recipe, batch_size: int, tokens: Tokens | None = None) -> Batch:
+    """A batch as the recipe's loader gives it, with what its parts read and nothing else.
+
+    Args:
+        tokens: the captions; None for captions of real lengths.
+    """
     rng = np.random.default_rng(0)
     views, side, grid = recipe.views, recipe.model.image.resolution, patch_grid(recipe)
 
@@ -61,6 +67,9 @@ def synthetic_batch(recipe: Recipe, batch_size: int) -> Batch:
     reads_noise = recipe.mask_policy.reads_noise
     shapes = {term.name: term.noise_shape(grid) for term in recipe.terms}
     context_length = recipe.model.text.context_length
+    if tokens is None:
+        lengths = caption_lengths(batch_size, context_length)
+        tokens = synthetic_tokens(lengths, max(lengths))
     return Batch(
         student_views=pixels(batch_size, views.student, 3, side, side),
         teacher_view=pixels(batch_size, 3, teacher_side, teacher_side)
@@ -73,8 +82,20 @@ def synthetic_batch(recipe: Recipe, batch_size: int) -> Batch:
         ssl_views=pixels(batch_size, views.ssl, 3, side, side) if views.ssl else None,
         ssl_params=params(recipe.ssl_augment, views.ssl) if views.ssl else None,
         term_noise={name: noise(batch_size, *shape) for name, shape in shapes.items() if shape},
-        tokens=synthetic_tokens(batch_size, context_length),
+        tokens=tokens,
         keys=[str(index) for index in range(batch_size)],
         captions=[""] * batch_size,
         cursors=torch.zeros(1, 2, dtype=torch.int64),
     )
+
+
+def batch_of_mean_captions(recipe: Recipe, mean_length: float, num_columns: int) -> Batch:
+    """A batch of which one sample's share of a step can be measured.
+
+    Args:
+        mean_length: of the captions, tokens with start and end; met to 1 / NUM_MEASURED.
+        num_columns: to which the captions are padded.
+    """
+    total = round(NUM_MEASURED * mean_length)
+    lengths = [(total + index) // NUM_MEASURED for index in range(NUM_MEASURED)]
+    return synthetic_batch(recipe, NUM_MEASURED, synthetic_tokens(lengths, num_columns))

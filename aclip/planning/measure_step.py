@@ -1,0 +1,190 @@
+"""What one training step computes and keeps, measured on the step itself.
+
+It runs on the meta device: every operation is dispatched with its real shapes, none is computed.
+What a step gets later, a tower, a head or a loss term, is counted without being described here.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aclip.config.recipe import Recipe
+from aclip.config.sections import Recompute
+from aclip.data.batch import Batch
+from aclip.distributed import world_size
+from aclip.method.losses.term import StudentOutput, Taught, total
+from aclip.models.student import Student, StudentInput, build_student
+from aclip.planning.meter import Flops, Meter, fused_attention
+from aclip.training.step_inputs import StepInputs
+from aclip.training.teacher import Teacher
+
+META = torch.device("meta")
+TEACHER, STUDENT, LOSSES = "teacher", "student", "losses"
+MODES: tuple[Recompute, ...] = get_args(Recompute)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The student's `encode` and its backward pass, of one sample.
+
+    Attributes:
+        flops: by part.
+        kept: bytes from the forward to the backward pass; with what that recomputes at a time,
+            where it is more.
+    """
+
+    flops: dict[str, Flops]
+    kept: float
+
+    @property
+    def total_flops(self) -> Flops:
+        return sum(self.flops.values(), Flops())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A step on one rank. Parts are the student's modules by their names, `student` for what it
+    computes outside of them, `teacher` and `losses`.
+
+    Attributes:
+        encoding: by what all towers recompute; None for what the recipe says.
+        other_flops: of a sample, by part, outside of `encode`.
+        heads: bytes that the local batch keeps from `project` until its backward pass.
+        losses: the most bytes that the loss terms of the local batch hold.
+        collectives: bytes of the heads' and losses' collectives, see Meter.
+    """
+
+    encoding: dict[Recompute | None, Encoding]
+    other_flops: dict[str, Flops]
+    heads: int
+    losses: int
+    collectives: int
+
+    @property
+    def flops(self) -> dict[str, Flops]:
+        """Of a sample, by part, with nothing run twice."""
+        return add_parts(self.encoding["none"].flops, self.other_flops)
+
+    @property
+    def total_flops(self) -> float:
+        return sum(part.total for part in self.flops.values())
+
+    def repeated_flops(self, num_micro_steps: int) -> float:
+        """A sample's FLOPs on top because something runs twice: what the recipe recomputes, and
+        `encode` in all micro_steps but the last (Stepper.step)."""
+        once = self.encoding["none"].total_flops
+        recomputed = self.encoding[None].total_flops.total - once.total
+        return recomputed + once.forward * (num_micro_steps - 1) / num_micro_steps
+
+
+def measure_step(
+    recipe: Recipe,
+    batch: Batch,
+    num_ranks: int = 1,
+    dtype: torch.dtype = torch.float32,
+    modes: tuple[Recompute, ...] = MODES,
+) -> Measured:
+    """Runs what `Stepper.step` runs, as the first of `num_ranks` ranks, and measures it.
+
+    The towers read `batch`. Heads and losses, some of which grow with the square of their rows,
+    read as many features as the rank's share of the global batch has.
+
+    Args:
+        recipe: as it is, but without torch.compile.
+        batch: on the CPU, of any size.
+        dtype: of the towers.
+        modes: what the towers recompute in turn, `none` among them.
+    """
+    model = recipe.model.model_copy(update={"compile": False})
+    with META:
+        student = build_student(recipe.model_copy(update={"model": model})).to(dtype)
+    teacher = Teacher(student, dtype, META) if recipe.needs_teacher else None
+    inputs = StepInputs(recipe, student.terms, teacher, student.image, META, dtype)
+    size, local_size = len(batch), recipe.train.global_batch_size // num_ranks
+    meter = Meter()
+    meter.name_parts(student)
+    with _as_first_of(num_ranks), fused_attention(), meter:
+        meter.begin(TEACHER, size)
+        taught = inputs.teach(batch)
+        statistics = {term.name: term.statistic([taught]) for term in student.terms}
+        make_input = partial(inputs.student, batch, taught, statistics)
+        other_flops = meter.take_flops()
+
+        encoding: dict[Recompute | None, Encoding] = {}
+        encoding[None], features = _encode(student, make_input, size, meter)
+        towers = [module for module in student.modules() if hasattr(module, "recompute")]
+        own_modes = {tower.recompute for tower in towers}
+        for mode in modes:
+            for tower in towers:
+                tower.recompute = mode
+            encoding[mode] = encoding[None]
+            if own_modes != {mode}:
+                encoding[mode], _ = _encode(student, make_input, size, meter)
+
+        meter.begin(STUDENT, local_size)
+        joined = {
+            name: _resized(part, local_size).requires_grad_() for name, part in features.items()
+        }
+        output = StudentOutput.of(student("project", joined))
+        heads = meter.held
+        meter.begin(TEACHER, local_size)
+        targets = {}
+        if teacher is not None:
+            targets = teacher.targets(student.terms, [_of_batch(taught, local_size)])
+        meter.begin(LOSSES, local_size)
+        loss, _ = total(student.terms, output, targets)
+        of_losses = meter.peak
+        meter.turn_back()
+        loss.backward()
+    other_flops = add_parts(other_flops, meter.take_flops())
+    return Measured(encoding, other_flops, heads, of_losses, meter.collectives)
+
+
+def add_parts(first: dict[str, Flops], second: dict[str, Flops]) -> dict[str, Flops]:
+    """Both, those of the same part added up."""
+    names = dict.fromkeys([*first, *second])
+    return {name: first.get(name, Flops()) + second.get(name, Flops()) for name in names}
+
+
+def _encode(
+    student: Student, make_input: Callable[[], StudentInput], size: int, meter: Meter
+) -> tuple[Encoding, dict[str, Tensor]]:
+    """One input's `encode` with its backward pass, and its features, whose graph is gone."""
+    meter.begin(TEACHER, size)
+    inputs = make_input()
+    meter.part = STUDENT
+    features = student("encode", inputs)
+    del inputs  # as in a step: of an input stays what the graph keeps
+    surrogate = sum(part.float().sum() for part in features.values())
+    meter.turn_back()
+    surrogate.backward()
+    return Encoding(meter.take_flops(), meter.peak / size), features
+
+
+def _of_batch(taught: Taught, num_rows: int) -> Taught:
+    """The same of another number of samples."""
+    values = {part.name: getattr(taught, part.name) for part in fields(taught)}
+    return Taught(**{n: None if v is None else _resized(v, num_rows) for n, v in values.items()})
+
+
+def _resized(tensor: Tensor, num_rows: int) -> Tensor:
+    return tensor.new_empty(num_rows, *tensor.shape[1:])
+
+
+@contextmanager
+def _as_first_of(num_ranks: int) -> Iterator[None]:
+    """Inside, this process is the first of so many ranks, whose collectives send nothing."""
+    if num_ranks == world_size():
+        yield
+        return
+    dist.init_process_group("fake", rank=0, world_size=num_ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
