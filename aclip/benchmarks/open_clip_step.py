@@ -8,7 +8,7 @@ from open_clip import CLIP, ClipLoss
 from torch import Tensor
 
 from aclip.config.recipe import Recipe
-from aclip.data.augment import augment
+from aclip.data.images.augment import augment
 from aclip.data.synthetic import synthetic_batch
 from aclip.engine.optimizer import optimizer_bytes, parameter_groups
 from aclip.models.vit import ImageTower

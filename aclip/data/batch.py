@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aclip.data.images.whole_images import PixelBuffer, WholeImages, join_images, stack_images
 from aclip.data.samples import Sample
 from aclip.data.tokenizer import Tokenizer
-from aclip.data.whole_images import PixelBuffer, WholeImages, join_images, stack_images
 from aclip.method.tokens import Tokens
 
 

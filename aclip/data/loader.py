@@ -20,15 +20,15 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch, collate, join
-from aclip.data.lane_counts import cost_of_striding, resolve_lanes, resolve_workers
-from aclip.data.lane_order import LaneOrder
-from aclip.data.lanes import LaneStream
-from aclip.data.mixing import MixedLane
+from aclip.data.images.whole_images import PixelBuffer
+from aclip.data.lanes.counts import cost_of_striding, resolve_lanes, resolve_workers
+from aclip.data.lanes.mixing import MixedLane
+from aclip.data.lanes.order import LaneOrder
+from aclip.data.lanes.stream import LaneStream
 from aclip.data.samples import SampleMaker
 from aclip.data.shards.listing import Shard
 from aclip.data.shards.tar import ShardError
 from aclip.data.tokenizer import build_tokenizer
-from aclip.data.whole_images import PixelBuffer
 from aclip.data.workers import (
     allow_many_open_files,
     end_when_told_by,

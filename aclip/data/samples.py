@@ -7,14 +7,14 @@ from PIL import Image
 
 from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
-from aclip.data.augment import draw_augment_params
-from aclip.data.decode import decode_image
-from aclip.data.lane_order import sample_rng
+from aclip.data.images.augment import draw_augment_params
+from aclip.data.images.decode import decode_image
+from aclip.data.images.views import Box, crop, cut_ssl_views, draw_boxes, draw_ssl_boxes
+from aclip.data.images.whole_images import PixelBuffer, WholeImage, read_whole_image
+from aclip.data.lanes.order import sample_rng
 from aclip.data.members import read_captions, read_image_bytes
 from aclip.data.shards.listing import Shard, Skip, shard_names
 from aclip.data.shards.tar import RawSample
-from aclip.data.views import Box, crop, cut_ssl_views, draw_boxes, draw_ssl_boxes
-from aclip.data.whole_images import PixelBuffer, WholeImage, read_whole_image
 
 
 @dataclass(frozen=True, slots=True)

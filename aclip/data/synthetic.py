@@ -9,8 +9,8 @@ from torch import Tensor
 
 from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
-from aclip.data.augment import draw_augment_params
 from aclip.data.batch import Batch
+from aclip.data.images.augment import draw_augment_params
 from aclip.method.tokens import END_ID, START_ID, Tokens
 
 # Token counts of YFCC-15M's captions: log-normal with this median and mean.

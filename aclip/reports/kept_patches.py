@@ -14,8 +14,8 @@ from torch import Tensor
 from aclip.config.geometry import count_kept_blocks
 from aclip.config.recipe import MaskConfig, Recipe
 from aclip.config.sections import AugmentConfig, TeacherConfig
-from aclip.data.augment import augment
-from aclip.data.decode import decode_image
+from aclip.data.images.augment import augment
+from aclip.data.images.decode import decode_image
 from aclip.data.members import read_captions, read_image_bytes
 from aclip.data.samples import Sample, SampleMaker
 from aclip.data.shards.listing import Shard, Skip

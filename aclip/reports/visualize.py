@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from aclip.config.recipe import Recipe
-from aclip.data.augment import augment
 from aclip.data.demo import ensure_demo_data
+from aclip.data.images.augment import augment
 from aclip.data.members import IMAGE_SUFFIXES
 from aclip.data.shards.listing import Skip, list_shards, remote_shards
 from aclip.data.shards.remote import is_remote

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from aclip.data.augment import augment
+from aclip.data.images.augment import augment
 from aclip.data.tokenizer import build_tokenizer
 from aclip.evaluation.towers import Encoder, Towers
 from aclip.training.stepper import Stepper

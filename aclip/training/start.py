@@ -17,7 +17,7 @@ from aclip.errors import ConfigError
 from aclip.files import check_writable
 from aclip.run_folder import checkpoint_folder
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER
-from aclip.training.wandb_tracker import check_wandb
+from aclip.training.metrics.wandb_tracker import check_wandb
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from aclip.config.geometry import kept_blocks
 from aclip.config.recipe import Recipe
-from aclip.data.augment import augment
 from aclip.data.batch import Batch
-from aclip.data.device_views import cut_views_on_device
+from aclip.data.images.augment import augment
+from aclip.data.images.device_views import cut_views_on_device
 from aclip.method.losses.term import LossTerm, Taught, TermContext
 from aclip.method.masks.policy import Selection, ViewsToMask
 from aclip.models.student import StudentInput

@@ -22,13 +22,13 @@ from aclip.run_folder.layout import CHECKPOINTS_FOLDER
 from aclip.run_folder.metrics_file import EvaluationLine, StepLine
 from aclip.training import checkpoint
 from aclip.training.evaluated_models import evaluated_models, teacher_scores
-from aclip.training.metrics_logger import MetricsLogger, peak_memory_gib
+from aclip.training.metrics.metrics_logger import MetricsLogger, peak_memory_gib
+from aclip.training.metrics.step_timer import StepTimer
+from aclip.training.metrics.wandb_tracker import WandbTracker
 from aclip.training.run_schedule import RunSchedule
-from aclip.training.step_timer import StepTimer
 from aclip.training.step_watch import StepWatch
 from aclip.training.stepper import Stepper
 from aclip.training.upload import Uploader
-from aclip.training.wandb_tracker import WandbTracker
 from aclip.training.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
 
 GRADIENT_NORM = "gradient_norm"

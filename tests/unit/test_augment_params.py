@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aclip.config.sections import AugmentConfig
-from aclip.data.augment import augment, draw_augment_params
+from aclip.data.images.augment import augment, draw_augment_params
 from aclip.kernels.augment_views import AUGMENT_PARAMS
 
 CONFIG = AugmentConfig()

@@ -18,8 +18,8 @@ import torch
 from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
 from aclip.config.sections import TextTowerConfig
-from aclip.data.augment import augment
 from aclip.data.batch import Batch, join
+from aclip.data.images.augment import augment
 from aclip.data.loader import LaneDataset, build_train_loader, striding_warnings
 from aclip.data.shards.listing import Shard
 from aclip.data.tokenizer import build_tokenizer

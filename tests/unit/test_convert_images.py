@@ -10,7 +10,7 @@ from PIL import Image
 
 from aclip.data.convert.entries import Entry, Rejected
 from aclip.data.convert.images import FileReader, ImageRule, StoredImage, prepare_image
-from aclip.data.decode import decode_image
+from aclip.data.images.decode import decode_image
 from aclip.errors import ConfigError
 
 KEEP = ImageRule(min_side=16)

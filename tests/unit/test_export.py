@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from aclip.config.recipe_file import load_recipe
+from aclip.data.images.views import center_crop
 from aclip.data.tokenizer import Tokenizer
-from aclip.data.views import center_crop
 from aclip.errors import ConfigError
 from aclip.models.student import build_student
 from aclip.weights.export import export

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from aclip.data.lane_order import LaneOrder
+from aclip.data.lanes.order import LaneOrder
 
 EPOCHS = (0, 1, 2, 17)
 

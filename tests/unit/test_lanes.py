@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from aclip.data.lane_counts import cost_of_striding, resolve_lanes, resolve_workers
-from aclip.data.lane_order import LaneOrder
-from aclip.data.lanes import LaneStream
+from aclip.data.lanes.counts import cost_of_striding, resolve_lanes, resolve_workers
+from aclip.data.lanes.order import LaneOrder
+from aclip.data.lanes.stream import LaneStream
 from aclip.data.shards.listing import Shard, Skip
 from aclip.data.workers import allow_many_open_files
 from aclip.errors import ConfigError

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from aclip.config.recipe_file import load_recipe
-from aclip.data import samples, views
+from aclip.data import samples
+from aclip.data.images import views
 from aclip.data.samples import SampleMaker
 from aclip.data.shards.listing import Shard
 from aclip.data.shards.tar import TarShard

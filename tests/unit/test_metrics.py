@@ -13,8 +13,8 @@ from aclip import distributed
 from aclip.cli import show_duration
 from aclip.reports.report import LOGGED
 from aclip.run_folder.metrics_file import EvaluationLine, StepLine, read_metrics
-from aclip.training.metrics_logger import MetricsLogger
-from aclip.training.step_timer import StepTimer
+from aclip.training.metrics.metrics_logger import MetricsLogger
+from aclip.training.metrics.step_timer import StepTimer
 
 
 class Clock:

@@ -7,9 +7,9 @@ import pytest
 
 from aclip.config.recipe import Recipe
 from aclip.data.find_data import find_data
-from aclip.data.lane_order import LaneOrder
-from aclip.data.lanes import LaneStream
-from aclip.data.mixing import MixedLane
+from aclip.data.lanes.mixing import MixedLane
+from aclip.data.lanes.order import LaneOrder
+from aclip.data.lanes.stream import LaneStream
 from aclip.data.shards.listing import Shard, Skip
 
 SIZES = ((40, 30, 35), (12,), (9, 8))

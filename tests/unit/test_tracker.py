@@ -9,8 +9,8 @@ import pytest
 
 from aclip.errors import ConfigError
 from aclip.run_folder.metrics_file import EvaluationLine, StepLine
-from aclip.training.metrics_logger import MetricsLogger
-from aclip.training.wandb_tracker import WandbTracker, check_wandb
+from aclip.training.metrics.metrics_logger import MetricsLogger
+from aclip.training.metrics.wandb_tracker import WandbTracker, check_wandb
 
 wandb = pytest.importorskip("wandb")
 

@@ -8,14 +8,9 @@ import pytest
 from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
-from aclip.data.decode import decode_image, decode_pixels
+from aclip.data.images.decode import decode_image, decode_pixels
+from aclip.data.images.views import center_crop, crop, random_box, teacher_box
 from aclip.data.shards.listing import Skip
-from aclip.data.views import (
-    center_crop,
-    crop,
-    random_box,
-    teacher_box,
-)
 
 
 def edges(box):

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from aclip.config.recipe import Recipe
-from aclip.data import device_views
 from aclip.data.batch import Batch, join
-from aclip.data.device_views import cut_views_on_device
+from aclip.data.images import device_views
+from aclip.data.images.device_views import cut_views_on_device
+from aclip.data.images.views import crop, random_box
+from aclip.data.images.whole_images import PixelBuffer, read_whole_image, stack_images
 from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import Shard, Skip
-from aclip.data.views import crop, random_box
-from aclip.data.whole_images import PixelBuffer, read_whole_image, stack_images
 from aclip.training.step_inputs import StepInputs
 
 SIZES = [(64, 64), (91, 47), (47, 91), (200, 33), (33, 200), (120, 160)]

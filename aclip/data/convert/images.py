@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from aclip.data.convert.entries import Entry, Rejected
 from aclip.data.convert.sources.text_files import unreadable
-from aclip.data.decode import DECODE_ERRORS, FORMATS, to_rgb
+from aclip.data.images.decode import DECODE_ERRORS, FORMATS, to_rgb
 
 MAX_BYTES = 256 * 2**20
 """An image file that is larger is not read, so that memory stays flat."""

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aclip.data.decode import decode_image
+from aclip.data.images.decode import decode_image
+from aclip.data.images.views import center_crop
 from aclip.data.members import read_captions, read_image_bytes
 from aclip.data.shards.listing import Shard, Skip, read_shard
 from aclip.data.shards.tar import RawSample
-from aclip.data.views import center_crop
 
 DECODE_THREADS = 4
 MIN_SIDE = 8

@@ -11,7 +11,7 @@ from filelock import FileLock
 from torchvision.datasets import VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from aclip.data.decode import DECODE_ERRORS, decode_image, to_rgb
+from aclip.data.images.decode import DECODE_ERRORS, decode_image, to_rgb
 from aclip.data.shards.listing import Skip
 from aclip.distributed import say
 from aclip.errors import ConfigError

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from typing import Any
 
-from aclip.data.lane_order import LaneOrder
-from aclip.data.patience import Patience
+from aclip.data.lanes.order import LaneOrder
+from aclip.data.lanes.patience import Patience
 from aclip.data.shards.listing import Shard, Skip, read_shard
 from aclip.data.shards.tar import RawSample, ShardError
 

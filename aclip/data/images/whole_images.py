@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from aclip.data.decode import decode_pixels
+from aclip.data.images.decode import decode_pixels
+from aclip.data.images.views import Box
 from aclip.data.shards.listing import Skip
-from aclip.data.views import Box
 
 
 @dataclass(frozen=True, slots=True)

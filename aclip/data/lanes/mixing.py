@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from aclip.data.lanes import LaneStream
+from aclip.data.lanes.stream import LaneStream
 
 CIRCLE = 2**64
 PLASTIC = (0xC13FA9A902A6328F, 0x91E10DA5C79E7B1D)

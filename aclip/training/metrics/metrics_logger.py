@@ -22,8 +22,8 @@ from aclip.reports.mask_pictures import encode
 from aclip.reports.report import write_report
 from aclip.run_folder.layout import METRICS_FILE, TENSORBOARD_FOLDER, picture_path
 from aclip.run_folder.metrics_file import EvaluationLine, StepLine, flatten, parse_line
-from aclip.training.tensorboard_writer import TensorBoard
-from aclip.training.wandb_tracker import WandbTracker
+from aclip.training.metrics.tensorboard_writer import TensorBoard
+from aclip.training.metrics.wandb_tracker import WandbTracker
 
 RATE_WINDOW = 20
 """Progress lines that the remaining time is estimated from."""

@@ -7,7 +7,7 @@ small matrices, for all images of a batch at once.
 import torch
 from torch import Tensor
 
-from aclip.data.whole_images import WholeImages
+from aclip.data.images.whole_images import WholeImages
 
 IMAGES_AT_ONCE = 32
 """This many images are padded to one size and resampled together, to bound the device's memory."""

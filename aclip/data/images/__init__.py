@@ -1,0 +1,1 @@
+"""The pixels of a sample: decoded, cut into views, coloured."""

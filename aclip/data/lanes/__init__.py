@@ -1,0 +1,1 @@
+"""Which sample comes next: lanes, their order, sources by weight, and patience with bad samples."""
