@@ -15,8 +15,8 @@ from aclip.method.tokens import END_ID, START_ID, Tokens
 
 # Token counts of YFCC-15M's captions: log-normal with this median and mean.
 MEDIAN_LENGTH, MEAN_LENGTH = 12, 20
-# Samples of which one's share is measured: enough that what a step has once for all of them, such
-# as a normalised weight, is a small share.
+# Samples in a batch from which one's share is measured: enough that what a step keeps once for all
+# of them, such as a normalised weight, matters little.
 NUM_MEASURED = 32
 
 
@@ -90,11 +90,12 @@ def synthetic_batch(recipe: Recipe, batch_size: int, tokens: Tokens | None = Non
 
 
 def batch_of_mean_captions(recipe: Recipe, mean_length: float, num_columns: int) -> Batch:
-    """A batch of which one sample's share of a step can be measured.
+    """A batch from which one sample's share of a step can be measured.
 
     Args:
-        mean_length: of the captions, tokens with start and end; met to 1 / NUM_MEASURED.
-        num_columns: to which the captions are padded.
+        mean_length: the captions' mean length in tokens, start and end included; rounded to a
+            multiple of 1 / NUM_MEASURED.
+        num_columns: the length to which captions are padded.
     """
     total = round(NUM_MEASURED * mean_length)
     lengths = [(total + index) // NUM_MEASURED for index in range(NUM_MEASURED)]

@@ -20,7 +20,7 @@ from aclip.data.batch import Batch
 from aclip.distributed import world_size
 from aclip.method.losses.term import StudentOutput, Taught, total
 from aclip.models.student import Student, StudentInput, build_student
-from aclip.planning.meter import Flops, Meter, fused_attention
+from aclip.planning.meter import Flops, Meter, add_up, fused_attention, merge
 from aclip.training.step_inputs import StepInputs
 from aclip.training.teacher import Teacher
 
@@ -31,33 +31,31 @@ MODES: tuple[Recompute, ...] = get_args(Recompute)
 
 @dataclass(frozen=True)
 class Encoding:
-    """The student's `encode` and its backward pass, of one sample.
+    """What a sample costs in the student's `encode` and its backward pass.
 
     Attributes:
-        flops: by part.
-        kept: bytes from the forward to the backward pass; with what that recomputes at a time,
-            where it is more.
+        flops: FLOPs by part.
+        kept: bytes kept from the forward to the backward pass, and, where that is more, what the
+            backward pass holds while it recomputes something.
     """
 
     flops: dict[str, Flops]
     kept: float
 
-    @property
-    def total_flops(self) -> Flops:
-        return sum(self.flops.values(), Flops())
-
 
 @dataclass(frozen=True)
 class Measured:
-    """A step on one rank. Parts are the student's modules by their names, `student` for what it
-    computes outside of them, `teacher` and `losses`.
+    """A step on one rank.
+
+    A part is a module of the student, by its name there, `student` for what the student computes
+    outside of these, `teacher` or `losses`.
 
     Attributes:
-        encoding: by what all towers recompute; None for what the recipe says.
-        other_flops: of a sample, by part, outside of `encode`.
-        heads: bytes that the local batch keeps from `project` until its backward pass.
-        losses: the most bytes that the loss terms of the local batch hold.
-        collectives: bytes of the heads' and losses' collectives, see Meter.
+        encoding: by what all towers recompute; None stands for what the recipe says.
+        other_flops: FLOPs per sample outside of `encode`, by part.
+        heads: bytes that `project` keeps of the local batch until the backward pass.
+        losses: the most bytes that the loss terms hold for the local batch.
+        collectives: bytes in the collectives of heads and losses, counted as by Meter.
     """
 
     encoding: dict[Recompute | None, Encoding]
@@ -68,18 +66,18 @@ class Measured:
 
     @property
     def flops(self) -> dict[str, Flops]:
-        """Of a sample, by part, with nothing run twice."""
-        return add_parts(self.encoding["none"].flops, self.other_flops)
+        """FLOPs per sample by part, with nothing run twice."""
+        return merge(self.encoding["none"].flops, self.other_flops)
 
     @property
     def total_flops(self) -> float:
-        return sum(part.total for part in self.flops.values())
+        return add_up(self.flops).total
 
     def repeated_flops(self, num_micro_steps: int) -> float:
-        """A sample's FLOPs on top because something runs twice: what the recipe recomputes, and
-        `encode` in all micro_steps but the last (Stepper.step)."""
-        once = self.encoding["none"].total_flops
-        recomputed = self.encoding[None].total_flops.total - once.total
+        """FLOPs per sample that come on top because something runs twice: what the recipe
+        recomputes, and `encode` in all micro_steps but the last (see Stepper.step)."""
+        once = add_up(self.encoding["none"].flops)
+        recomputed = add_up(self.encoding[None].flops).total - once.total
         return recomputed + once.forward * (num_micro_steps - 1) / num_micro_steps
 
 
@@ -93,13 +91,13 @@ def measure_step(
     """Runs what `Stepper.step` runs, as the first of `num_ranks` ranks, and measures it.
 
     The towers read `batch`. Heads and losses, some of which grow with the square of their rows,
-    read as many features as the rank's share of the global batch has.
+    read as many rows of features as the rank has images in a step.
 
     Args:
-        recipe: as it is, but without torch.compile.
-        batch: on the CPU, of any size.
-        dtype: of the towers.
-        modes: what the towers recompute in turn, `none` among them.
+        recipe: read as it is, but without torch.compile.
+        batch: samples on the CPU, as many as one likes.
+        dtype: the dtype of the towers.
+        modes: what all towers recompute, one after the other; `flops` needs `none`.
     """
     model = recipe.model.model_copy(update={"compile": False})
     with META:
@@ -142,25 +140,19 @@ def measure_step(
         of_losses = meter.peak
         meter.turn_back()
         loss.backward()
-    other_flops = add_parts(other_flops, meter.take_flops())
+    other_flops = merge(other_flops, meter.take_flops())
     return Measured(encoding, other_flops, heads, of_losses, meter.collectives)
-
-
-def add_parts(first: dict[str, Flops], second: dict[str, Flops]) -> dict[str, Flops]:
-    """Both, those of the same part added up."""
-    names = dict.fromkeys([*first, *second])
-    return {name: first.get(name, Flops()) + second.get(name, Flops()) for name in names}
 
 
 def _encode(
     student: Student, make_input: Callable[[], StudentInput], size: int, meter: Meter
 ) -> tuple[Encoding, dict[str, Tensor]]:
-    """One input's `encode` with its backward pass, and its features, whose graph is gone."""
+    """Measures `encode` with its backward pass; also returns the features."""
     meter.begin(TEACHER, size)
     inputs = make_input()
     meter.part = STUDENT
     features = student("encode", inputs)
-    del inputs  # as in a step: of an input stays what the graph keeps
+    del inputs  # as in a step, where only what the graph keeps of it lives on
     surrogate = sum(part.float().sum() for part in features.values())
     meter.turn_back()
     surrogate.backward()
@@ -179,7 +171,7 @@ def _resized(tensor: Tensor, num_rows: int) -> Tensor:
 
 @contextmanager
 def _as_first_of(num_ranks: int) -> Iterator[None]:
-    """Inside, this process is the first of so many ranks, whose collectives send nothing."""
+    """Makes this process the first of so many ranks, whose collectives send nothing."""
     if num_ranks == world_size():
         yield
         return

@@ -1,4 +1,8 @@
-"""Counts what operations compute, keep and send, on tensors that need no values."""
+"""Counts what operations compute, keep and send; the tensors need no values.
+
+FLOPs are those of matrix products, two for a multiply-add. Elementwise work, softmax, norms and the
+remap inside attentive_pack are left out: together well under 1 % of a step.
+"""
 
 import math
 import weakref
@@ -20,7 +24,7 @@ FUSED_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_fo
 
 @dataclass(frozen=True)
 class Flops:
-    """Matrix products alone, two operations a multiply-add, of the forward and backward pass."""
+    """FLOPs of a forward and of its backward pass."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -33,19 +37,28 @@ class Flops:
         return Flops(self.forward + other.forward, self.backward + other.backward)
 
 
-class Meter(TorchDispatchMode):
-    """Counts the operations that run inside of `with meter:`, in phases of one part's work each.
+def add_up(parts: dict[str, Flops]) -> Flops:
+    """The sum over all parts."""
+    return sum(parts.values(), Flops())
 
-    Elementwise work, softmax and norms count as no FLOPs, nor does the remap of `attentive_pack`.
+
+def merge(first: dict[str, Flops], second: dict[str, Flops]) -> dict[str, Flops]:
+    """The parts of both; what has the same name is added."""
+    names = dict.fromkeys([*first, *second])
+    return {name: first.get(name, Flops()) + second.get(name, Flops()) for name in names}
+
+
+class Meter(TorchDispatchMode):
+    """Counts the operations that run inside `with meter:`, phase by phase.
 
     Attributes:
-        part: whose work it is, where no child of a model is at work (see name_parts).
-        held: bytes that the phase has made and that are still alive, gradients left out. At the end
-            of a forward pass that is what autograd keeps of it.
-        peak: the most that was held, of the forward pass or, once it turns back, of the backward
-            pass, which holds more than it found where it recomputes something.
-        collectives: bytes gathered, and twice those reduced, since that takes a scatter and a
-            gather.
+        part: the name under which FLOPs are counted while no named module is at work.
+        held: bytes that the phase has made and that are still alive, without gradients. When a
+            forward pass has ended, that is what autograd keeps of it.
+        peak: the most bytes held at a time in the phase's forward pass; after `turn_back`, in its
+            backward pass, which holds more than it found only where it recomputes something.
+        collectives: bytes gathered, plus twice the bytes reduced, since a reduction scatters and
+            then gathers.
     """
 
     def __init__(self):
@@ -58,26 +71,24 @@ class Meter(TorchDispatchMode):
         self._formulas = counter.flop_registry
 
     def begin(self, part: str, num_samples: int) -> None:
-        """Begins a phase: the forward pass of so many samples."""
+        """Begins a phase with its forward pass, which reads so many samples."""
         self.part, self._num_samples, self._in_backward = part, num_samples, False
         self.held = self.peak = 0
         self._phase += 1
 
     def turn_back(self) -> None:
-        """Begins the phase's backward pass."""
+        """Goes on to the phase's backward pass."""
         self._in_backward = True
         self.peak = self.held
 
     def take_flops(self) -> dict[str, Flops]:
-        """One sample's FLOPs since the last call, by part."""
+        """The FLOPs per sample since the last call, by part."""
         taken, self._flops = dict(self._flops), defaultdict(Flops)
         return taken
 
     def name_parts(self, model: nn.Module) -> None:
-        """Makes each child of the model a part: what its public methods do, and its backward pass.
-
-        A child that another one calls stays a part of its own.
-        """
+        """Counts what a child of the model does in its public methods, and the backward pass of
+        their results, under the child's name. A child that calls another one leaves it its own."""
         for name, child in model.named_children():
             methods = {"forward"} | set(dir(type(child))) - set(dir(nn.Module))
             for method in methods:
@@ -124,7 +135,7 @@ class Meter(TorchDispatchMode):
         self.collectives += num_bytes * (2 if "allreduce" in func.name() else 1)
 
     def _hold(self, args, kwargs, result) -> None:
-        """Adds the memory that an operation made, until it is freed; a view makes none."""
+        """Counts the memory that an operation has made until it is freed; a view makes none."""
         known = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
@@ -140,7 +151,7 @@ class Meter(TorchDispatchMode):
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Inside, attention is one operation that keeps no matrix of scores, as on a GPU.
+    """Makes attention a single operation that keeps no matrix of scores, as it is on a GPU.
 
     On the meta device torch would take it apart.
     """
@@ -163,13 +174,13 @@ def _tensors(tree) -> list[Tensor]:
 
 
 def _attention(query, key, value, *_, out_shape=None, **__) -> int:
-    """Scores and weighted sum; a causal mask halves nothing."""
+    """The scores and the weighted sum; a causal mask halves nothing."""
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _attention_backward(grad, query, key, value, *_, out_shape=None, **__) -> int:
-    """Two products for each of the forward pass; the scores that the kernel computes again are left
-    out, as everywhere in figures of MFU."""
+    """Two products for each one of the forward pass. The kernel also computes the scores again,
+    which does not count, as it never does in a figure of MFU."""
     return 2 * _attention(query, key, value)
 
 
@@ -194,7 +205,7 @@ FORMULAS = {
     torch.ops.aclip.cls_attention_scores: _cls_attention_scores,
     torch.ops.aclip.contrastive_loss: _contrastive_loss,
 }
-"""FLOPs by the shapes of an operation's arguments, beside those that torch knows."""
+"""Each operation's FLOPs from its arguments' shapes, for what torch has no formula."""
 
 WORK_SPACE = {torch.ops.aclip.contrastive_loss: _logits_of_a_chunk}
-"""Bytes that exist only inside of an operation, by its arguments."""
+"""Bytes that an operation holds only while it runs, from its arguments."""

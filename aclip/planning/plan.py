@@ -1,8 +1,8 @@
 """Plans a run before it starts: memory per GPU, the largest micro-batch, time, communication.
 
-`plan_run` reads the recipe and the ds_config; everything below it takes plain numbers. No GPU is
-needed, and the towers are built without weights. Not counted: the time of an offloaded optimizer on
-the host, the teacher's activations (one block's, without gradient), and what torch.compile saves.
+A step is measured without values (measure_step.py), what ZeRO holds is arithmetic (zero_memory.py),
+and this file puts them together; no GPU is needed. Not counted: the time of an offloaded optimizer
+on the host, the teacher's activations (one block's, without gradient), what torch.compile saves.
 """
 
 import argparse
@@ -45,10 +45,10 @@ class Workload:
     """What is the same under every ZeRO stage.
 
     Attributes:
-        groups, frozen: elements of the trained parameters by group, and of the others.
-        teacher: elements of the EMA teacher.
-        global_batch_size: images of a step. num_ranks: GPUs.
-        measured: a step on one of them, by the bytes of the towers' values.
+        groups: the trained parameters' numbers of elements, by parameter group.
+        frozen: those of the other parameters. teacher: elements in the EMA teacher.
+        global_batch_size: images in a step. num_ranks: how many GPUs there are.
+        measured: a step on one GPU, by the bytes of a weight.
     """
 
     groups: list[list[int]]
@@ -65,12 +65,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a GPU holds under a ZeRO stage, bytes; activations come on top.
+    """What a GPU holds under a ZeRO stage, in bytes; activations come on top.
 
     Attributes:
-        states: of the parameters. teacher: average and compute copy.
-        heads, losses: of all images that the GPU has in a step.
-        local_batch_size: how many these are.
+        states: the parameters' states. teacher: the teacher's average and compute copy.
+        heads, losses: what these keep for all the images that the GPU has in a step.
+        local_batch_size: how many images that are.
     """
 
     states: States
@@ -80,7 +80,7 @@ class Memory:
     local_batch_size: int
 
     def peak(self, micro_batch_size: int, kept: float) -> float:
-        """The most at a time, where a sample of the micro-batch keeps `kept` bytes."""
+        """The most bytes at a time, when each sample of the micro-batch keeps `kept` bytes."""
         activations = micro_batch_size * kept + self.heads + self.losses
         num_micro_steps = self.local_batch_size // micro_batch_size
         return self.teacher + self.states.peak(activations, num_micro_steps)
@@ -96,10 +96,10 @@ class MemoryRow:
 
     Attributes:
         title: the stage, and its precision where that is not the ds_config's.
-        memory: without activations.
-        kept: bytes of a sample's activations, by what the backward pass recomputes; None for what
-            the recipe says.
-        largest: the largest micro-batch that fits, likewise; 0 for none.
+        memory: what the GPU holds without activations.
+        kept: bytes that a sample's activations take, by what all towers recompute; None stands for
+            what the recipe says.
+        largest: the largest micro-batch that fits, by the same; 0 for none.
     """
 
     title: str
@@ -116,12 +116,12 @@ class Plan:
     """The plan of a run; see plan_report.py for how it reads.
 
     Attributes:
-        ds_config: as read. gpu: as found. workload: the same under every stage.
-        memory_bytes: that a GPU has for us.
-        rows: memory by stage. own: the row of the ds_config.
-        micro_batch_size: that the times are for. mfu: share of the peak.
-        link_bytes: that a GPU can send a second. sent_bytes: that it sends in a step.
-        num_steps: of the schedule.
+        ds_config: as read. gpu: as found. workload: what is the same under every stage.
+        memory_bytes: the share of a GPU's memory that a run may use.
+        rows: the memory under each stage. own: the ds_config's row.
+        micro_batch_size: the one that the times are for. mfu: share of the peak FLOPs reached.
+        link_bytes: what a GPU can send in a second. sent_bytes: what it sends in a step.
+        num_steps: the schedule's length.
     """
 
     ds_config: DsConfig
@@ -146,7 +146,7 @@ class Plan:
 
     @property
     def repeated_flops(self) -> float:
-        """A sample's, on top of those that are needed once."""
+        """FLOPs per sample on top of those that are needed once."""
         return self.measured.repeated_flops(self.num_micro_steps)
 
     @property
@@ -212,11 +212,11 @@ def plan_run(arguments: argparse.Namespace) -> Plan:
 def plan_memory(
     recipe: Recipe, ds_config: DsConfig, num_ranks: int, batch: Batch, on_host: bool
 ) -> float:
-    """Bytes of a rank at the ds_config's micro-batch, with what the recipe recomputes.
+    """A rank's peak memory in bytes at the ds_config's micro-batch, as the recipe recomputes.
 
     Args:
-        batch: some samples such as the rank reads.
-        on_host: ranks on CPUs.
+        batch: a batch such as the rank reads.
+        on_host: the ranks run on CPUs.
     """
     settings = replace(zero_settings(ds_config, num_ranks), on_host=on_host)
     workload = describe_workload(recipe, batch, num_ranks, {ds_config.dtype}, modes=())

@@ -2,11 +2,11 @@
 
 from aclip.cli import GIB, MIB, show_duration, text_table
 from aclip.planning.measure_step import MODES
-from aclip.planning.meter import Flops
+from aclip.planning.meter import Flops, add_up
 from aclip.planning.plan import Plan
 
 TITLES = {"image": "image tower", "text": "text tower"}
-"""Of parts; any other is shown by its name."""
+"""What parts are called in the table; any other part is shown by its name."""
 STATE_COLUMNS = (
     "weights",
     "gradients",
@@ -46,7 +46,7 @@ def _flops(plan: Plan) -> str:
     lines = [["GFLOP a sample", "forward", "backward", "both"]]
     parts = plan.measured.flops
     lines += [row(TITLES.get(name, name), flops) for name, flops in parts.items()]
-    lines.append(row("sum", sum(parts.values(), Flops())))
+    lines.append(row("sum", add_up(parts)))
     if plan.repeated_flops:
         lines.append(["run again", "", "", f"{plan.repeated_flops / 1e9:,.2f}"])
     return text_table(lines)
