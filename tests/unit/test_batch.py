@@ -1,34 +1,24 @@
-"""The stream of global batches: one for any ranks x workers, resumable, clear when it breaks."""
+"""What a batch holds; workers that fail, and workers that are signalled."""
 
 import os
 import pickle
-import random
 import subprocess
 import sys
-import tarfile
 import time
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from shard_batches import PARTS, assert_equal_batches, make_recipe, take, write_shards
 
 from aclip.config.geometry import patch_grid
-from aclip.config.recipe import Recipe
 from aclip.config.sections import TextTowerConfig
-from aclip.data.batch import Batch, join
-from aclip.data.images.augment import augment
-from aclip.data.loader import LaneDataset, build_train_loader, striding_warnings
+from aclip.data.loader import LaneDataset, build_train_loader
 from aclip.data.shards.listing import Shard
 from aclip.data.tokenizer import build_tokenizer
 from aclip.data.workers import run_ahead
 from aclip.errors import ConfigError
-
-BATCH = 16
-NUM_SHARDS, SHARD_SIZE = 9, 7
-PARTS = ["student_views", "teacher_view", "student_boxes", "teacher_box", "augment_params"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,127 +28,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shards(write_tar, encode_image):
-    """Nine shards of seven samples, nine of them unusable: five in shard 1, four in shard 2."""
-    paths = []
-    for shard in range(NUM_SHARDS):
-        members = {}
-        for index in range(SHARD_SIZE):
-            seed = shard * SHARD_SIZE + index
-            members[f"{shard}-{index}.jpg"] = encode_image(30 + index, 34, seed)
-            members[f"{shard}-{index}.txt"] = b"word " * (1 + index)
-        if shard == 1:
-            members["1-0.jpg"] = members["1-0.jpg"][:300]
-            members["1-1.txt"] = b" "
-            members["1-2.jpg"] = encode_image(4000, 1)
-            del members["1-3.txt"], members["1-4.jpg"]
-        paths.append(write_tar(f"{shard}.tar", list(members.items())))
-    with tarfile.open(paths[2]) as archive:
-        cut = archive.getmember("2-3.jpg").offset_data + 100
-    os.truncate(paths[2], cut)
-    return [Shard(path, SHARD_SIZE) for path in paths]
-
-
-def make_recipe(workers: int = 0, **sections) -> Recipe:
-    values = {
-        "model": {"image": {"resolution": 32, "kwargs": {"patch_size": 8}}},
-        "teacher": {"resolution": 16},
-        "data": {"workers": workers, "lanes": 8, "shuffle_block": 5},
-        "train": {"global_batch_size": BATCH, "seed": 3},
-    }
-    for name, section in sections.items():
-        values[name] = values.get(name, {}) | section if section is not None else None
-    return Recipe(**values)
-
-
-def take(recipe: Recipe, shards, ranks: int, count: int, cursors=None) -> list[Batch]:
-    """The next global batches, joined from the loaders of all ranks."""
-    loaders = [
-        iter(build_train_loader(recipe, shards, rank, ranks, cursors)) for rank in range(ranks)
-    ]
-    batches = [join([next(loader) for loader in loaders]) for _ in range(count)]
-    for loader in loaders:
-        loader.close()
-    return batches
-
-
-def assert_equal_batches(first: Batch, second: Batch) -> None:
-    assert first.keys == second.keys and first.captions == second.captions
-    for name in [*PARTS, "cursors"]:
-        assert torch.equal(getattr(first, name), getattr(second, name)), name
-    assert torch.equal(first.tokens.ids, second.tokens.ids)
-    assert torch.equal(first.tokens.lengths, second.tokens.lengths)
-
-
-def augmented(batch: Batch, recipe: Recipe, ranks: int = 1) -> torch.Tensor:
-    """The pixels that the student sees, coloured rank by rank."""
-    views, params = batch.student_views.flatten(0, 1), batch.augment_params.flatten(0, 1)
-    parts = zip(views.chunk(ranks), params.chunk(ranks), strict=True)
-    return torch.cat([augment(*part, recipe.augment, torch.float32) for part in parts])
-
-
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 1), (2, 2), (4, 1), (8, 0)])
-def test_the_global_batches_are_the_same_for_any_ranks_and_workers(shards, ranks, workers):
-    expected = take(make_recipe(0), shards, 1, 6)
-    found = take(make_recipe(workers), shards, ranks, 6)
-    for first, second in zip(expected, found, strict=True):
-        assert len(first) == BATCH
-        assert_equal_batches(first, second)
-        assert first.skipped == second.skipped
-        pixels = augmented(first, make_recipe()), augmented(second, make_recipe(), ranks)
-        assert torch.equal(*pixels)
-
-
-@pytest.mark.parametrize(("stop", "ranks", "workers"), [(1, 4, 1), (3, 1, 2), (5, 8, 0)])
-def test_a_run_continues_at_the_next_sample_on_other_ranks_and_workers(
-    shards, stop, ranks, workers
-):
-    expected = take(make_recipe(0), shards, 2, 8)
-    found = take(make_recipe(workers), shards, ranks, 8 - stop, expected[stop - 1].cursors)
-    for first, second in zip(expected[stop:], found, strict=True):
-        assert_equal_batches(first, second)
-
-
-@pytest.mark.parametrize(
-    ("kind", "points"), [("one source", 20), ("two sources", 5), ("more lanes than shards", 5)]
-)
-def test_a_run_continues_exactly_at_random_points(shards, sources, kind, points):
-    make, data = {
-        "one source": (make_recipe, shards),
-        "two sources": (with_sources, sources),
-        "more lanes than shards": (make_recipe, shards[3:6]),
-    }[kind]
-    rng = random.Random(kind)
-    expected = take(make(0), data, 2, 42)
-    for _ in range(points):
-        stop = rng.randrange(1, 40)
-        # Workers are processes, each of which takes a while to start.
-        ranks, workers = rng.choice([(1, 0), (2, 0), (4, 0), (8, 0)] * 3 + [(1, 2), (2, 1)])
-        found = take(make(workers), data, ranks, 2, expected[stop - 1].cursors)
-        for first, second in zip(expected[stop : stop + 2], found, strict=True):
-            assert_equal_batches(first, second)
-
-
-def test_every_good_sample_comes_once_an_epoch_and_every_bad_one_is_counted(shards):
-    recipe = make_recipe(data={"lanes": 1})
-    loader = iter(build_train_loader(recipe, shards, 0, 1))
-    num_good = NUM_SHARDS * SHARD_SIZE - 9
-    keys, skipped = [], Counter()
-    while len(keys) < 2 * num_good:
-        batch = next(loader)
-        keys += batch.keys
-        skipped.update(batch.skipped)
-    for epoch in range(2):
-        assert len(set(keys[epoch * num_good : (epoch + 1) * num_good])) == num_good
-    assert set(keys[:num_good]) == set(keys[num_good : 2 * num_good])
-    # The last batch reaches into the third epoch, by less than half of one.
-    assert {kind: count // 2 for kind, count in skipped.items()} == {
-        "unreadable_image": 1,
-        "empty_caption": 1,
-        "image_too_small": 1,
-        "no_caption": 1,
-        "no_image": 1,
-        "truncated_shard": 4,
-    }
+    return write_shards(write_tar, encode_image)
 
 
 def test_tensors_have_their_documented_shapes_and_types(shards):
@@ -252,69 +122,6 @@ def test_a_shard_with_nothing_usable_is_named_in_the_main_process(tmp_path, shar
     recipe = make_recipe(2, data={"lanes": 2})
     take(recipe, [*shards[3:], Shard(str(bad), 3)], 1, 8)
     assert [r.getMessage() for r in caplog.records] == [f"shard {bad} holds no usable sample"]
-
-
-@pytest.fixture
-def sources(shards):
-    """The nine shards as two sources, the second of one shard for eight lanes."""
-    return [replace(shard, source=int(index == 8)) for index, shard in enumerate(shards)]
-
-
-def with_sources(workers: int, weights=(1, 3)) -> Recipe:
-    sources = [{"shards": "unread", "weight": weight} for weight in weights]
-    return make_recipe(workers, data={"sources": sources})
-
-
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 2), (4, 0)])
-def test_weighted_sources_are_the_same_for_any_ranks_and_workers(sources, ranks, workers):
-    expected = take(with_sources(0), sources, 1, 6)
-    found = take(with_sources(workers), sources, ranks, 6)
-    for first, second in zip(expected, found, strict=True):
-        assert_equal_batches(first, second)
-        # Weights 1 : 3 of 16 samples, exact in every batch but for a sample at each border.
-        assert abs(sum(key.startswith("8/") for key in first.keys) - 12) < 2
-
-
-def test_weighted_sources_continue_at_the_next_sample_on_other_ranks(sources):
-    expected = take(with_sources(0), sources, 2, 6)
-    assert expected[0].cursors.shape == (8, 5)
-    found = take(with_sources(1), sources, 4, 3, expected[2].cursors)
-    for first, second in zip(expected[3:], found, strict=True):
-        assert_equal_batches(first, second)
-
-
-def test_one_source_is_the_same_as_no_sources(shards):
-    for first, second in zip(
-        take(with_sources(0, [7]), shards, 1, 3), take(make_recipe(), shards, 1, 3), strict=True
-    ):
-        assert_equal_batches(first, second)
-
-
-def test_cursors_of_other_sources_are_refused(sources):
-    cursors = torch.zeros(8, 2, dtype=torch.int64)
-    with pytest.raises(ConfigError, match="cursors of 1 sources, but data.sources gives 2"):
-        build_train_loader(with_sources(0), sources, 0, 1, cursors)
-
-
-def test_sources_with_fewer_shards_than_lanes_are_named_with_the_cost(sources, shards):
-    (warning,) = striding_warnings(with_sources(0), sources)
-    assert warning.startswith("data.sources.1 has 1 shards for 8 data lanes")
-    assert striding_warnings(make_recipe(), shards) == []
-    (warning,) = striding_warnings(make_recipe(), shards[:5])
-    assert warning.startswith("data.train has 5 shards for 8 data lanes")
-
-
-@pytest.mark.parametrize(("ranks", "workers"), [(2, 2), (8, 0)])
-def test_lanes_that_share_shards_are_the_same_for_any_ranks_and_workers(shards, ranks, workers):
-    expected = take(make_recipe(0), shards[3:6], 1, 4)
-    found = take(make_recipe(workers), shards[3:6], ranks, 4)
-    for first, second in zip(expected, found, strict=True):
-        assert_equal_batches(first, second)
-
-
-def test_cursors_of_another_number_of_lanes_are_refused(shards):
-    with pytest.raises(ConfigError, match="4 data lanes, but the recipe gives 8"):
-        build_train_loader(make_recipe(), shards, 0, 1, torch.zeros(4, 2, dtype=torch.int64))
 
 
 def test_loading_leaves_the_global_random_state_alone(shards):
