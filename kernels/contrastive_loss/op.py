@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from aclip.kernels.common import check_device, check_dtype, check_shape, use_triton
+from aclip.kernels import chunked_logits
+from aclip.kernels.common import WORK_SPACE, check_device, check_dtype, check_shape, use_triton
 from aclip.kernels.contrastive_loss.reference import contrastive_loss_reference
 
 
@@ -109,3 +111,13 @@ def _backward(ctx, grad_loss, *_):
 
 
 _contrastive_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.aclip.contrastive_loss)
+def _flops(rows, columns, scale, offset, chunk, grad_rows, grad_columns, out_shape=None) -> int:
+    return chunked_logits.count_flops(rows, columns, grad_rows, grad_columns)
+
+
+WORK_SPACE[torch.ops.aclip.contrastive_loss] = lambda rows, columns, scale, offset, chunk, *_: (
+    chunked_logits.work_space(rows, columns, chunk)
+)
