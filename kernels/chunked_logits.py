@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from aclip.kernels.common import check_device, check_dtype, check_shape
+
 
 def by_chunks(
     rows: Tensor,
@@ -55,6 +57,40 @@ def by_chunks(
     if grad_columns:
         d_columns.mul_(logit_scale)
     return losses.mean(), d_rows, d_columns, d_scale
+
+
+def check_arguments(
+    rows: Tensor,
+    columns: Tensor,
+    numbers: dict[str, Tensor],
+    labels_offset: int,
+    chunk_size: int,
+) -> None:
+    """Refuses what `by_chunks` can't compute.
+
+    Args:
+        numbers: the learned numbers of the logits by the op's names, each (1,).
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or the labels leave the columns.
+    """
+    check_shape("rows", rows, (None, None))
+    num_rows, width = rows.shape
+    check_shape("columns", columns, (None, width))
+    for name, number in numbers.items():
+        check_shape(name, number, (1,))
+    for name, tensor in {"rows": rows, "columns": columns, **numbers}.items():
+        check_dtype(name, tensor, (torch.float32,))
+        check_device(name, tensor, rows.device)
+    if num_rows == 0:
+        raise ValueError("rows has no rows; the mean needs one or more.")
+    if not 0 <= labels_offset <= columns.shape[0] - num_rows:
+        raise ValueError(
+            f"labels_offset is {labels_offset}; with {num_rows} rows and {columns.shape[0]} "
+            f"columns it must be 0 to {columns.shape[0] - num_rows}."
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be 1 or more.")
 
 
 def count_flops(rows: torch.Size, columns: torch.Size, grad_rows: bool, grad_columns: bool) -> int:

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from aclip.kernels import chunked_logits
-from aclip.kernels.common import WORK_SPACE, check_device, check_dtype, check_shape, use_triton
+from aclip.kernels.common import WORK_SPACE, use_triton
 from aclip.kernels.contrastive_loss.reference import contrastive_loss_reference
 
 
@@ -31,22 +31,8 @@ def contrastive_loss(
     Raises:
         ValueError: a shape, dtype or device does not fit, or the labels leave the columns.
     """
-    check_shape("rows", rows, (None, None))
-    num_rows, width = rows.shape
-    check_shape("columns", columns, (None, width))
-    check_shape("logit_scale", logit_scale, (1,))
-    for name, tensor in (("rows", rows), ("columns", columns), ("logit_scale", logit_scale)):
-        check_dtype(name, tensor, (torch.float32,))
-        check_device(name, tensor, rows.device)
-    if num_rows == 0:
-        raise ValueError("rows has no rows; the mean needs one or more.")
-    if not 0 <= labels_offset <= columns.shape[0] - num_rows:
-        raise ValueError(
-            f"labels_offset is {labels_offset}; with {num_rows} rows and {columns.shape[0]} "
-            f"columns it must be 0 to {columns.shape[0] - num_rows}."
-        )
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be 1 or more.")
+    numbers = {"logit_scale": logit_scale}
+    chunked_logits.check_arguments(rows, columns, numbers, labels_offset, chunk_size)
     grad = torch.is_grad_enabled()
     return _contrastive_loss(
         rows,
