@@ -1,6 +1,7 @@
 """What every op shares: the choice of backend and the checks of its arguments."""
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton reads the variable where a kernel is defined: set it before the first import."""
+
+WORK_SPACE: dict[torch._ops.OpOverloadPacket, Callable[..., int]] = {}
+"""What an op holds only while it runs, bytes from its arguments, for an op that holds much."""
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from aclip.kernels.common import WORK_SPACE
+
 FUSED_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FUSED_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -184,28 +186,6 @@ def _attention_backward(grad, query, key, value, *_, out_shape=None, **__) -> in
     return 2 * _attention(query, key, value)
 
 
-def _cls_attention_scores(query, key, scores, weight, out_shape=None) -> int:
-    return 2 * math.prod(key)
-
-
-def _contrastive_loss(
-    rows, columns, scale, offset, chunk, grad_rows, grad_columns, out_shape=None
-) -> int:
-    """The logits, and the gradients that the op computes with them."""
-    return 2 * math.prod(rows) * columns[0] * (1 + grad_rows + grad_columns)
-
-
-def _logits_of_a_chunk(rows, columns, scale, offset, chunk, grad_rows, grad_columns) -> int:
-    return min(chunk, len(rows)) * len(columns) * rows.itemsize
-
-
-FORMULAS = {
-    FUSED_ATTENTION: _attention,
-    FUSED_ATTENTION_BACKWARD: _attention_backward,
-    torch.ops.aclip.cls_attention_scores: _cls_attention_scores,
-    torch.ops.aclip.contrastive_loss: _contrastive_loss,
-}
-"""Each operation's FLOPs from its arguments' shapes, for what torch has no formula."""
-
-WORK_SPACE = {torch.ops.aclip.contrastive_loss: _logits_of_a_chunk}
-"""Bytes that an operation holds only while it runs, from its arguments."""
+FORMULAS = {FUSED_ATTENTION: _attention, FUSED_ATTENTION_BACKWARD: _attention_backward}
+"""Each operation's FLOPs from its arguments' shapes, for what torch has no formula. The ops of
+aclip.kernels bring their own."""

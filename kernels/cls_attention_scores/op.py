@@ -1,7 +1,10 @@
 """cls_attention_scores as a torch op: checks, dispatch, and its fake for torch.compile."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from aclip.kernels.cls_attention_scores.reference import cls_attention_scores_reference
 from aclip.kernels.common import (
@@ -49,3 +52,8 @@ def _cls_attention_scores(q: Tensor, k: Tensor, scores: Tensor, weight: float) -
 @_cls_attention_scores.register_fake
 def _(q, k, scores, weight):
     return None
+
+
+@register_flop_formula(torch.ops.aclip.cls_attention_scores)
+def _flops(q, k, scores, weight, out_shape=None) -> int:
+    return 2 * math.prod(k)

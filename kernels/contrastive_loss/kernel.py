@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aclip.kernels.chunked_logits import by_chunks
 from aclip.kernels.common import INTERPRET, on_device_of
-from aclip.kernels.contrastive_loss.reference import by_chunks
 
 NUM_WARPS = 8
 LOWEST = tl.constexpr(-1e30)
@@ -84,13 +84,9 @@ def launch_contrastive_loss(
     grad_columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss, d_rows, d_columns and d_logit_scale, as `contrastive_loss_reference` returns them."""
-    return by_chunks(
-        rows,
-        columns,
-        logit_scale,
-        labels_offset,
-        chunk_size,
-        grad_rows,
-        grad_columns,
-        launch_softmax_gradient_,
-    )
+    num_rows = rows.shape[0]
+
+    def gradient_(dots: Tensor, loss: Tensor, first: int) -> None:
+        launch_softmax_gradient_(dots, loss, logit_scale, labels_offset + first, num_rows)
+
+    return by_chunks(rows, columns, logit_scale, chunk_size, grad_rows, grad_columns, gradient_)

@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from aclip.kernels.common import check_device, check_dtype, check_shape, use_triton
+from aclip.kernels import chunked_logits
+from aclip.kernels.common import WORK_SPACE, use_triton
 from aclip.kernels.contrastive_loss.reference import contrastive_loss_reference
 
 
@@ -29,22 +31,8 @@ def contrastive_loss(
     Raises:
         ValueError: a shape, dtype or device does not fit, or the labels leave the columns.
     """
-    check_shape("rows", rows, (None, None))
-    num_rows, width = rows.shape
-    check_shape("columns", columns, (None, width))
-    check_shape("logit_scale", logit_scale, (1,))
-    for name, tensor in (("rows", rows), ("columns", columns), ("logit_scale", logit_scale)):
-        check_dtype(name, tensor, (torch.float32,))
-        check_device(name, tensor, rows.device)
-    if num_rows == 0:
-        raise ValueError("rows has no rows; the mean needs one or more.")
-    if not 0 <= labels_offset <= columns.shape[0] - num_rows:
-        raise ValueError(
-            f"labels_offset is {labels_offset}; with {num_rows} rows and {columns.shape[0]} "
-            f"columns it must be 0 to {columns.shape[0] - num_rows}."
-        )
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be 1 or more.")
+    numbers = {"logit_scale": logit_scale}
+    chunked_logits.check_arguments(rows, columns, numbers, labels_offset, chunk_size)
     grad = torch.is_grad_enabled()
     return _contrastive_loss(
         rows,
@@ -109,3 +97,13 @@ def _backward(ctx, grad_loss, *_):
 
 
 _contrastive_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.aclip.contrastive_loss)
+def _flops(rows, columns, scale, offset, chunk, grad_rows, grad_columns, out_shape=None) -> int:
+    return chunked_logits.count_flops(rows, columns, grad_rows, grad_columns)
+
+
+WORK_SPACE[torch.ops.aclip.contrastive_loss] = lambda rows, columns, scale, offset, chunk, *_: (
+    chunked_logits.work_space(rows, columns, chunk)
+)

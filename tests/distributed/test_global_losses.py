@@ -14,6 +14,7 @@ from aclip.config.recipe_file import load_recipe
 from aclip.method.losses.byol import byol
 from aclip.method.losses.contrastive import contrastive
 from aclip.method.losses.heads import GlobalBatchNorm
+from aclip.method.losses.sigmoid import sigmoid
 from aclip.method.losses.simclr import simclr
 from aclip.method.losses.term import StudentOutput, total
 
@@ -63,6 +64,25 @@ def contrastive_case(num_views):
         return loss(images @ p["images"], texts @ p["texts"], p["scale"])
 
     return parameters, inputs, forward, contrastive, joined_contrastive
+
+
+def sigmoid_case(num_views):
+    parameters, inputs, _, _, _ = contrastive_case(num_views)
+    parameters = {**parameters, "bias": torch.tensor([-9.0])}
+
+    def forward(loss, p, images, texts):
+        return loss(images @ p["images"], texts @ p["texts"], p["scale"], p["bias"])
+
+    def joined(images, texts, scale, bias):
+        texts = F.normalize(texts, dim=-1)
+        signs = 2 * torch.eye(len(texts), dtype=texts.dtype) - 1
+        losses = [
+            -F.logsigmoid(signs * (scale * view @ texts.T + bias)).sum(1).mean()
+            for view in F.normalize(images, dim=-1).unbind(1)
+        ]
+        return sum(losses) / len(losses)
+
+    return parameters, inputs, forward, sigmoid, joined
 
 
 def simclr_case():
@@ -135,6 +155,7 @@ def norm_case():
 CASES = {
     "contrastive, one view": contrastive_case(1),
     "contrastive, two views": contrastive_case(2),
+    "sigmoid, two views": sigmoid_case(2),
     "simclr": simclr_case(),
     "byol": byol_case(),
     "all terms": total_case(),
@@ -183,7 +204,7 @@ def test_loss_and_averaged_gradients_equal_the_joined_batch(case, run_distribute
 
 def test_losses_would_differ_if_each_rank_saw_its_own_rows_alone():
     """The cases can tell the global batch from a local one."""
-    for case in ("contrastive, two views", "simclr", "GlobalBatchNorm"):
+    for case in ("contrastive, two views", "sigmoid, two views", "simclr", "GlobalBatchNorm"):
         parameters, inputs, forward, _, joined = CASES[case]
         whole = run(parameters, inputs, forward, joined)["loss"]
         parts = [[x.chunk(NUM_RANKS)[r] for x in inputs] for r in range(NUM_RANKS)]

@@ -69,6 +69,10 @@ FAMILIES = {
         *("mask.policy=none", "views.student=1", "loss.byol=0", "teacher=null"),
         *EASY_SSL_VIEWS,
     ],
+    "siglip": [
+        *("mask.policy=none", "loss.contrastive=0", "loss.sigmoid=1", "loss.simclr=0"),
+        *("loss.byol=0", "teacher=null", "loss.initial_logit_scale=10"),
+    ],
     "maskclip": ["views.student=1", *MASKCLIP],
     "pixels": ["views.student=1", *MASKCLIP, "distill.targets=pixels", "teacher=null"],
     "everything": [

@@ -22,6 +22,7 @@ from aclip.kernels.attentive_pack import kernel_backward as pack_backward
 from aclip.kernels.augment_views import kernel as augment
 from aclip.kernels.cls_attention_scores import kernel as scores
 from aclip.kernels.contrastive_loss import kernel as contrastive
+from aclip.kernels.sigmoid_loss import kernel as sigmoid
 
 ARCHITECTURES = (80, 90, 100)
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -89,6 +90,14 @@ def cases():
         {"N": num_columns, "first_label": 4096, "inverse_num_rows": 1e-4},
         {"BLOCK_N": contrastive.block_size(num_columns)},
         contrastive.NUM_WARPS,
+    )
+    yield Case(
+        "sigmoid_loss",
+        sigmoid.sigmoid_gradient_kernel,
+        dict.fromkeys(("dots_ptr", "loss_ptr", "sum_ptr", "scale_ptr", "bias_ptr"), "fp32"),
+        {"N": num_columns, "first_label": 4096, "inverse_num_rows": 1e-4},
+        {"BLOCK_N": sigmoid.block_size(num_columns)},
+        sigmoid.NUM_WARPS,
     )
 
 

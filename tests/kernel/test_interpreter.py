@@ -15,7 +15,13 @@ import pytest
 from aclip.kernels.common import INTERPRET
 
 HERE = Path(__file__).parent
-OPS = ("attentive_pack", "cls_attention_scores", "augment_views", "contrastive_loss")
+OPS = (
+    "attentive_pack",
+    "cls_attention_scores",
+    "augment_views",
+    "contrastive_loss",
+    "sigmoid_loss",
+)
 
 
 @pytest.mark.skipif(INTERPRET, reason="this is the interpreted run")

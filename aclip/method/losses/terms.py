@@ -7,10 +7,11 @@ from aclip.method.losses.byol import Byol
 from aclip.method.losses.contrastive import Contrastive
 from aclip.method.losses.distill import Distill
 from aclip.method.losses.mlm import Mlm
+from aclip.method.losses.sigmoid import Sigmoid
 from aclip.method.losses.simclr import Simclr
 from aclip.method.losses.term import LossTerm
 
-TERMS: tuple[type[LossTerm], ...] = (Contrastive, Simclr, Byol, Distill, Mlm)
+TERMS: tuple[type[LossTerm], ...] = (Contrastive, Simclr, Byol, Distill, Mlm, Sigmoid)
 
 
 def no_auxiliary_terms() -> dict[str, float]:
