@@ -26,7 +26,9 @@ def by_chunks(
     and one chunk_size x N buffer is all the memory.
 
     Args:
-        rows: (n, E) fp32. columns: (N, E) fp32. logit_scale: (1,) fp32.
+        rows: (n, E) fp32.
+        columns: (N, E) fp32.
+        logit_scale: (1,) fp32.
         chunk_size: rows whose logits exist at once.
         grad_rows, grad_columns: whether these gradients are wanted; the scale's comes with the
             rows'.

@@ -11,7 +11,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton reads the variable where a kernel is defined: set it before the first import."""
 
 WORK_SPACE: dict[torch._ops.OpOverloadPacket, Callable[..., int]] = {}
-"""What an op holds only while it runs, bytes from its arguments, for an op that holds much."""
+"""Gives the bytes that an op holds only while it runs, from its arguments, where they are many."""
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -12,7 +12,7 @@ DEMO = "demo"
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of pretrain.py; call parse_intermixed_args."""
+    """The parser of pretrain.py's arguments; call its parse_intermixed_args."""
     parser = argparse.ArgumentParser(
         prog="pretrain.py", description="Pre-train a CLIP-style model on DeepSpeed."
     )

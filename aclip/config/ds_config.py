@@ -86,7 +86,7 @@ class DsConfig:
         values: the file's content with train_batch_size and accumulation written out.
         micro_batch_size: images per rank and micro_step.
         num_micro_steps: micro_steps of one optimizer step.
-        stage: of ZeRO.
+        stage: the ZeRO stage.
         dtype: compute dtype, torch.float32 or torch.bfloat16.
     """
 
@@ -103,8 +103,8 @@ class DsConfig:
         return offload.get("device", "none") != "none"
 
     def engine_values(self) -> dict[str, Any]:
-        """What DeepSpeed gets: aclip counts micro_steps itself, since one backward pass more than
-        the micro_steps runs when the losses span all of them (aclip/training/stepper.py)."""
+        """What DeepSpeed gets. aclip counts micro_steps itself, since a step of several runs one
+        backward pass more than it has micro_steps (aclip/training/stepper.py)."""
         values = copy.deepcopy(self.values)
         values.pop("train_batch_size")
         values["train_micro_batch_size_per_gpu"] = self.micro_batch_size
@@ -120,8 +120,9 @@ def read_ds_config(path: str, global_batch_size: int, world_size: int) -> DsConf
     """Reads and checks a ds_config file.
 
     Raises:
-        ConfigError: missing, not JSON, an unknown top-level key, 'auto' where DeepSpeed would take
-            a default, fp16, or a batch size that contradicts the recipe or the number of ranks.
+        ConfigError: the file is missing or not JSON, it has an unknown top-level key, 'auto' where
+            DeepSpeed would take a default, or fp16, or a batch size contradicts the recipe or the
+            number of ranks.
     """
     values = _read_json(path)
     _refuse_unknown_keys(values, path)

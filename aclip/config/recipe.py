@@ -41,7 +41,7 @@ class LossConfig(*(term.keys for term in reversed(TERMS))):  # pydantic takes th
     initial_logit_scale: float = Field(1 / 0.07, gt=0)
     """What the inverse of the temperature starts at."""
     max_logit_scale: float = Field(100.0, gt=1)
-    """What the inverse of the temperature, exp(logit_scale), is clamped to."""
+    """What the inverse of the temperature is clamped to."""
 
 
 OfTerms = create_model(

@@ -29,8 +29,9 @@ def load_recipe(name_or_path: str, overrides: list[str] = ()) -> Recipe:
     Values of overrides are YAML: `loss.simclr=0`, `views.scale=[0.3,1]`, `teacher=null`.
 
     Raises:
-        ConfigError: no such recipe or file, not YAML, an unknown key (names the nearest), a value
-            of the wrong type or out of range, or parts that contradict each other.
+        ConfigError: there is no such recipe or file, or it is not YAML, a key is unknown (the
+            message names the nearest), a value has the wrong type or is out of range, or parts
+            contradict each other.
     """
     values = _read_yaml(name_or_path)
     for override in overrides:
@@ -42,14 +43,15 @@ def recipe_of_values(values: dict[str, Any], source: str) -> Recipe:
     """Checks the values of a recipe.
 
     Args:
-        source: where they come from, for messages.
+        source: where the values come from, for messages.
 
     Raises:
-        ConfigError: as `load_recipe`.
+        ConfigError: as in `load_recipe`.
     """
     _refuse_unknown_keys(values, Recipe, "")
     try:
-        # As JSON, where strict means that true is no number and '512' neither, but a list a tuple.
+        # As JSON, since pydantic's strict JSON takes a list for a tuple, but no true or '512' for a
+        # number.
         return Recipe.model_validate_json(json.dumps(_numbers(values), default=str), strict=True)
     except ValidationError as error:
         raise ConfigError(_describe(error, source)) from None
@@ -101,8 +103,8 @@ def _apply_override(values: dict, override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator and Path(override).is_file():
         raise ConfigError(
-            f"override is {override}, which is a file; put quotes around the pattern of --train or "
-            "--val"
+            f"override is {override}, which is a file; put quotes around the pattern of "
+            "--train or --val"
         )
     if not separator or not key:
         raise ConfigError(f"override is {override}; write it as key.sub=value")
@@ -183,12 +185,12 @@ _SECTIONS_OF_KEYS = {
     if (section := _section_type(field.annotation))
     for key in section.model_fields
 }
-"""The section of each key, the first that has it."""
+"""The section of each key; of several, the first."""
 
 
 def _describe(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
-    # Of a value that may be one of two types, pydantic names the type it tried behind the field.
+    # For a value of one of two types, pydantic names the type that it tried behind the field.
     field = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))
     if not field:
         return first["msg"].removeprefix("Value error, ")

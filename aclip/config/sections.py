@@ -101,11 +101,11 @@ class OptimizerConfig(Section):
     """AdamW; biases, norms and other 1-d parameters get no weight decay."""
 
     lr: float = Field(5e-4, gt=0)
-    """At the end of the warm-up."""
+    """The learning rate at the end of the warm-up."""
     warmup_start_lr: float = Field(1e-6, ge=0)
-    """At the first step, from where it rises linearly."""
+    """The learning rate at the first step, from which it rises linearly."""
     final_lr: float = Field(1e-5, ge=0)
-    """At the last step, to where it falls on a cosine."""
+    """The learning rate at the last step, to which it falls on a cosine."""
     weight_decay: float = Field(0.5, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(1e-8, gt=0)
@@ -113,7 +113,7 @@ class OptimizerConfig(Section):
 
 class SourceConfig(Section):
     shards: str | list[str]
-    """As data.train."""
+    """The source's shards, given as in data.train."""
     weight: Positive
     """Share of the samples that come from here, relative to the other sources' weights."""
 
@@ -123,9 +123,9 @@ class DataConfig(Section):
     """Shards: path, glob or braces, /data/*.tar or /data/{00000..01482}.tar; `pipe:` and a command;
     an address such as s3://bucket/{00000..01482}.tar; `demo` for the built-in scenes."""
     sources: list[SourceConfig] = []
-    """Several data sets in place of data.train: [{shards: ..., weight: 3}, ...]. An epoch is as
-    many samples as all of them hold together; each gives its weight's share of it. One with more
-    weight than its size comes several times, one with less in part, and goes on in the next."""
+    """Several data sets in place of data.train: [{shards: ..., weight: 3}, ...]. An epoch has
+    as many samples as all of them hold together, shared out by weight. A source with a large weight
+    repeats within an epoch; one with a small weight is read in part and goes on in the next."""
     val: str | list[str] = []
     """Shards for evaluation; empty for none. For zero-shot accuracy, samples have a .cls and
     classnames.txt lies beside the shards or one folder up."""
@@ -138,7 +138,8 @@ class DataConfig(Section):
     cache_gb: Positive = 100
     """Size to which that folder is kept, 10^9 bytes; shards being fetched or read come on top."""
     lanes: int | None = Field(None, ge=1)
-    """Virtual lanes that fix the global order; ranks x workers divides them, they the batch."""
+    """Number of virtual lanes, which fix the global order. Ranks x workers must divide it, and it
+    must divide the global batch."""
     workers: int | None = Field(None, ge=0)
     """Worker processes of a rank; empty for as many, up to 8, as cores and lanes allow."""
     shuffle_block: int = Field(512, ge=1)
@@ -150,10 +151,10 @@ class DataConfig(Section):
     max_image_side: int = Field(
         1024, ge=64, validation_alias=AliasChoices("max_image_side", "max_slot_side")
     )
-    """With crops: device, an image with a longer side, pixels, is first reduced by the smallest
-    whole factor that brings it to this, each pixel the mean of a square."""
+    """Longest side, in pixels, that an image keeps with crops: device. A larger image is first
+    reduced by the smallest whole factor that fits it; each new pixel is the mean of a square."""
     min_image_side: int = Field(16, ge=1)
-    """Images with a shorter side, pixels, are skipped and counted."""
+    """Images with a side shorter than this, in pixels, are skipped and counted."""
 
 
 class TrainConfig(Section):
@@ -162,9 +163,9 @@ class TrainConfig(Section):
     epochs: float = Field(25, gt=0)
     """Passes over the data; the schedules end there."""
     warmup_epochs: float = Field(1, ge=0)
-    """Of them, those in which the learning rate rises."""
+    """Passes at the start in which the learning rate rises."""
     seed: int = Field(0, ge=0)
-    """Of weights, order, views and masks."""
+    """The seed of weights, order, views and masks."""
     log_every: int = Field(10, ge=1)
     """Steps between two progress lines."""
     checkpoint_every: int = Field(1_000_000, ge=1)
@@ -172,8 +173,7 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
     """The newest N checkpoints stay."""
     keep_every: int = Field(0, ge=0)
-    """Samples; the first checkpoint after each multiple stays for good, beside the newest; 0 for
-    none."""
+    """The first checkpoint after each multiple of so many samples stays for good; 0 for none."""
     upload_to: str = ""
     """A folder that gets a copy of each checkpoint in the background, as an fsspec URL such as
     s3://bucket/run; empty for none."""

@@ -35,14 +35,14 @@ class Batch:
     ssl_params: Tensor | None
     """(B, S, 9) fp32, as augment_params"""
     tokens: Tokens
-    """Of one caption each"""
+    """The tokens of each sample's caption"""
     term_noise: dict[str, Tensor]
     """(B, ...) fp32 in [0, 1), what each loss term wants, by the term's name"""
     keys: list[str]
     captions: list[str]
     cursors: Tensor
-    """(local lanes, 2) int64, (epoch, position) of each lane after this batch; with S sources
-    (local lanes, 1 + 2 S), see MixedLane.cursor. Stays on the CPU"""
+    """(local lanes, 2) int64, (epoch, position) of each lane after this batch; with N sources
+    (local lanes, 1 + 2 N), see MixedLane.cursor. Stays on the CPU"""
     skipped: dict[str, int] = field(default_factory=dict)
     """Unusable samples met since the previous batch, by kind"""
     whole_images: WholeImages | None = None
@@ -82,7 +82,7 @@ def collate(
     skipped: dict[str, int],
     buffer: PixelBuffer | None = None,
 ) -> Batch:
-    """Stacks samples; `cursors` as Batch.cursors, `buffer` what their images were decoded into."""
+    """Stacks samples; `cursors` become Batch.cursors, their images were decoded into `buffer`."""
 
     def stack(arrays: list[np.ndarray | None]) -> Tensor | None:
         return None if arrays[0] is None else torch.from_numpy(np.stack(arrays))

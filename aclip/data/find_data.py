@@ -46,7 +46,7 @@ def check_same_shards(shards: list[Shard]) -> None:
     """Refuses data that differ between ranks: they would take samples twice and leave out others.
 
     Raises:
-        ConfigError: on every rank.
+        ConfigError: on every rank, if two ranks see different data.
     """
     if world_size() == 1:
         return

@@ -91,8 +91,8 @@ def check_continues(recipe: Recipe, shards: list[Shard], then: dict, checkpoint:
     for field in FIELDS:
         if then.get(field, now[field]) != now[field]:
             raise ConfigError(
-                f"{field} is {now[field]}, but {checkpoint} was trained with {then[field]}; set it "
-                f"back, {anew}"
+                f"{field} is {now[field]}, but {checkpoint} was trained with {then[field]}; "
+                f"set it back, {anew}"
             )
 
 
@@ -107,7 +107,7 @@ def _weights(values: dict) -> list[float]:
 
 
 def _first_difference(now: list[str], checkpoint: Path, digest: str | None) -> str:
-    """In words, where the checkpoint's run folder holds the list with that SHA-256."""
+    """The first difference, in words, if the checkpoint's run folder holds the list it had."""
     path = checkpoint.resolve().parent.parent / SHARDS_FILE
     if digest is None or not path.is_file():
         return ""

@@ -21,7 +21,7 @@ def read_image_bytes(sample: RawSample) -> bytes | Skip:
 
 
 def read_captions(sample: RawSample) -> list[str] | Skip:
-    """The captions that are not blank: of json `captions`, else json `caption`, else txt."""
+    """The captions that are not blank: json's `captions`, else json's `caption`, else the txt."""
     captions = None
     if _has_text(sample, "json"):
         captions = _captions_of_json(sample.read("json"))

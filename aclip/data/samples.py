@@ -56,8 +56,8 @@ class SampleMaker:
 
     Args:
         recipe: decides views, augmentation and noise, and which images are too small.
-        shards: of the whole data set; samples are named by their files.
-        buffer: that whole images are decoded into, in the order of the calls; or None.
+        shards: the whole data set's shards; samples are named by their files.
+        buffer: gets the pixels of whole images, in the order of the calls; or None.
     """
 
     def __init__(self, recipe: Recipe, shards: list[Shard], buffer: PixelBuffer | None = None):

@@ -15,8 +15,8 @@ from aclip.method.tokens import END_ID, START_ID, Tokens
 
 # Token counts of YFCC-15M's captions: log-normal with this median and mean.
 MEDIAN_LENGTH, MEAN_LENGTH = 12, 20
-# Samples in a batch from which one's share is measured: enough that what a step keeps once for all
-# of them, such as a normalised weight, matters little.
+# Samples in a batch from which one sample's share is measured: so many that what a step keeps once
+# for all of them, such as a normalised weight, matters little.
 NUM_MEASURED = 32
 
 

@@ -6,8 +6,8 @@ from aclip.config.sections import TextTowerConfig
 from aclip.method.tokens import VOCAB_SIZE, Tokens, clip_tokens
 
 MAX_CHARACTERS = 8192
-"""How much of a caption is read, more than any context holds: byte-pair encoding of one endless
-word takes time by the square of its length."""
+"""How much of a caption is read, more than any context holds: the time to encode one
+endless word grows with the square of its length."""
 
 
 class Tokenizer:

@@ -21,7 +21,8 @@ def optimizer_bytes(num_trained: int, dtype: torch.dtype) -> int:
     """Bytes of AdamW's state: its moments, and fp32 masters where the weights are not fp32.
 
     Args:
-        num_trained: elements of the trainable parameters. dtype: the weights' own.
+        num_trained: elements of the trainable parameters.
+        dtype: the weights' dtype.
     """
     num_tensors = len(MOMENTS) + (dtype != torch.float32)
     return num_tensors * torch.float32.itemsize * num_trained

@@ -16,7 +16,7 @@ def init_distributed(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> torch.
     """Joins the launcher's process group and returns this rank's device.
 
     Args:
-        timeout: of the rendezvous and of each collective.
+        timeout: how long the rendezvous and each collective may take.
     """
     avoid_shared_memory_build()
     accelerator = get_accelerator()

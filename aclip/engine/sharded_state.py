@@ -47,7 +47,7 @@ class ShardedState:
         engine: from deepspeed.initialize, ZeRO stage 0 to 3.
 
     Attributes:
-        family: the optimizer's, see state_family.
+        family: the optimizer's family, see state_family.
     """
 
     def __init__(self, engine):

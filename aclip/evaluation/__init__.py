@@ -1,1 +1,1 @@
-"""How good a model is: on which sets, scored how."""
+"""How good a model is: the sets that it is evaluated on, and how it is scored."""

@@ -22,11 +22,11 @@ VERSION = 1
 
 
 class ClassCache:
-    """Embeds classes, or reads what was embedded before: the same text tower and the same prompts.
+    """Embeds classes, or reads what the same text tower made of the same prompts before.
 
     Args:
-        folder: of the files; made when needed.
-        student: whose text tower.
+        folder: where the files lie; made when needed.
+        student: the model whose text tower embeds the prompts.
     """
 
     def __init__(self, folder: Path, student: Student):
@@ -46,7 +46,7 @@ class ClassCache:
         prompts: ClassPrompts,
         progress: Progress | None = None,
     ) -> Tensor:
-        """As `embed_classes`; rank 0's file counts, so that ranks need not share a disk."""
+        """What `embed_classes` gives; rank 0 alone reads files, so ranks need not share a disk."""
         path = self._path(prompts)
         stored = _read(path, len(prompts.names)) if distributed.rank() == 0 else None
         width = torch.tensor([0 if stored is None else stored.shape[1]], device=towers.device)

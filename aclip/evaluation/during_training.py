@@ -25,7 +25,7 @@ from aclip.reports.mask_pictures import draw_figure
 
 BATCH_SIZE = 256
 NUM_MEASURED = 256
-"""Samples that the mask is measured on, where the validation set says where its objects are."""
+"""Validation samples that the mask is measured on, if they hold the masks of their objects."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
-        metrics: of each model by its name, and of "chance", equal on every rank. On rank 0 also of
-            "mask", the share of the objects' patches that the recipe's mask keeps, if the samples
-            hold object masks.
-        picture: of kept patches, (H, W, 3) uint8; None on other ranks, where nothing is masked, or
-            where no sample can be used.
+        metrics: each model's metrics by its name, and those of "chance", equal on every rank. Rank
+            0 also has "mask", the share of the objects' patches that the recipe's mask keeps, if
+            the samples hold object masks.
+        picture: the kept patches, (H, W, 3) uint8; None on the other ranks, where nothing is
+            masked, or where no sample can be used.
     """
 
     metrics: dict[str, dict[str, float]]
@@ -48,7 +48,7 @@ class Evaluator:
     """Scores models on the validation set whenever it is called.
 
     Args:
-        recipe: of the run.
+        recipe: the run's recipe.
         shards: the validation set.
     """
 
@@ -64,7 +64,7 @@ class Evaluator:
         """Evaluates all models; a collective, so every rank calls.
 
         Args:
-            models: by name, the student among them.
+            models: the models by their names, the student among them.
             teacher_scores: gives the attention (n, g, g) fp32 on teacher views (n, 3, T, T) uint8,
                 both on the CPU; None where there are no such views. Rank 0 alone calls it.
         """

@@ -1,6 +1,6 @@
 """Evaluates a pair of towers on one set, all ranks together: retrieval and zero-shot.
 
-Used during training and by launch/evaluate.py. The metrics are in retrieval.py and zero_shot.py.
+Used during training and by launch/evaluate.py. The metrics are in metrics/.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from aclip.evaluation.texts import embed_captions, embed_classes
 from aclip.evaluation.towers import Progress, Towers, image_embedder
 
 CAPTIONS_PER_IMAGE = 2**20
-"""More than any image has."""
+"""More captions than any image has."""
 
 
 @torch.no_grad()
@@ -38,16 +38,16 @@ def evaluate_set(
     """Computes what the set allows: retrieval with captions, zero-shot with labels and prompts.
 
     Every sample counts once, whatever the number of ranks, and every rank calls each encoder
-    equally often. All ranks return the same. Of an image with a label alone nothing but its rank
-    and label stays; embeddings stay of images with captions.
+    equally often. All ranks return the same. Embeddings stay in memory for images with captions; an
+    image with a label alone leaves its rank and its label.
 
     Args:
         towers: encoders and what they read.
         dataset: the set.
-        prompts: of its classes; None for no zero-shot.
+        prompts: the prompts of its classes; None for no zero-shot.
         batch_size: images or texts of one call on one rank.
         embed: embeds the classes, with the arguments of `embed_classes`.
-        progress: is told now and then.
+        progress: hears from time to time what is done.
 
     Returns:
         image_to_text_r{1,5,10} and text_to_image_r{1,5,10}, zero_shot_top{1,5},
@@ -97,7 +97,7 @@ class _Images:
 
     Args:
         class_embeds: (C, E) fp32, or None.
-        num_samples: of this rank, usable or not.
+        num_samples: number of this rank's samples, usable or not.
     """
 
     def __init__(self, class_embeds: Tensor | None, num_samples: int):
@@ -153,7 +153,7 @@ class _Images:
 def _retrieval(images: _Images, towers: Towers, batch_size: int) -> dict[str, float]:
     keys = torch.tensor(images.caption_keys, dtype=torch.int64)
     text_embeds, keys = embed_captions(towers, batch_size, images.captions, keys)
-    # Images without a caption are no candidates: nothing could ever be right about them.
+    # Images without a caption are no candidates: they are no caption's right answer.
     image_embeds, places = images.captioned()
     image_of_text = torch.searchsorted(places, keys // CAPTIONS_PER_IMAGE)
     recall = retrieval_recall(image_embeds, text_embeds, image_of_text)

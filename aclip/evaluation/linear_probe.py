@@ -27,7 +27,7 @@ STEPS_PER_DECADE = 8
 LOWEST, HIGHEST = -6, 6
 """Exponents of ten of the penalty."""
 HELD_OUT = 10
-"""Each tenth training sample chooses the penalty; the last fit has it too."""
+"""Every tenth training sample is held out to choose the penalty; the last fit sees it too."""
 OPTIONS = {"maxiter": 1000, "maxls": 50, "gtol": 1e-9, "ftol": 1e-14}
 """The fit ends where no entry of the mean loss's gradient is larger than gtol."""
 
@@ -46,9 +46,11 @@ def fit(
     take the same steps all the same.
 
     Args:
-        features: (n, D) float, of this rank. labels: (n,) int64.
-        num_classes: K. penalty: above 0.
-        start: (K, D + 1) float64, where to begin; zeros if empty.
+        features: (n, D) float, this rank's samples.
+        labels: (n,) int64, their classes.
+        num_classes: K.
+        penalty: the factor of |W|^2 / 2, above 0.
+        start: (K, D + 1) float64, where to begin; None for zeros.
 
     Returns:
         (K, D + 1) float64, weights and, last, biases; equal on every rank.
@@ -130,13 +132,14 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def choose_penalty(score: Callable[[float], Any]) -> float:
-    """The penalty with the best score: every second decade first, then ever closer around the best.
+    """The penalty with the best score.
 
-    Of equal scores the largest penalty's counts.
+    Every second decade is tried first, then penalties ever closer to the best one. Among equal
+    scores the largest penalty wins.
 
     Args:
-        score: of a penalty, of any type that can be compared, higher is better; called at most once
-            for each.
+        score: gives a penalty's score, of any type that can be compared, higher is better. It is
+            called at most once for each penalty.
     """
     last = (HIGHEST - LOWEST) * STEPS_PER_DECADE
     scores: dict[int, Any] = {}
@@ -174,7 +177,7 @@ def linear_probe(
         encode_features: (n, 3, R, R) normalised pixels -> (n, D), in eval mode.
         train, test: sets with labels.
         batch_size: images of one call on one rank.
-        progress: is told now and then.
+        progress: hears from time to time what is done.
 
     Returns:
         linear_probe_top{1,5}, linear_probe_mean_per_class, with two classes linear_probe_roc_auc

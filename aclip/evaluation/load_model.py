@@ -30,7 +30,8 @@ class LoadedModel:
 
     Attributes:
         description: what it is and where it comes from, in words.
-        recipe: whose towers it has. resample: how images are scaled.
+        recipe: the recipe that its towers are built from.
+        resample: how images are scaled.
     """
 
     description: str
@@ -60,10 +61,10 @@ def load_model(path: str, model: str | None = None, recipe_name: str | None = No
         path: a run, a checkpoint, a safetensors export of aclip, a SLIP or A-CLIP checkpoint, or an
             open_clip `local-dir` folder.
         model: "student" or "teacher" of a run; None for the teacher if there is one.
-        recipe_name: whose towers a file has; None for what it says itself.
+        recipe_name: the recipe whose towers a file holds; None for what the file says itself.
 
     Raises:
-        ConfigError: nothing such is there, or it can't be told or built what it holds.
+        ConfigError: there is no such model, or what it holds can't be told or built.
     """
     source = Path(path.removeprefix("local-dir:"))
     if locate(source) is not None:

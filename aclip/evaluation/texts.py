@@ -19,7 +19,7 @@ def embed_captions(
     """Embeds the texts of all ranks with equally many calls on each.
 
     Args:
-        towers: whose text encoder.
+        towers: the pair with the text encoder.
         batch_size: texts of one call on one rank.
         texts: this rank's; may be none as long as another rank has some.
         keys: (len(texts),) int64, unique over the ranks: the order of all texts.
@@ -47,7 +47,7 @@ def embed_classes(
 ) -> Tensor:
     """Class embeddings, prompts streamed in batches: only the classes' sums are kept.
 
-    Class c is rank c % world_size's alone. All ranks call the encoder equally often.
+    Rank c % world_size alone embeds class c. All ranks call the encoder equally often.
 
     Returns:
         (C, E) fp32, L2-normalised, equal on every rank.
@@ -72,6 +72,6 @@ def embed_classes(
 
 
 def _encode(towers: Towers, texts: list[str]) -> Tensor:
-    """(len(texts), E); a rank without texts takes part with one that is cut off again."""
+    """(len(texts), E); a rank without texts encodes an empty one and drops its row."""
     tokens = towers.tokenizer.encode(texts or [""])
     return towers.encode_text(tokens.map(lambda ids: ids.to(towers.device)))[: len(texts)]

@@ -11,11 +11,11 @@ from torch import Tensor
 from aclip.data.tokenizer import Tokenizer
 
 Encoder = Callable[[Tensor], Tensor]
-"""A batch to raw_embeds (n, E)."""
+"""Turns a batch of n into raw_embeds (n, E)."""
 
 
 Progress = Callable[[str, int, int], None]
-"""progress(of what, done, of how many), counted on this rank."""
+"""progress(words, done, total) says in words what is counted on this rank, and how far it is."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,11 @@ class Towers:
     Attributes:
         encode_image: (n, 3, R, R) normalised pixels of `dtype` on `device` -> (n, E).
         encode_text: n captions' Tokens on `device` -> (n, E).
-        tokenizer: of the text tower. resolution: R, pixels.
-        device, dtype: where the encoders are, and of the pixels.
-        mean, std: of the channels, pixels in [0, 1].
+        tokenizer: the text tower's tokenizer.
+        resolution: R, the side of an image in pixels.
+        device: where the encoders are.
+        dtype: the dtype of the pixels that they read.
+        mean, std: each channel's, for pixels in [0, 1].
         resample: how an image is scaled to R.
     """
 

@@ -41,7 +41,7 @@ class Tokens:
         return self.lengths - 1
 
     def located(self) -> "Tokens":
-        """The same with `real_ids`.
+        """The same captions with `real_ids`.
 
         The number of real tokens is a shape, so on a GPU this waits for the device: call it while
         the tokens are on the CPU.
@@ -53,7 +53,7 @@ class Tokens:
         return Tokens(self.ids, self.lengths, is_real.flatten().nonzero().squeeze(1))
 
     def map(self, move: Callable[[Tensor], Tensor]) -> "Tokens":
-        """Located, with `move` done to each tensor: a copy to a device."""
+        """The located captions with each tensor moved by `move`, such as a copy to a device."""
         located = self.located()
         return Tokens(move(located.ids), move(located.lengths), move(located.real_ids))
 

@@ -22,9 +22,9 @@ def one_query_attention(
     Args:
         query: (B, H, d) float, with its bias.
         x: (B, N, C) float, what keys and values would be computed from; padding must be finite.
-        k_weight, v_weight: (H * d, C), of the key's and the value's linear.
-        v_bias: (H * d,) or None.
-        keep: (B, N) bool, the rows attended to, one or more of each sample; None for all.
+        k_weight, v_weight: (H * d, C), the weights of the key's and the value's linear.
+        v_bias: (H * d,), the bias of the value's linear, or None.
+        keep: (B, N) bool, the rows attended to, one or more in each sample; None for all.
 
     Returns:
         The heads' outputs side by side (B, H * d) in the dtype of x, and the attention (B, H, N)

@@ -18,7 +18,7 @@ from aclip.config.sections import Recompute
 
 
 def run_block(recompute: Recompute, function: Callable, *args) -> Tensor:
-    """function(*args), whose inside is not kept with `blocks`."""
+    """function(*args); with `blocks` only its arguments are kept for the backward pass."""
     if recompute == "blocks" and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False)
     return function(*args)
@@ -27,13 +27,13 @@ def run_block(recompute: Recompute, function: Callable, *args) -> Tensor:
 def applied(
     recompute: Recompute, function: Callable[[Tensor], Tensor], x: Tensor
 ) -> AbstractContextManager[Tensor]:
-    """function(x) for the `with` body; with `elementwise`, what the body keeps of it is computed
-    again in the backward pass.
+    """Gives function(x) to the `with` body; with `elementwise`, what the body keeps of it is
+    computed again in the backward pass.
 
     Args:
-        function: of one tensor, the same result at every call, cheap. It may call modules, also
-            ones whose weights ZeRO-3 partitions: their own hooks gather them each time.
-        x: what the graph keeps anyway.
+        function: a cheap function of one tensor with the same result at every call. It may call
+            modules, also ones whose weights ZeRO-3 partitions: their hooks gather them each time.
+        x: the tensor, which the graph keeps anyway.
     """
     if recompute != "elementwise" or not torch.is_grad_enabled():
         return nullcontext(function(x))

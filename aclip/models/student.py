@@ -21,7 +21,8 @@ class StudentInput:
     """What the student reads of a micro-batch; parts that the recipe leaves out are None.
 
     Attributes:
-        pixels: (B, V, 3, R, R) normalised. selection: of the kept patches, None for all.
+        pixels: (B, V, 3, R, R) normalised.
+        selection: which patches are kept; None for all.
         tokens: B captions, located.
         ssl_pixels: (B, 2, 3, R, R) normalised.
         of_terms: what each loss term reads besides, by the term's name.
@@ -43,12 +44,12 @@ class Student(nn.Module):
 
     Args:
         image, text: the towers.
-        embed_dim: E, of the joint embedding.
+        embed_dim: E, the size of the joint embedding.
         logit_scale: the learned inverse temperature.
         terms: the loss terms that are trained; their modules are drawn in this order.
 
     Attributes:
-        terms: see Args.
+        terms: the loss terms that are trained.
         model_parts: names of the attributes that are the model itself, which is exported; the rest
             exists only during training.
         averaged_parts: names of the attributes whose average the teacher holds.
@@ -110,8 +111,8 @@ class Student(nn.Module):
     def external_parameters(self) -> list[nn.Parameter]:
         """Parameters of the towers that are read outside the call of the module that owns them.
 
-        ZeRO-3 leaves such a weight empty unless it is told. They are the student's to register,
-        since every call enters through it, also one that uses another method of a tower.
+        ZeRO-3 leaves such a weight empty unless it is told. The student registers them, since every
+        call enters through it, also one that uses another method of a tower.
         """
         return self.image.external_parameters() + self.text.external_parameters()
 
@@ -164,7 +165,8 @@ def build_student(recipe: Recipe, for_training: bool = True) -> Student:
     """Builds the student of a recipe; the same seed gives the same weights on every rank.
 
     Args:
-        for_training: with all that the loss terms add; otherwise the model alone, not compiled.
+        for_training: whether the loss terms add their parts; otherwise it is the model alone, not
+            compiled.
 
     Raises:
         ConfigError: the towers can't be built so.

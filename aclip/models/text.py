@@ -28,9 +28,9 @@ class _Packing:
     """Which of the B x L positions the T packed rows are."""
 
     real_ids: Tensor
-    """(T,) int64 in B * L."""
+    """(T,) int64, row * L + column of each."""
     shape: tuple[int, int]
-    """B, L."""
+    """(B, L)."""
 
     def pad(self, packed: Tensor) -> Tensor:
         """(T, W) -> (B, L, W), zero at padding: causal attention to it must stay finite."""
@@ -51,10 +51,10 @@ class TextTower(nn.Module):
     `forward_tokens`. It reads Tokens and decides where in them its feature lies.
 
     Args:
-        width, heads, layers: of the transformer.
-        context_length: the longest caption, tokens.
+        width, heads, layers: the size of the transformer.
+        context_length: the most tokens of a caption.
         recompute: what the backward pass computes again (aclip/models/recompute.py).
-        compile: torch.compile each kind of layer, on its first call.
+        compile: whether torch.compile compiles each kind of layer, on its first call.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class TextTower(nn.Module):
         """Encodes captions to the features of all their tokens.
 
         Args:
-            tokens: as in `forward`.
+            tokens: the captions, as `forward` takes them.
             masked: (B, L) bool, tokens whose embedding is replaced.
             mask_token: (W,), what it is replaced by; the position is added to it too.
 

@@ -32,7 +32,7 @@ class ImageTower(nn.Module):
         kwargs: more keyword arguments of the timm model.
         freeze_patch_embed: the patch embedding gets no gradient.
         recompute: what the backward pass computes again (aclip/models/recompute.py).
-        compile: torch.compile each kind of block, on its first call.
+        compile: whether torch.compile compiles each kind of block, on its first call.
 
     Raises:
         ConfigError: timm doesn't know the name or a keyword, or it is another kind of network.
@@ -71,7 +71,7 @@ class ImageTower(nn.Module):
 
         Args:
             pixels: (M, 3, R, R) float, normalised; with a selection M = B * V, sample-major.
-            selection: which patches are kept; all when empty.
+            selection: which patches are kept; None for all.
 
         Returns:
             (M, C), the normalised CLS token.
@@ -88,7 +88,7 @@ class ImageTower(nn.Module):
         """Encodes images to the features of all tokens that enter the blocks.
 
         Args:
-            pixels, selection: as in `forward`.
+            pixels, selection: the images, as `forward` takes them.
 
         Returns:
             tokens (M, 1 + K, C), normalised, row 0 the CLS token; and keep_ids (M, K) int64

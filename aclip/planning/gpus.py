@@ -11,10 +11,11 @@ class Gpu:
     """A GPU, as its data sheet has it.
 
     Attributes:
-        name: as on the command line.
-        bf16_flops: dense tensor-core peak a second, without sparsity. fp32_flops: without TF32.
-        memory_bytes: 10^9 a gigabyte.
-        link_bytes: a second and direction to its neighbours in the node.
+        name: its name on the command line.
+        bf16_flops: FLOPs a second of dense matrix products in bf16, at their peak.
+        fp32_flops: the same in fp32, without TF32.
+        memory_bytes: its memory; a data sheet's gigabyte is 10^9 bytes.
+        link_bytes: bytes a second that it can send to its neighbours in the node.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """What one training step computes and keeps, measured on the step itself.
 
 It runs on the meta device: every operation is dispatched with its real shapes, none is computed.
-What a step gets later, a tower, a head or a loss term, is counted without being described here.
+A tower, a head or a loss term that a step gets later is counted without being described here.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,11 +47,12 @@ class Encoding:
 class Measured:
     """A step on one rank.
 
-    A part is a module of the student, by its name there, `student` for what the student computes
-    outside of these, `teacher` or `losses`.
+    A part is a module of the student under its name there, or one of `student` (what the student
+    computes outside of its modules), `teacher` and `losses`.
 
     Attributes:
-        encoding: by what all towers recompute; None stands for what the recipe says.
+        encoding: the cost of `encode` by what all towers recompute; None stands for what the recipe
+            says.
         other_flops: FLOPs per sample outside of `encode`, by part.
         heads: bytes that `project` keeps of the local batch until the backward pass.
         losses: the most bytes that the loss terms hold for the local batch.
@@ -95,9 +96,9 @@ def measure_step(
 
     Args:
         recipe: read as it is, but without torch.compile.
-        batch: samples on the CPU, as many as one likes.
+        batch: any number of samples, on the CPU.
         dtype: the dtype of the towers.
-        modes: what all towers recompute, one after the other; `flops` needs `none`.
+        modes: what all towers recompute, one measurement each; `Measured.flops` needs `none`.
     """
     model = recipe.model.model_copy(update={"compile": False})
     with META:
@@ -160,7 +161,7 @@ def _encode(
 
 
 def _of_batch(taught: Taught, num_rows: int) -> Taught:
-    """The same of another number of samples."""
+    """The same tensors with another number of samples."""
     values = {part.name: getattr(taught, part.name) for part in fields(taught)}
     return Taught(**{n: None if v is None else _resized(v, num_rows) for n, v in values.items()})
 

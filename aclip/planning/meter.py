@@ -45,7 +45,7 @@ def add_up(parts: dict[str, Flops]) -> Flops:
 
 
 def merge(first: dict[str, Flops], second: dict[str, Flops]) -> dict[str, Flops]:
-    """The parts of both; what has the same name is added."""
+    """The parts of both; parts of the same name are added."""
     names = dict.fromkeys([*first, *second])
     return {name: first.get(name, Flops()) + second.get(name, Flops()) for name in names}
 
@@ -89,8 +89,8 @@ class Meter(TorchDispatchMode):
         return taken
 
     def name_parts(self, model: nn.Module) -> None:
-        """Counts what a child of the model does in its public methods, and the backward pass of
-        their results, under the child's name. A child that calls another one leaves it its own."""
+        """Counts what a child of the model computes in its public methods, and the backward pass of
+        their results, under the child's name. What it calls of another child is that child's."""
         for name, child in model.named_children():
             methods = {"forward"} | set(dir(type(child))) - set(dir(nn.Module))
             for method in methods:
@@ -120,7 +120,7 @@ class Meter(TorchDispatchMode):
             self._add_flops(self._formulas[operation](*args, **kwargs, out_val=result))
         elif func.namespace == "c10d":
             self._add_collective(func, args[0])
-        # A backward pass that runs something again does so with gradients enabled.
+        # When a backward pass computes something again, gradients are enabled.
         if not self._in_backward or torch.is_grad_enabled():
             self._hold(args, kwargs, result)
         if not self._in_backward or not torch.is_grad_enabled():
@@ -182,7 +182,7 @@ def _attention(query, key, value, *_, out_shape=None, **__) -> int:
 
 def _attention_backward(grad, query, key, value, *_, out_shape=None, **__) -> int:
     """Two products for each one of the forward pass. The kernel also computes the scores again,
-    which does not count, as it never does in a figure of MFU."""
+    which is left out, as figures of MFU always leave it out."""
     return 2 * _attention(query, key, value)
 
 

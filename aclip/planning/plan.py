@@ -36,7 +36,7 @@ from aclip.planning.zero_memory import (
 )
 from aclip.training.teacher import Teacher
 
-# Of a GPU's memory; the rest is for CUDA's context, NCCL, work space and fragmentation.
+# A run's share of a GPU; the rest is for CUDA's context, NCCL, work space and fragmentation.
 USABLE_SHARE = 0.9
 
 
@@ -46,7 +46,8 @@ class Workload:
 
     Attributes:
         groups: the trained parameters' numbers of elements, by parameter group.
-        frozen: those of the other parameters. teacher: elements in the EMA teacher.
+        frozen: the frozen parameters' numbers of elements.
+        teacher: the EMA teacher's number of elements.
         global_batch_size: images in a step. num_ranks: how many GPUs there are.
         measured: a step on one GPU, by the bytes of a weight.
     """
@@ -116,10 +117,11 @@ class Plan:
     """The plan of a run; see plan_report.py for how it reads.
 
     Attributes:
-        ds_config: as read. gpu: as found. workload: what is the same under every stage.
+        ds_config, gpu, workload: what the plan is made for.
         memory_bytes: the share of a GPU's memory that a run may use.
         rows: the memory under each stage. own: the ds_config's row.
-        micro_batch_size: the one that the times are for. mfu: share of the peak FLOPs reached.
+        micro_batch_size: the micro-batch that the times are for.
+        mfu: share of the GPU's peak FLOPs that the run reaches.
         link_bytes: what a GPU can send in a second. sent_bytes: what it sends in a step.
         num_steps: the schedule's length.
     """

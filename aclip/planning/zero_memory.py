@@ -15,16 +15,19 @@ MOMENTS = 2 * FP32  # Adam's two
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """What of a ds_config decides the memory.
+    """What a ds_config says about the memory that a run needs.
 
     Attributes:
-        stage: of ZeRO. num_ranks: that share.
-        dtype_bytes, accumulation_bytes: of a weight, and of an accumulated gradient.
-        offload: the optimizer lives in the host's memory.
-        persistence_threshold: elements up to which ZeRO-3 keeps a parameter whole.
-        bucket_size: elements of a reduction bucket. overlap: two buckets instead of one.
+        stage: the ZeRO stage.
+        num_ranks: how many ranks share the states.
+        dtype_bytes: bytes of a weight.
+        accumulation_bytes: bytes of an accumulated gradient.
+        offload: whether the optimizer's state lives in the host's memory.
+        persistence_threshold: ZeRO-3 keeps a parameter of up to so many elements whole.
+        bucket_size: elements of a reduction bucket.
+        overlap: whether there are two buckets instead of one.
         max_live: elements that ZeRO-3 gathers at a time, at most.
-        on_host: ranks on CPUs, whose gloo reduce-scatters a copy of the gradients.
+        on_host: whether the ranks run on CPUs, where gloo reduce-scatters a copy of the gradients.
     """
 
     stage: int
@@ -47,15 +50,15 @@ class ZeroSettings:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of a rank.
+    """What a rank holds, in bytes.
 
     Attributes:
         parameters: weights as they rest between two steps.
-        gradients: as they stand between the backward pass and the optimizer's step.
+        gradients: gradients as they rest between the backward pass and the optimizer's step.
         optimizer: fp32 masters, where they are apart from the weights, and Adam's moments.
         buffers: what only the backward pass holds: reduction buckets and copies of them, the
             weights that ZeRO-3 gathers.
-        arriving: of the backward pass too, gradients before they are reduced: the largest one, or
+        arriving: gradients that wait to be reduced, in the backward pass only: the largest one, or
             with ZeRO-1 all of them at its end.
         largest: the largest gradient alone.
         in_step: what only the optimizer's step holds: its largest gradient in fp64, for the norm.
@@ -75,8 +78,8 @@ class States:
         """The most that a rank holds at a time, on the GPU.
 
         Args:
-            activations: bytes of a micro-batch. They go while gradients arrive; of several
-                micro_steps, all but the first pass find the gradients of the one before.
+            activations: bytes that a micro-batch keeps. They are freed while gradients arrive. With
+                several micro_steps, each pass but the first finds gradients of the pass before.
         """
         if num_micro_steps == 1:
             passing = max(activations + self.largest, self.arriving)
@@ -102,7 +105,7 @@ def zero_states(groups: list[list[int]], frozen: list[int], settings: ZeroSettin
     optimizer = shard * (FP32 + MOMENTS)
     trained = [numel for group in groups for numel in group]
     largest = max(trained) * settings.dtype_bytes
-    # The last backward pass of a step reduces under ZeRO-1; until then whole gradients add up.
+    # ZeRO-1 reduces in a step's last backward pass only; until then whole gradients add up.
     arriving = sum(trained) * settings.dtype_bytes if settings.stage == 1 else largest
     if not settings.offload:
         in_step = min(max(trained), math.ceil(sum(trained) / settings.num_ranks)) * FP64
@@ -154,7 +157,7 @@ def _partitioned(groups: list[list[int]], frozen: list[int], settings: ZeroSetti
 
 
 def _touched(numels: list[int], start: int, end: int) -> int:
-    """Elements of the parameters, laid behind each other, that reach into [start, end)."""
+    """Elements of those parameters, laid end to end, of which a part lies in [start, end)."""
     total = offset = 0
     for numel in numels:
         if offset < end and offset + numel > start:
@@ -164,7 +167,7 @@ def _touched(numels: list[int], start: int, end: int) -> int:
 
 
 def zero_settings(ds_config: DsConfig, num_ranks: int) -> ZeroSettings:
-    """What of a checked ds_config decides the memory; unset keys as DeepSpeed 0.19.8 takes them.
+    """The settings of a checked ds_config; a key that is not set has DeepSpeed 0.19.8's default.
 
     Raises:
         ConfigError: it offloads parameters, which is not counted here.
@@ -191,7 +194,7 @@ def zero_settings(ds_config: DsConfig, num_ranks: int) -> ZeroSettings:
 
 
 def all_stages(own: ZeroSettings) -> list[ZeroSettings]:
-    """The ds_config's own settings, and what the other stages would be with the rest as it is.
+    """The ds_config's own settings, and those of the other stages with the rest unchanged.
 
     Without ZeRO aclip trains in fp32 only, and gradients add up in the compute dtype below stage 2,
     as in the files of ds_configs/; from there on in fp32.
@@ -218,8 +221,8 @@ def sent_bytes(
     """Bytes of weights and gradients that a GPU sends in a step, with ring collectives.
 
     DeepSpeed all-reduces gradients up to stage 2 and reduce-scatters them at stage 3. Stages 2 and
-    3 reduce in each backward pass. Stage 3 is counted at its most: every pass and the teacher's
-    update gather all weights that are not kept whole.
+    3 reduce in each backward pass. For stage 3 this is the most that it can send: every pass and
+    the teacher's update gather all weights that are not kept whole.
     """
     trained = sum(map(sum, groups)) * settings.dtype_bytes
     if settings.stage == 3:

@@ -84,8 +84,9 @@ def prune(root: Path, newest: Path, keep: int, keep_every: int = 0, spared: Coll
     """Removes checkpoints up to `newest` that nothing keeps.
 
     Args:
-        keep: the newest so many stay.
-        keep_every: samples; the first checkpoint at or after each multiple stays too; 0 for none.
+        keep: how many of the newest stay.
+        keep_every: the first checkpoint at or after each multiple of so many samples stays too; 0
+            for none.
         spared: folders that stay this time.
     """
     older = [path for path in complete(root) if path.name <= newest.name]
@@ -143,7 +144,7 @@ def verify(folder: Path, names: list[str] | None = None) -> str | None:
     """What differs from the manifest, in words; None when nothing does.
 
     Args:
-        names: of the files to check; None for all.
+        names: the files to check; None for all.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())

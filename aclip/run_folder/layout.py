@@ -1,7 +1,7 @@
 """The names of what lies in a run folder.
 
-What the run was made of is recorded at its first start under the names below, and at a later start
-what has changed by then, under a name with the samples at which that start continued.
+A run's first start records what the run is made of, under the names below. A later start records
+what has changed by then, under a name with the samples at which it continued.
 """
 
 from pathlib import Path

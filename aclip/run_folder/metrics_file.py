@@ -16,14 +16,17 @@ class StepLine:
     The names are the keys of metrics.jsonl, in its order.
 
     Attributes:
-        samples: seen. step: optimizer steps done.
+        samples: samples that the run has seen.
+        step: optimizer steps that it has done.
         terms: loss terms by name, `loss` among them.
         memory_gib: the most that rank 0 has held on its device.
-        learning_rate, momentum: of this step; momentum is the teacher's average's.
-        logit_scale: after this step. gradient_norm: before clipping.
+        learning_rate: the step's learning rate.
+        momentum: the momentum of the teacher's average in this step.
+        logit_scale: the factor after this step.
+        gradient_norm: the norm of the gradient before clipping.
         skipped: samples that could not be used so far, by kind.
-        images_per_second: over all ranks. data_wait_percent: of the host's time. Both are means
-            over the last steps.
+        images_per_second: images of all ranks, mean over the last steps.
+        data_wait_percent: the part of the host's time that waits for data, over the last steps.
     """
 
     samples: int
@@ -44,7 +47,8 @@ class EvaluationLine:
     """One model's evaluation.
 
     Attributes:
-        samples: seen. evaluation: what was evaluated, such as student.
+        samples: samples that the run has seen.
+        evaluation: what was evaluated, such as student.
         metrics: shares in [0, 1], and counts with names that start with num_.
     """
 
@@ -65,7 +69,7 @@ def read_metrics(path: Path) -> Metrics:
     """What a metrics.jsonl holds, without a line that a killed process left unfinished.
 
     Args:
-        path: of a run folder, or of the file itself.
+        path: a run folder, or the file itself.
 
     Raises:
         OSError: the file can't be read.

@@ -90,8 +90,8 @@ def train(trainer: Trainer) -> int:
         trainer.watchdog.enter(SAVING, trainer.step)
         trainer.close()
         if status is not None and world_size() > 1:
-            # Rank 0 may have uploaded; the launcher ends it as soon as another rank ends with an
-            # error's status.
+            # Rank 0 may still be uploading, and the launcher ends it as soon as another rank ends
+            # with an error's status.
             with suppress(RuntimeError):
                 dist.barrier()
         trainer.watchdog.stop()

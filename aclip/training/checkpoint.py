@@ -1,6 +1,6 @@
 """Checkpoints: whole fp32 tensors that any ZeRO stage and number of ranks can load.
 
-What is in a checkpoint's folder and makes it complete is checkpoint_folder.py's.
+checkpoint_folder.py says what a checkpoint's folder holds and what makes it complete.
 """
 
 import json
@@ -35,8 +35,8 @@ from aclip.training.random_state import get_random_state, set_random_state
 from aclip.training.teacher import Teacher
 
 FAMILY, NUMBERS = "family", "numbers"
-"""Of the optimizer's file: state_family, and the scalars that are Python numbers, as JSON. A scalar
-that is a tensor lies beside PARAMETER/KIND under its KIND alone."""
+"""Keys of the optimizer's file: its state_family, and the scalars that are Python numbers, as JSON.
+Its tensors are called PARAMETER/KIND; a scalar that is a tensor is called KIND alone."""
 
 
 class CheckpointError(RuntimeError):

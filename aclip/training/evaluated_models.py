@@ -13,8 +13,8 @@ from aclip.training.stepper import Stepper
 def evaluated_models(stepper: Stepper) -> dict[str, Towers]:
     """The towers of "student" and, where the recipe has one, "teacher".
 
-    The student's run through DeepSpeed's engine, which the caller brings into eval mode; under
-    ZeRO-3 every rank must call them equally often.
+    The student's towers run through DeepSpeed's engine, which the caller brings into eval mode;
+    under ZeRO-3 every rank must call them equally often.
     """
 
     def through_engine(task: str) -> Encoder:

@@ -35,7 +35,8 @@ def print_results(run_folder: Path, samples: int, evaluations: dict[str, dict]) 
     """Prints what a complete run has reached, and where its pages are.
 
     Args:
-        samples: seen by the run. evaluations: of the run, as the trainer keeps them.
+        samples: samples that the run has seen.
+        evaluations: the run's evaluations, as the trainer keeps them.
     """
     if evaluations:
         say(results_table(evaluations))

@@ -41,7 +41,7 @@ def record_run(
 
     Args:
         init_report: what became of the weights that a first start began with, or None.
-        samples: at which this start continues; 0 for a first start.
+        samples: the samples at which this start continues; 0 for a first start.
     """
     packages = ("torch", "deepspeed", "timm", "transformers", "open_clip_torch", "triton")
     environment = {

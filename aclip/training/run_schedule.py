@@ -8,10 +8,11 @@ class RunSchedule:
     """What is planned for each step of a run; steps count from 1.
 
     Args:
-        recipe: of the run. dataset_size: samples of an epoch.
+        recipe: the run's recipe.
+        dataset_size: samples of an epoch.
 
     Attributes:
-        num_steps, total_samples: of the whole run.
+        num_steps, total_samples: the length of the whole run.
     """
 
     def __init__(self, recipe: Recipe, dataset_size: int):
@@ -33,7 +34,7 @@ class RunSchedule:
         )
 
     def momentum(self, step: int) -> float | None:
-        """Of the teacher's average; None without a teacher."""
+        """The momentum of the teacher's average; None without a teacher."""
         teacher = self._recipe.teacher
         if teacher is None:
             return None
@@ -49,5 +50,5 @@ class RunSchedule:
         return every > 0 and self._samples(step) // every > self._samples(step - 1) // every
 
     def _samples(self, step: int) -> int:
-        """Seen after so many steps."""
+        """Samples that the run has seen after so many steps."""
         return step * self._recipe.train.global_batch_size

@@ -25,8 +25,9 @@ class Start:
     """What a run starts from, checked.
 
     Attributes:
-        recipe, ds_config: what to train, and how the ranks share it.
-        run_folder: can be written.
+        recipe: what to train.
+        ds_config: how the ranks share it.
+        run_folder: the run's folder, which can be written.
         resume_from: a checkpoint's folder; None for a new run.
         shards, val_shards: training and validation data; the latter may be empty.
     """

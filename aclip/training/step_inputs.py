@@ -1,7 +1,7 @@
 """From a micro-batch to what the student reads: colours, kept patches, targets of masked modelling.
 
-Everything random was drawn by the data workers, so that the same batch gives the same input, in a
-second pass and on any number of ranks too.
+Everything random was drawn by the data workers, so that the same batch gives the same input, also
+in a second pass and on any number of ranks.
 """
 
 from dataclasses import replace
@@ -30,7 +30,8 @@ class StepInputs:
         terms: the loss terms that have a weight.
         teacher: None where the recipe has none.
         image: the student's image tower, for its grid of patches.
-        device, dtype: where the towers are, and their dtype.
+        device: where the towers are.
+        dtype: the towers' compute dtype.
     """
 
     def __init__(
@@ -86,10 +87,10 @@ class StepInputs:
         """The student's input of a micro-batch.
 
         Args:
-            micro: with views.
+            micro: the micro-batch, with its views.
             taught: what the teacher made of it.
             statistics: each term's statistic of the global batch, by the term's name.
-            progress: of the run, in [0, 1].
+            progress: how much of the run is done, in [0, 1].
         """
         views = micro.student_views
         pixels = self._augment(views.flatten(0, 1), micro.augment_params.flatten(0, 1))

@@ -25,12 +25,12 @@ class Stepper:
     Args:
         recipe: what is trained.
         ds_config: checked against the recipe and the number of ranks.
-        device: of this rank.
+        device: this rank's device.
         init: weights to start from, see ModelConfig.init; empty for none.
 
     Attributes:
-        engine: DeepSpeed's, around the student.
-        init_report: what became of the keys of `init`; None without.
+        engine: DeepSpeed's engine around the student.
+        init_report: what became of the keys of `init`; None without `init`.
         teacher: None where the recipe has none.
         terms: the loss terms that have a weight.
     """
@@ -58,7 +58,7 @@ class Stepper:
         torch.manual_seed(recipe.train.seed + rank())
 
     def share_exact_scalars(self) -> None:
-        """Clamps the learned numbers' fp32 masters and hands them on; also after loading."""
+        """Clamps the learned numbers' fp32 masters and gives their modules the values."""
         for name, scalar in self._exact_scalars.items():
             scalar.exact = self._sharded_state.clamp_max(name, scalar.ceiling)
 
@@ -69,16 +69,17 @@ class Stepper:
 
         The losses span the whole global batch whatever the micro-batch is: with several micro_steps
         the towers run on all but the last without gradient, heads and losses run on all features
-        at once, and the towers run again on the others with their features' gradients. That is
-        exact, BatchNorm included.
+        at once, and the towers run again on all but the last with their features' gradients. That
+        is exact, BatchNorm included.
 
         Args:
-            batch: of this rank, on the CPU.
-            learning_rate: of this step. momentum: of the teacher's average, if there is one.
-            progress: of the run, in [0, 1].
+            batch: this rank's part, on the CPU.
+            learning_rate: the step's learning rate.
+            momentum: the momentum of the teacher's average; None without a teacher.
+            progress: how much of the run is done, in [0, 1].
 
         Returns:
-            Unweighted loss terms and `loss`, of this rank, detached.
+            This rank's unweighted loss terms and `loss`, detached.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -109,7 +110,7 @@ class Stepper:
         return self.engine.module.logit_scale.exact.exp().item()
 
     def gradient_norm(self) -> Tensor | None:
-        """Of the last step's whole gradient, before clipping, a scalar; None without ZeRO.
+        """The norm of the last step's whole gradient before clipping, a scalar; None without ZeRO.
 
         Where it is not finite, DeepSpeed has skipped the update.
         """
@@ -152,8 +153,8 @@ class Stepper:
         set_random_state(drawn_so_far)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
-        # Offload copies gradients to the host at the boundary, and only those of its own backward
-        # pass; the heads are in the first one alone, so every pass is a boundary then.
+        # With offload, a boundary copies gradients to the host, and only those of that backward
+        # pass. The heads are in the first pass alone, so every pass has to be a boundary.
         self.engine.set_gradient_accumulation_boundary(last or self._offloads)
         self.engine.backward(loss, scale_wrt_gas=False)
 

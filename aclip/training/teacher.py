@@ -31,7 +31,7 @@ class Teacher:
     needs no communication except for ZeRO-3's gathering of the student's weights.
 
     Args:
-        student: before DeepSpeed wraps it; copied.
+        student: the student before DeepSpeed wraps it; it is copied.
         dtype: compute dtype of the forward passes.
         device: where the teacher lives.
     """
@@ -78,7 +78,7 @@ class Teacher:
         Args:
             student: the trained module; under ZeRO-3 its parameters are gathered here, so every
                 rank must call.
-            momentum: in [0, 1].
+            momentum: the average's share, in [0, 1].
         """
         pairs = [
             (name, parameter)

@@ -43,7 +43,7 @@ class Trainer:
         shards: the training data, in the recipe's order.
         run_folder: where checkpoints and metrics go.
         resume_from: a checkpoint folder, or None to start new.
-        device: of this rank.
+        device: this rank's device.
         evaluator: see during_training.py; None for no evaluation.
         watchdog: hears of every phase; started by the caller. None for no limits.
     """
@@ -127,7 +127,7 @@ class Trainer:
                     return False
             self.watch.settle()
             if "end" not in self.evaluations:
-                # First what was trained, since an evaluation can fail.
+                # What was trained is saved first, since an evaluation can fail.
                 self._save(required=True, uploads=self.evaluator is None)
                 self._evaluate("end")
             self._save(required=True)
@@ -229,7 +229,7 @@ class Trainer:
         `uploads` say so.
 
         Raises:
-            CheckpointError: on every rank, if it could not be written and is `required`; without,
+            CheckpointError: on every rank, if it could not be written and is `required`; otherwise
                 the run says so and goes on.
         """
         if self._saved == self._moment:
@@ -251,10 +251,13 @@ class Trainer:
         train, uploader = self.recipe.train, self._uploader
         try:
             folder = checkpoint.save(
-                *(self.checkpoints, self.stepper.engine, self.stepper.teacher, state),
-                train.keep_checkpoints,
-                train.keep_every,
-                uploader.unfinished if uploader is not None else set(),
+                self.checkpoints,
+                self.stepper.engine,
+                self.stepper.teacher,
+                state,
+                keep=train.keep_checkpoints,
+                keep_every=train.keep_every,
+                spared=uploader.unfinished if uploader is not None else set(),
             )
         except checkpoint.CheckpointError as error:
             if required:

@@ -15,7 +15,7 @@ class Uploader:
     """Uploads one checkpoint at a time; of those that wait, only the newest.
 
     Args:
-        url: of a folder, as fsspec takes it: s3://bucket/run, gs://..., or a path. It gets a folder
+        url: a folder, as fsspec takes it: s3://bucket/run, gs://..., or a path. It gets a folder
             for each checkpoint, whose manifest.json comes last, and `latest`.
 
     Raises:

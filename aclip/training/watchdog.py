@@ -2,8 +2,8 @@
 
 Each rank reports its phase and step; a thread beside it compares the time since then with the limit
 and answers the other ranks' roll call over the rendezvous store. Whoever is late first calls the
-roll, names the stalled ranks and ends; the others follow. Nothing here waits for the main thread,
-for a collective or without a limit for the store.
+roll, names the stalled ranks and ends; the others follow. Nothing here waits for the main thread
+or for a collective, nor for the store without a limit.
 """
 
 import faulthandler
@@ -34,7 +34,7 @@ ROLL_CALL, CALLERS = "watchdog/roll_call", "watchdog/callers"
 MOST_SECONDS_BETWEEN_LOOKS = 2.0
 SECONDS_TO_ANSWER = 5.0
 SECONDS_TO_WRITE = 10.0
-"""After which a process ends although its log could not be written."""
+"""Seconds after which a process ends although its log could not be written."""
 SECONDS_TO_CLOSE = 3 * SECONDS_TO_ANSWER + SECONDS_TO_WRITE
 SECONDS_FOR_STACKS = 0.5
 OTHERS_UNKNOWN = "the others are named by another rank, or the rendezvous store on rank 0 is silent"
@@ -48,12 +48,13 @@ class Standing:
     """Where a rank stands.
 
     Attributes:
-        rank: of all. host, pid: of its process.
+        rank: its number among all ranks.
+        host, pid: where its process runs.
         step: optimizer step, from 1; 0 before the first.
-        phase: see enter().
-        seconds: since it entered the phase.
+        phase: what it does, see enter().
+        seconds: seconds since it entered the phase.
         in_collective: whether a thread waits in torch.distributed.
-        answered: whether it answered the roll call, or this is what it had published before.
+        answered: whether it answered the roll call; otherwise this is what it had published before.
     """
 
     rank: int
@@ -107,7 +108,7 @@ class Watchdog:
         """Begins to watch; SIGUSR2 prints the process's stacks from now on."""
         print_stacks_on_signal()
         self.enter(STARTING, 0)
-        # A launcher's end must be its ranks' too: nobody else would end them.
+        # When the launcher ends, its ranks must end too: nobody else would end them.
         launched = "LOCAL_SIZE" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
         self._launcher = os.getppid() if launched else None
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -129,18 +130,22 @@ class Watchdog:
                 self._end(f"the launcher of {self._me()} is gone")
             if self._called.is_set():
                 self._end(f"another rank has called a hang; {self._me()}")
-            # From C, for a process whose Python can't run; this thread can't either then.
+            # From C, for a process whose Python can't run: then this thread can't run either.
             seconds = GRACE - late if late <= 0 else GRACE + SECONDS_TO_CLOSE
             faulthandler.dump_traceback_later(seconds, exit=True, file=2)
             if late > 0:
                 self._end(self._verdict(limit))
-        faulthandler.cancel_dump_traceback_later()  # it may have been set again behind stop()
+        faulthandler.cancel_dump_traceback_later()  # it may have been set again after stop()
 
     def _me(self, answered: bool = True) -> Standing:
         phase, step, since, _ = self._state
-        seconds = time.monotonic() - since
         return Standing(
-            *(self._rank, self._host, os.getpid(), step, phase, seconds),
+            rank=self._rank,
+            host=self._host,
+            pid=os.getpid(),
+            step=step,
+            phase=phase,
+            seconds=time.monotonic() - since,
             in_collective=_waits_in_collective(),
             answered=answered,
         )
@@ -184,7 +189,7 @@ class Watchdog:
             store.set(_key(self._rank), json.dumps(asdict(self._me())))
             store.set(ROLL_CALL, str(self._rank))
             if store.add(CALLERS, 1) > 1:
-                # Whoever was first has the word; its peers' end would interrupt it.
+                # The first rank speaks for all; if this one ended now, it would interrupt that one.
                 time.sleep(SECONDS_TO_ANSWER)
                 return
             deadline = time.monotonic() + SECONDS_TO_ANSWER - self._between_looks

@@ -36,8 +36,8 @@ def augment_views_reference(
             turns; order, 0 to 23, index into itertools.permutations(range(4)) of (brightness,
             contrast, saturation, hue); grayscale 0 or 1; blur_sigma in pixels, 0 for none, with 13
             taps and reflected borders; solarize 0 or 1, inverts values from 0.5 up.
-        mean, std: (3,) fp32, of images in [0, 1].
-        dtype: of the result.
+        mean, std: (3,) fp32, each channel's, for images in [0, 1].
+        dtype: the result's dtype.
 
     Returns:
         (M, 3, R, R) in `dtype`; all arithmetic is fp32 on [0, 1]. No gradient.

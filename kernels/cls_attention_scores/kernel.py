@@ -26,7 +26,7 @@ def cls_attention_kernel(
     H,
     D,
     scale,  # D**-0.5
-    weight,  # of this layer, divided by H
+    weight,  # this layer's weight, divided by H
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):

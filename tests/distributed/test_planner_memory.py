@@ -17,10 +17,8 @@ OVERRIDES = [
     "model.image.kwargs={patch_size: 8, embed_dim: 97, depth: 3, num_heads: 1}",
     "model.image.freeze_patch_embed=true",
 ]
-SETTINGS = [
-    *(("fp32", stage) for stage in (0, 1, 2, 3)),
-    *(("bf16", stage) for stage in (1, 2, 3)),
-]
+SETTINGS = [("fp32", stage) for stage in (0, 1, 2, 3)]
+SETTINGS += [("bf16", stage) for stage in (1, 2, 3)]
 IDS = [f"{dtype}, ZeRO-{stage}" for dtype, stage in SETTINGS]
 
 

@@ -8,10 +8,8 @@ pytestmark = pytest.mark.distributed
 
 
 # (dtype, stage, ranks)
-FP32 = [
-    *(("fp32", stage, 1) for stage in (0, 2, 3)),  # on one rank ZeRO-1 is ZeRO-2
-    *(("fp32", stage, 2) for stage in (0, 1, 2, 3)),
-]
+FP32 = [("fp32", stage, 1) for stage in (0, 2, 3)]  # on one rank ZeRO-1 is ZeRO-2
+FP32 += [("fp32", stage, 2) for stage in (0, 1, 2, 3)]
 BF16 = [("bf16", stage, 2) for stage in (1, 2, 3)]
 STEPS_BEFORE = 3
 LEARNING_RATE = 0.01

@@ -63,21 +63,26 @@ MASKCLIP = ["mask.policy=none", "loss.simclr=0", "loss.byol=0", "loss.distill=1"
 MASKCLIP += ["distill.num_codewords=32", "mlm.decoder_layers=1"]
 EASY_SSL_VIEWS = ["views.ssl=2", "views.ssl_scale=[0.9, 1]", "views.ssl_flip_prob=0"]
 EASY_SSL_VIEWS += ["ssl_augment={jitter_prob: 0, grayscale_prob: 0, blur_prob: 0}"]
+SIGLIP = ["loss.contrastive=0", "loss.sigmoid=1", "loss.initial_logit_scale=10"]
 FAMILIES = {
     "clip": ["mask.policy=none", "views.student=1", "loss.simclr=0", "loss.byol=0", "teacher=null"],
     "slip": [
-        *("mask.policy=none", "views.student=1", "loss.byol=0", "teacher=null"),
+        "mask.policy=none",
+        "views.student=1",
+        "loss.byol=0",
+        "teacher=null",
         *EASY_SSL_VIEWS,
     ],
-    "siglip": [
-        *("mask.policy=none", "loss.contrastive=0", "loss.sigmoid=1", "loss.simclr=0"),
-        *("loss.byol=0", "teacher=null", "loss.initial_logit_scale=10"),
-    ],
+    "siglip": ["mask.policy=none", "loss.simclr=0", "loss.byol=0", "teacher=null", *SIGLIP],
     "maskclip": ["views.student=1", *MASKCLIP],
     "pixels": ["views.student=1", *MASKCLIP, "distill.targets=pixels", "teacher=null"],
     "everything": [
-        *("loss.distill=1", "loss.mlm=0.2", "mlm.decoder_layers=1", "distill.targets=features"),
-        *("mask.policy=inverse", *EASY_SSL_VIEWS),
+        "loss.distill=1",
+        "loss.mlm=0.2",
+        "mlm.decoder_layers=1",
+        "distill.targets=features",
+        "mask.policy=inverse",
+        *EASY_SSL_VIEWS,
     ],
 }
 
@@ -101,8 +106,10 @@ def test_every_family_learns_and_gives_equal_losses_however_it_is_split(
 
 
 RESUMES = [  # ZeRO stage and ranks until the kill, then after it
-    *(("0", 2, "0", 2), ("2", 2, "1", 1)),
-    *(("3", 2, "1", 1), ("1", 1, "2", 2)),
+    ("0", 2, "0", 2),
+    ("2", 2, "1", 1),
+    ("3", 2, "1", 1),
+    ("1", 1, "2", 2),
 ]
 IDS = [f"ZeRO-{a} on {m} to ZeRO-{b} on {n}" for a, m, b, n in RESUMES]
 

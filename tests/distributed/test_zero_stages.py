@@ -11,10 +11,8 @@ pytestmark = pytest.mark.distributed
 LOGIT_SCALE = tiny_run.LOGIT_SCALE
 
 CEILING = math.log(100)
-SETTINGS = [
-    *(("fp32", stage) for stage in (0, 1, 2, 3)),
-    *(("bf16", stage) for stage in (1, 2, 3)),
-]
+SETTINGS = [("fp32", stage) for stage in (0, 1, 2, 3)]
+SETTINGS += [("bf16", stage) for stage in (1, 2, 3)]
 IDS = [f"{dtype}, ZeRO-{stage}" for dtype, stage in SETTINGS]
 
 MOMENTUM = 0.996

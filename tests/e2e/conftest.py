@@ -160,11 +160,20 @@ def small_run(tmp_path_factory) -> list[str]:
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
     return [
-        *("--recipe", "demo", "--train", f"{folder}/{{0..3}}.tar"),
-        *("train.global_batch_size=16", "train.epochs=2", "train.log_every=1"),
-        *("train.evaluate_every=0", "train.warmup_epochs=1"),
-        *("model.image.resolution=32", "teacher.resolution=32", "mask.block_size=1"),
+        "--recipe",
+        "demo",
+        "--train",
+        f"{folder}/{{0..3}}.tar",
+        "train.global_batch_size=16",
+        "train.epochs=2",
+        "train.log_every=1",
+        "train.evaluate_every=0",
+        "train.warmup_epochs=1",
+        "model.image.resolution=32",
+        "teacher.resolution=32",
+        "mask.block_size=1",
         "model.image.kwargs={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}",
         "model.text={width: 16, heads: 2, layers: 1, context_length: 16}",
-        *("model.embed_dim=12", "data.lanes=4"),
+        "model.embed_dim=12",
+        "data.lanes=4",
     ]

@@ -7,7 +7,9 @@ import pytest
 
 pytestmark = pytest.mark.e2e
 TINY = [
-    *("train.epochs=0.1667", "train.warmup_epochs=0.01", "train.log_every=5"),
+    "train.epochs=0.1667",
+    "train.warmup_epochs=0.01",
+    "train.log_every=5",
     "model.image.kwargs={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}",
     "model.text={width: 16, heads: 2, layers: 1, context_length: 16}",
     "model.embed_dim=12",

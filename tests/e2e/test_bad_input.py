@@ -80,12 +80,22 @@ def _assert_one_sentence(result, words: list[str], ranks: int) -> None:
 
 
 CASES = (
-    *("shards that match nothing", "unknown recipe", "unknown key", "wrong type"),
-    *("missing ds_config", "ds_config that is not JSON", "ds_config contradicts the batch"),
-    *("ranks x micro-batch does not divide", "ranks that do not divide the lanes"),
-    *("shards and sources", "an address without its package"),
-    *("output that can't be written", "resume of nothing", "init that is no checkpoint"),
-    *("keep_ratio of 0", "keep_ratio above 1"),
+    "shards that match nothing",
+    "unknown recipe",
+    "unknown key",
+    "wrong type",
+    "missing ds_config",
+    "ds_config that is not JSON",
+    "ds_config contradicts the batch",
+    "ranks x micro-batch does not divide",
+    "ranks that do not divide the lanes",
+    "shards and sources",
+    "an address without its package",
+    "output that can't be written",
+    "resume of nothing",
+    "init that is no checkpoint",
+    "keep_ratio of 0",
+    "keep_ratio above 1",
 )
 
 

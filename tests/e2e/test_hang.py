@@ -11,10 +11,9 @@ pytestmark = pytest.mark.e2e
 
 
 def test_stalled_data_worker_ends_the_run_on_every_rank(launcher, small_run, tmp_path):
-    process = launcher.start(
-        *("--ds_config", "ds_configs/zero0.json", "--output", str(tmp_path), *small_run),
-        *("train.epochs=10000", "data.workers=1", "train.hang_timeout=5"),
-    )
+    words = ["--ds_config", "ds_configs/zero0.json", "--output", str(tmp_path), *small_run]
+    words += ["train.epochs=10000", "data.workers=1", "train.hang_timeout=5"]
+    process = launcher.start(*words)
     metrics = tmp_path / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
         assert process.poll() is None, process.communicate()[0]

@@ -34,10 +34,8 @@ def test_sigterm_even_twice_checkpoints_on_every_node_and_leaves_nothing(
     launcher, small_run, tmp_path
 ):
     run = tmp_path / "run"
-    process = start(
-        *(tmp_path, launcher, "hostfile", "--ds_config", str(ROOT / "ds_configs/zero0.json")),
-        *("--output", str(run), *small_run, "train.epochs=10000"),
-    )
+    words = ["--ds_config", str(ROOT / "ds_configs/zero0.json"), "--output", str(run), *small_run]
+    process = start(tmp_path, launcher, "hostfile", *words, "train.epochs=10000")
     try:
         while not (run / "metrics.jsonl").exists():
             assert process.poll() is None, process.communicate()[0]
@@ -73,12 +71,14 @@ def test_sigterm_even_twice_checkpoints_on_every_node_and_leaves_nothing(
         pytest.param(["none"], "a slots=1\n", "hostfile is none", id="no hostfile"),
         pytest.param(
             ["hostfile", "--ds_config", "x", "--outptu", "y"],
-            *("a slots=1\n", "--outptu is not an argument"),
+            "a slots=1\n",
+            "--outptu is not an argument",
             id="argument of pretrain.py",
         ),
         pytest.param(
             ["--rsh", "none-such", "hostfile", "--ds_config", "x"],
-            *("a slots=1\n", "none-such, which is not installed"),
+            "a slots=1\n",
+            "none-such, which is not installed",
             id="remote shell",
         ),
     ],

@@ -59,12 +59,9 @@ def test_hostfile_is_the_allocation_and_the_arguments_are_passed_on(job, tmp_pat
     assert job("exit 0").wait(30) == 0
     assert (tmp_path / "hostfile-1234567").read_text() == "gpu-07 slots=8\ngpu-09 slots=8\n"
     told = (tmp_path / "told").read_text().splitlines()
-    assert told == [
-        *("--master_port", "24567"),
-        *("--rsh", "srun --overlap --nodes=1 --ntasks=1 --nodelist={host}"),
-        "hostfile-1234567",
-        *("--recipe", "aclip_vitl16", "--train", "/data/{0..9}.tar"),
-    ]
+    srun = "srun --overlap --nodes=1 --ntasks=1 --nodelist={host}"
+    assert told[:5] == ["--master_port", "24567", "--rsh", srun, "hostfile-1234567"]
+    assert told[5:] == ["--recipe", "aclip_vitl16", "--train", "/data/{0..9}.tar"]
     assert not (tmp_path / "requeued").exists()
 
 

@@ -38,11 +38,9 @@ def hosts(tmp_path_factory):
 
 
 def arguments(small_run, output, steps) -> list[str]:
-    return [
-        *("--ds_config", str(ROOT / "ds_configs/zero0.json"), "--output", str(output)),
-        *(*small_run, f"train.epochs={steps / 6}", "train.checkpoint_every=32"),
-        "train.hang_timeout=120",
-    ]
+    words = ["--ds_config", str(ROOT / "ds_configs/zero0.json"), "--output", str(output)]
+    words += [*small_run, f"train.epochs={steps / 6}", "train.checkpoint_every=32"]
+    return [*words, "train.hang_timeout=120"]
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -62,7 +60,10 @@ class Supervised:
         options = ["--rsh", hosts.remote_shell, "--lost_after", "15", "--backoff", "0.5"]
         with open(self.log, "wb") as log:
             self.process = hosts.start(
-                *(str(ROOT / "launch/multinode.sh"), *options, str(hosts.hostfile), *words),
+                str(ROOT / "launch/multinode.sh"),
+                *options,
+                str(hosts.hostfile),
+                *words,
                 cwd=hosts.folder,
                 stdout=log,
             )
@@ -192,7 +193,10 @@ def test_start_without_ssh_on_each_node_equals_a_single_host(
     environment = {"GLOO_SOCKET_IFNAME": "eth0", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     nodes = [
         hosts.start(
-            *(*words, "--node_rank", str(index), *script),
+            *words,
+            "--node_rank",
+            str(index),
+            *script,
             host=index,
             env=environment,
             cwd=hosts.folder,
@@ -251,18 +255,20 @@ def test_memory_on_one_and_two_ranks_is_what_the_planner_says(hosts, tmp_path, s
         zero |= {"stage3_param_persistence_threshold": 100, "memory_efficient_linear": False}
     path = tmp_path / "ds_config.json"
     path.write_text(json.dumps({"zero_optimization": zero, "gradient_clipping": 0.0}))
-    measured = hosts.start(
-        *("python", str(ROOT / "launch/benchmark.py"), "demo", "--scaling", str(hosts.hostfile)),
-        *("--rsh", hosts.remote_shell, "--ds_config", str(path), "--steps", "12"),
-        *("--out", str(tmp_path / "out"), "--batch_size", "4"),
-        *("--set", "loss.simclr=1", "loss.byol=2"),
-        cwd=hosts.folder,
-    )
+    script = str(ROOT / "launch/benchmark.py")
+    words = ["python", script, "demo", "--scaling", str(hosts.hostfile)]
+    words += ["--rsh", hosts.remote_shell, "--ds_config", str(path), "--steps", "12"]
+    words += ["--out", str(tmp_path / "out"), "--batch_size", "4"]
+    words += ["--set", "loss.simclr=1", "loss.byol=2"]
+    measured = hosts.start(*words, cwd=hosts.folder)
     output, _ = measured.communicate(timeout=LONGEST)
     assert measured.returncode == 0, output
     rows = json.loads((tmp_path / "out/scaling.json").read_text())["rows"]
     assert [(row["mode"], row["ranks"]) for row in rows] == [
-        *(("weak", 1), ("weak", 2), ("strong", 1), ("strong", 2))
+        ("weak", 1),
+        ("weak", 2),
+        ("strong", 1),
+        ("strong", 2),
     ]
     for row in rows:
         assert row["planned_mib"] == pytest.approx(row["memory_mib"], rel=0.05), output

@@ -39,8 +39,12 @@ def test_the_folder_holds_listed_shards_class_names_and_prompts():
     assert index_shards(data.train) == [Shard(url, 30) for url in data.train]
     assert index_shards(data.val) == [Shard(data.val[0], 48)]
     assert {path.name for path in data.folder.iterdir()} == {
-        *("train-00.tar", "train-01.tar", "val.tar", "sizes.json"),
-        *("classnames.txt", "zeroshot_classification_templates.txt"),
+        "train-00.tar",
+        "train-01.tar",
+        "val.tar",
+        "sizes.json",
+        "classnames.txt",
+        "zeroshot_classification_templates.txt",
     }
     names = (data.folder / "classnames.txt").read_text().splitlines()
     assert len(set(names)) == NUM_CLASSES

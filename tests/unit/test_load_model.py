@@ -100,7 +100,8 @@ def test_exports_come_back_with_their_preprocessing(output_format, write_run, tm
     out = tmp_path / "out"
     arguments = {"checkpoint": str(run), "out": str(out), "format": output_format, "model": None}
     export(argparse.Namespace(**arguments))
-    for path in (out, *([out / "model.safetensors"] if output_format == "safetensors" else [])):
+    files = [out / "model.safetensors"] if output_format == "safetensors" else []
+    for path in (out, *files):
         loaded = load_model(str(path))
         assert_encodes_like(
             loaded, teacher.encode_image, lambda ids: teacher.encode_text(clip_tokens(ids)), 64, 32

@@ -187,14 +187,11 @@ def test_parts_that_do_not_fit_are_refused_in_one_sentence(overrides, words):
     assert all(word in str(caught.value) for word in words)
 
 
+SLIP = ["teacher=null", "mask.policy=none", "views.student=1", "views.ssl=2", "loss.simclr=1"]
 CROPS = [  # recipe's overrides, crops of one image
     pytest.param(["teacher=null", "mask.policy=none", "views.student=1"], 1, id="clip"),
     pytest.param(["teacher=null", "mask.policy=random"], 2, id="random mask"),
-    pytest.param(
-        [*("teacher=null", "mask.policy=none", "views.student=1", "views.ssl=2", "loss.simclr=1")],
-        3,
-        id="slip",
-    ),
+    pytest.param(SLIP, 3, id="slip"),
     pytest.param(["mask.policy=none", "views.student=1", "loss.distill=1"], 1, id="maskclip"),
     pytest.param(["loss.byol=2"], 3, id="aclip"),
 ]

@@ -53,8 +53,11 @@ def test_braces_globs_and_lists_name_files_in_the_order_given(tmp_path):
 def test_commands_and_addresses_are_expanded_by_braces_alone():
     entries = ["pipe:aws s3 cp s3://b/{08..10}.tar -", "memory://b/{a,b}.tar"]
     assert list_shards(entries, "data.train") == [
-        *(f"pipe:aws s3 cp s3://b/{number}.tar -" for number in ("08", "09", "10")),
-        *("memory://b/a.tar", "memory://b/b.tar"),
+        "pipe:aws s3 cp s3://b/08.tar -",
+        "pipe:aws s3 cp s3://b/09.tar -",
+        "pipe:aws s3 cp s3://b/10.tar -",
+        "memory://b/a.tar",
+        "memory://b/b.tar",
     ]
 
 

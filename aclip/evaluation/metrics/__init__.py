@@ -1,1 +1,1 @@
-"""How it is scored."""
+"""How a model is scored, from embeddings alone."""

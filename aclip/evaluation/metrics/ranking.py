@@ -7,7 +7,7 @@ MAX_SCORES = 2**24
 """Scores held at a time; with their float64 form and the masks about half a GiB."""
 
 UNANSWERED = torch.iinfo(torch.int64).max
-"""The rank of a query that no k answers, not even a k beyond the number of candidates."""
+"""The rank of a query without an answer: above every k, even one beyond the candidates' number."""
 
 
 def rank_answers(

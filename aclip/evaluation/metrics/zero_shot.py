@@ -8,10 +8,10 @@ from aclip.evaluation.metrics.ranking import rank_answers, share_within
 
 
 class PromptMeans:
-    """Class embeddings from prompts that come batch by batch: the mean over a class's prompts, each
-    of length one, brought to length one.
+    """Class embeddings from prompts that come batch by batch.
 
-    Sums are float64, so that neither the size nor the order of batches shows in the result.
+    A class's embedding is the mean of its prompts' normalised embeddings, normalised again. Sums
+    are float64, so that neither the size nor the order of batches shows in the result.
 
     Args:
         num_classes: C.

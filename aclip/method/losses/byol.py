@@ -11,7 +11,7 @@ from aclip.section import Section, Weight, Width
 
 class Keys(Section):
     byol: Weight = 2.0
-    """Between the student's views and the teacher's."""
+    """Weight of BYOL between the student's views and the teacher's."""
     byol_widths: tuple[Width, Width] = (4096, 256)
     """Hidden and output width of BYOL's projector and predictor."""
 

@@ -14,7 +14,7 @@ CHUNK_ROWS = 1024
 
 class Keys(Section):
     contrastive: Weight = 1.0
-    """InfoNCE of images and captions."""
+    """Weight of InfoNCE of images and captions."""
 
 
 class Contrastive(LossTerm):

@@ -29,7 +29,7 @@ from aclip.section import Section, Weight
 
 class Keys(Section):
     distill: Weight = 0.0
-    """Masked self-distillation; see DistillConfig."""
+    """Weight of masked self-distillation; see DistillConfig."""
 
 
 class DistillConfig(Section):
@@ -52,7 +52,8 @@ class DistillInput:
     """What is hidden of the first student view.
 
     Attributes:
-        selection: keeps the visible patches. masked_ids: (B, M) int64, the others.
+        selection: keeps the visible patches.
+        masked_ids: (B, M) int64, the other patches.
         targets: (B, M, D), what the decoder's head should give; no gradient.
     """
 
@@ -139,13 +140,13 @@ class Distill(LossTerm):
 
 
 class PatchDecoder(nn.Module):
-    """Kept patches' features to a prediction at each masked patch.
+    """Predicts each masked patch from the kept patches' features.
 
     Args:
-        width: C of the image tower.
-        num_patches: P, of a view.
-        num_layers: transformer blocks.
-        head: (B, M, C) to the prediction.
+        width: C, the image tower's width.
+        num_patches: P, the patches of a view.
+        num_layers: number of transformer blocks.
+        head: turns (B, M, C) into the prediction.
 
     Source: MAE, arXiv:2111.06377; as a part of CLIP training MaskCLIP, arXiv:2208.12262.
     """
@@ -163,7 +164,8 @@ class PatchDecoder(nn.Module):
 
         Args:
             tokens: (B, 1 + K, C), the image tower's normalised CLS token and kept patches.
-            keep_ids: (B, K) int64 patch of each kept token. masked_ids: (B, M) int64.
+            keep_ids: (B, K) int64, the patch of each kept token.
+            masked_ids: (B, M) int64, the patches to predict.
 
         Returns:
             (B, M, D), what the head makes of each masked patch.
@@ -176,7 +178,7 @@ class PatchDecoder(nn.Module):
 
 
 class Codewords(nn.Module):
-    """Features to their cosine similarities with learned codewords: the online quantiser."""
+    """Gives features' cosine similarities with learned codewords: the online quantiser."""
 
     def __init__(self, width: int, num_codewords: int):
         super().__init__()
@@ -197,7 +199,8 @@ def codeword_probabilities(
     """Soft codewords of patch features; without the centre one codeword would take all.
 
     Args:
-        features: (..., C). centre: (C,) fp32, mean of the global batch's normalised features.
+        features: (..., C).
+        centre: (C,) fp32, mean of the global batch's normalised features.
         temperature: divides the similarities.
 
     Returns:
@@ -214,7 +217,8 @@ def normalised_patches(pixels: Tensor, patch_size: int) -> Tensor:
     """Pixels of each patch, normalised by the patch's mean and variance: MAE's targets.
 
     Args:
-        pixels: (B, 3, R, R). patch_size: p.
+        pixels: (B, 3, R, R).
+        patch_size: p.
 
     Returns:
         (B, P, 3 * p * p) fp32.

@@ -81,7 +81,7 @@ class LogitScale(ExactScalar):
     its logarithm.
 
     Args:
-        initial, ceiling: of the scale itself.
+        initial, ceiling: the scale's own, not those of its logarithm.
     """
 
     def __init__(self, initial: float = 1 / 0.07, ceiling: float = 100.0):

@@ -21,14 +21,14 @@ from aclip.section import Section, Weight
 
 class Keys(Section):
     mlm: Weight = 0.0
-    """Masked language modelling; see MlmConfig."""
+    """Weight of masked language modelling; see MlmConfig."""
 
 
 class MlmConfig(Section):
     """Masked language modelling of the caption (MaskCLIP). Read when loss.mlm has a weight."""
 
     mask_ratio: float = Field(0.2, gt=0, le=1)
-    """Share of a caption's tokens that is masked, start and end left out, one or more."""
+    """Share of a caption's tokens that is masked, one or more; start and end are never masked."""
     decoder_layers: int = Field(4, ge=1)
 
 
@@ -37,8 +37,9 @@ class MlmInput:
     """The T masked tokens of a batch of captions.
 
     Attributes:
-        masked: (B, L) bool.
-        ids: (T,) int64 flat positions of the masked tokens, labels: (T,) int64 what they were.
+        masked: (B, L) bool, whether a token is masked.
+        ids: (T,) int64, flat positions of the masked tokens.
+        labels: (T,) int64, what they were.
         rows, weights: (T,), see `mlm`.
     """
 
@@ -98,12 +99,12 @@ class Mlm(LossTerm):
 
 
 class TextDecoder(nn.Module):
-    """Token features to logits of the masked tokens; sees the whole caption, both directions.
+    """Predicts the masked tokens from features of the whole caption, in both directions.
 
     Args:
-        width: W of the text tower.
-        num_layers: transformer blocks.
-        vocab_size: of the tokeniser.
+        width: W, the text tower's width.
+        num_layers: number of transformer blocks.
+        vocab_size: size of the tokenizer's vocabulary.
     """
 
     def __init__(self, width: int, num_layers: int, vocab_size: int):
@@ -152,7 +153,8 @@ def mlm(logits: Tensor, labels: Tensor, rows: Tensor, weights: Tensor, num_rows:
     """Cross-entropy of the masked tokens, each caption's mean.
 
     Args:
-        logits: (T, vocabulary) float. labels: (T,) int64.
+        logits: (T, vocabulary) float.
+        labels: (T,) int64, what the masked tokens were.
         rows: (T,) int64, the caption of each masked token.
         weights: (T,) fp32, one divided by the number of masked tokens of its caption.
         num_rows: B.

@@ -13,7 +13,7 @@ from aclip.section import Section, Weight, Width
 
 class Keys(Section):
     simclr: Weight = 1.0
-    """Between two views of an image; see views.ssl."""
+    """Weight of SimCLR between two views of an image; see views.ssl."""
     simclr_temperature: float = Field(0.1, gt=0)
     simclr_widths: tuple[Width, Width, Width] = (4096, 4096, 256)
     """Hidden, hidden and output width of the SimCLR head."""
@@ -33,15 +33,15 @@ class Simclr(LossTerm):
         if 2 not in (recipe.views.student, recipe.views.ssl):
             raise ValueError(
                 f"loss.simclr is {recipe.loss.simclr:g} with views.student {recipe.views.student} "
-                "and views.ssl 0, but it compares two views; set one of them to 2 or loss.simclr "
-                "to 0"
+                "and views.ssl 0, but it compares two views; set one of them to 2 "
+                "or loss.simclr to 0"
             )
 
     def parts(self, student: nn.Module) -> dict[str, TermPart]:
         return {"simclr_head": TermPart(mlp_head([student.image.width, *self.widths]))}
 
     def project(self, student: nn.Module, features: dict[str, Tensor]) -> Tensor:
-        """(B, 2, D), of the SSL views where there are any."""
+        """(B, 2, D) from the SSL views where there are any, else from the student views."""
         return by_view(student.simclr_head, features.get("ssl", features["image"]))
 
     def loss(self, output: StudentOutput, target: None) -> Tensor:

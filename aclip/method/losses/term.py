@@ -36,7 +36,7 @@ class Taught:
 
     Attributes:
         scores: (B, g, g) fp32 attention per patch of the teacher view.
-        features: (B, C) of the teacher view.
+        features: (B, C), features of the teacher view.
         patches: (B, P, C), features of the first student view's patches.
     """
 
@@ -53,9 +53,11 @@ class TermContext:
         pixels: (B, V, 3, R, R) normalised, on the student's device.
         tokens: B captions, on the CPU.
         noise: (B, ...) fp32 uniform in [0, 1) on the CPU, in the term's `noise_shape`; or None.
-        taught: what the teacher made of the micro-batch. statistic: the term's `statistic`.
+        taught: what the teacher made of the micro-batch.
+        statistic: what the term's `statistic` gave.
         teacher: the averaged student, for its parts; None where the recipe has no teacher.
-        grid: G. patch_size: pixels per side of a patch.
+        grid: G.
+        patch_size: pixels per side of a patch.
         to_device: copies a tensor to the student's device without waiting for it.
     """
 
@@ -75,7 +77,8 @@ class StudentOutput:
     """What the terms are computed from.
 
     Attributes:
-        image_embeds: (B, V, E), unnormalised. text_embeds: (B, E), unnormalised.
+        image_embeds: (B, V, E), unnormalised.
+        text_embeds: (B, E), unnormalised.
         logit_scale: (1,) fp32, the factor itself.
         heads: what each term's `project` gave, by the term's name.
     """
@@ -103,13 +106,14 @@ class LossTerm:
         recipe: aclip.config.recipe.Recipe; a term keeps what it needs of it.
 
     Attributes:
-        name: its weight is the recipe's `loss.<name>`, and so the term is called everywhere.
+        name: what the term is called everywhere; its weight is the recipe's `loss.<name>`.
         keys: what it adds to the recipe's section `loss`, `<name>` among them.
         section: a section of the recipe of its own, called `<name>`; None for none.
         aligns: whether it brings images and captions together. A recipe needs a term that does;
             the others are auxiliary.
         reads_ssl_views: whether it reads views.ssl, views of full tokens and strong augmentation.
-        reads_teacher_view: whether it reads Taught.features. reads_teacher_patches: Taught.patches.
+        reads_teacher_view: whether it reads Taught.features.
+        reads_teacher_patches: whether it reads Taught.patches.
     """
 
     name: ClassVar[str]
@@ -169,7 +173,7 @@ class LossTerm:
         return None
 
     def target(self, teacher: nn.Module, taught: list[Taught]) -> Tensor | None:
-        """What the teacher gives for the whole local batch; no gradient. Called if there is one."""
+        """What the teacher gives for the whole local batch; no gradient. Needs a teacher."""
         return None
 
     def loss(self, output: StudentOutput, target: Tensor | None) -> Tensor:
@@ -187,7 +191,8 @@ def total(
     """The weighted sum of the terms.
 
     Args:
-        terms: those with a weight. output: the student's.
+        terms: the terms that have a weight.
+        output: what the student gives.
         targets: what each term's `target` gave, by the term's name.
 
     Returns:

@@ -15,15 +15,15 @@ from aclip.kernels.attentive_pack import attentive_pack
 
 @dataclass(frozen=True)
 class Selection:
-    """Scores per view source and how many blocks of them are kept: what the `attentive_pack` op
-    reads. The highest are kept, the lower index first where scores are equal.
+    """Scores and how many blocks are kept by them: what the `attentive_pack` op reads. Blocks with
+    the highest scores are kept, the lower index first where scores are equal.
 
     Attributes:
         scores: with boxes (B, 1, S, S), the teacher's scores of its own view; without (B, V, G, G),
             scores that lie on each student view's grid already. Float, no gradient.
         teacher_box: (B, 4) int32, pixels of the source image, or None.
         view_boxes: (B, V, 4) int32, same convention, or None.
-        num_kept_blocks: of the g * g blocks of a view.
+        num_kept_blocks: how many of the g * g blocks of a view are kept.
         block_size: b.
     """
 
@@ -48,8 +48,9 @@ class ViewsToMask:
         noise: (B, V, g, g) uniform in [0, 1), for a policy that `reads_noise`.
         teacher_scores: (B, S, S) float, the teacher's attention on its own view; like the boxes
             for a policy that `reads_teacher`.
-        teacher_box: (B, 4), view_boxes: (B, V, 4) int32, pixels of the source image.
-        progress: of the run, in [0, 1].
+        teacher_box: (B, 4) int32, pixels of the source image.
+        view_boxes: (B, V, 4) int32, same convention.
+        progress: how much of the run is done, in [0, 1].
     """
 
     num_kept_blocks: int
@@ -88,7 +89,7 @@ class MaskPolicy:
 
     Attributes:
         name: its value of the recipe's `mask.policy`.
-        select: select(views) gives a selection; None keeps every patch.
+        select: gives the selection of some views; None keeps every patch.
         explanation: what a run with it keeps, a sentence for pages; empty where pictures show it.
         reads_teacher: whether it reads the teacher's scores, so that a teacher runs.
         reads_noise: whether it reads noise, which the data workers draw.

@@ -34,11 +34,11 @@ class MetricsLogger:
 
     Args:
         run_folder: gets metrics.jsonl and the folders tensorboard and pictures.
-        total_samples: of the whole run.
-        resumed_samples: where this process goes on; what was written beyond is dropped. With 0 the
-            file starts anew.
+        total_samples: samples of the whole run.
+        resumed_samples: the samples at which this process goes on; what was written beyond is
+            dropped. With 0 the file starts anew.
         tracker: gets every number and picture that TensorBoard gets; see WandbTracker.
-        clock: seconds.
+        clock: gives the time in seconds.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class MetricsLogger:
             return
         run_folder.mkdir(parents=True, exist_ok=True)
         self._file = run_folder / METRICS_FILE
-        # A new run evaluates at 0 samples, a resumed one does not do again what was done there.
+        # A new run evaluates at 0 samples; a resumed run does not evaluate at 0 again.
         purge_from = resumed_samples + 1 if resumed_samples else 0
         self._keep(lambda line: line["samples"] < purge_from)
         self._tensorboard = TensorBoard(run_folder / TENSORBOARD_FOLDER, purge_from)
@@ -76,7 +76,7 @@ class MetricsLogger:
         say(self._progress(line))
 
     def log_evaluation(self, line: EvaluationLine) -> None:
-        """Writes and prints one model's evaluation; one of the same name and place is replaced."""
+        """Writes and prints one model's evaluation; an earlier one at the same samples goes."""
         if not self._is_writer:
             return
         line = EvaluationLine(**_plain(asdict(line)))
@@ -95,7 +95,7 @@ class MetricsLogger:
         path = picture_path(self._run_folder, samples)
         try:
             write_whole(path, encode(picture))
-        except OSError as error:  # a picture less must not end the run
+        except OSError as error:  # a missing picture must not end the run
             say(f"{path} was not written: {error.strerror or error}")
         self._tensorboard.log_image("kept_patches", picture, samples)
         if self._tracker is not None:
@@ -168,7 +168,7 @@ class MetricsLogger:
         return "  ".join([*parts, f"ETA {self._remaining(samples, line.images_per_second)}"])
 
     def _remaining(self, samples: int, images_per_second: float | None) -> str:
-        """Time to the end at the pace of the last progress lines, with pauses for evaluation."""
+        """Time to the end at the pace of the last progress lines, evaluations included."""
         (first_time, first), (last_time, last) = self._marks[0], self._marks[-1]
         pace = images_per_second
         if last > first and last_time > first_time:

@@ -17,8 +17,8 @@ class StepTimer:
     On an accelerator the host runs ahead of the device; over a window of steps the times agree.
 
     Args:
-        window: steps.
-        clock: seconds.
+        window: how many steps are looked back on.
+        clock: gives the time in seconds.
     """
 
     def __init__(self, window: int = 50, clock: Callable[[], float] = time.perf_counter):
@@ -27,7 +27,7 @@ class StepTimer:
         self.reset()
 
     def reset(self) -> None:
-        """Begins a step now: the time since the last one, an evaluation say, counts for none."""
+        """Begins a step now; time since the last one, as for an evaluation, counts for no step."""
         self._start = self._clock()
         self._waited = 0.0
 
@@ -46,13 +46,13 @@ class StepTimer:
 
     @property
     def images_per_second(self) -> float | None:
-        """Over the window; None before the first step."""
+        """Throughput over the window; None before the first step."""
         seconds = self._seconds()
         return sum(images for _, _, images in self._steps) / seconds if seconds else None
 
     @property
     def data_wait_percent(self) -> float | None:
-        """Over the window; None before the first step."""
+        """Share of the window's time that waited for data; None before the first step."""
         seconds = self._seconds()
         return 100 * sum(waited for _, waited, _ in self._steps) / seconds if seconds else None
 

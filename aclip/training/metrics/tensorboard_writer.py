@@ -13,8 +13,8 @@ class TensorBoard:
     """Writes what it is given until a write fails, after which TensorBoard's writer can't go on.
 
     Args:
-        folder: of its files. purge_from: samples from which on what an earlier process wrote there
-            is not shown.
+        folder: where its files lie.
+        purge_from: what an earlier process wrote there from so many samples on is not shown.
     """
 
     def __init__(self, folder: Path, purge_from: int):

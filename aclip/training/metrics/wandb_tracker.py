@@ -14,7 +14,8 @@ def check_wandb(project: str, is_writer: bool) -> None:
     """Refuses a project that nothing could be sent to.
 
     Args:
-        project: the recipe's train.wandb. is_writer: whether this process will send.
+        project: the recipe's train.wandb.
+        is_writer: whether this process will send.
 
     Raises:
         ConfigError: the package is missing, or there is no key for an online run.
@@ -41,13 +42,13 @@ class WandbTracker:
     """Sends what rank 0 logs. The axis is samples.
 
     Args:
-        project: of Weights & Biases.
+        project: the project of Weights & Biases.
         run_folder: names the run; what is to be sent lies in its folder wandb.
-        run_id: of the run that goes on; empty for a new one.
+        run_id: the id of the run that goes on; empty for a new one.
         config: what the run is made of.
 
     Attributes:
-        id: of the run, for its checkpoints.
+        id: the run's id, which its checkpoints keep.
     """
 
     def __init__(self, project: str, run_folder: Path, run_id: str, config: dict[str, Any]):
