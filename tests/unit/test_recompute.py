@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aclip.config.recipe_file import load_recipe
 from aclip.method.masks.policy import Selection
-from aclip.method.tokens import END_ID, START_ID
+from aclip.method.tokens import END_ID, START_ID, clip_tokens
 from aclip.models.recompute import applied
 from aclip.models.student import build_student
 from aclip.models.text import TextTower
@@ -45,7 +45,7 @@ def _text(dtype=torch.float32):
     for row, length in enumerate((7, 2, 13)):
         tokens[row, :length] = torch.randint(0, 1000, (length,))
         tokens[row, 0], tokens[row, length - 1] = START_ID, END_ID
-    return tower, lambda: tower(tokens)
+    return tower, lambda: tower(clip_tokens(tokens))
 
 
 TOWERS = [
