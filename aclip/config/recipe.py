@@ -27,8 +27,8 @@ from aclip.section import Section
 
 class MaskConfig(Section):
     policy: Literal[tuple(POLICIES)] = "attentive"
-    """Which blocks are kept: attentive those that the teacher attends to, inverse the others,
-    random any; none drops nothing."""
+    """Which blocks are kept, a policy of aclip/method/masks: those that the teacher attends to
+    (attentive), the others (inverse), any (random), the middle (gaussian), all (none)."""
     keep_ratio: float = Field(0.5, gt=0, le=1)
     """Share of the blocks that is kept, rounded up: 0.5 of 49 is 25."""
     block_size: int = Field(2, ge=1)

@@ -123,5 +123,9 @@ def _recipe_of(source: Path, recipe_name: str | None) -> tuple[Recipe, str]:
 
 def _towers_alone(values: dict[str, Any], source: Path) -> Recipe:
     """A recipe that builds the towers and nothing else."""
-    plain = {"mask": {"policy": "none"}, "views": {"student": 1}}
-    return recipe_of_values(values | plain | {"loss": no_auxiliary_terms()}, str(source))
+    plain = {
+        "mask": {"policy": "none"},
+        "views": {"student": 1},
+        "loss": no_auxiliary_terms() | values.get("loss", {}),
+    }
+    return recipe_of_values(values | plain, str(source))

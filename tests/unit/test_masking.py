@@ -165,3 +165,24 @@ def test_policy_may_score_the_pixels_of_the_views():
     policy = MaskPolicy("brightest", brightest, reads_pixels=True)
     selection = policy.select(ViewsToMask(1, 2, pixels=pixels))
     assert kept_patches(selection, 2, 1, 4) == [[{8, 9, 12, 13}], [{2, 3, 6, 7}]]
+
+
+@pytest.mark.parametrize("corner_noise, kept", [(0.78, {4}), (0.80, {0})])
+def test_gaussian_policy_adds_the_density_of_the_place_to_the_noise(corner_noise, kept):
+    # Of N(0, 0.2 I): 1 / (0.4 pi) = 0.79577 in the middle of 3 x 3, 0.00536 in a corner. So a
+    # corner needs 0.79041 more noise than the middle.
+    noise = torch.zeros(1, 1, 3, 3)
+    noise[0, 0, 0, 0] = corner_noise
+    assert kept_patches(select("gaussian", 1, 1, noise=noise), 1, 1, 3) == [[kept]]
+
+
+def test_gaussian_policy_keeps_its_number_of_blocks_and_the_middle_more_often():
+    noise = torch.rand(200, 2, 7, 7, generator=torch.Generator().manual_seed(0))
+    kept = kept_patches(select("gaussian", 25, 2, noise=noise), 200, 2, 14)
+    counts = np.zeros(14 * 14)
+    for sample in kept:
+        for view in sample:
+            assert len(view) == 100
+            counts[list(view)] += 1
+    shares = counts.reshape(14, 14) / 400
+    assert shares[6:8, 6:8].min() > 0.8 > 0.5 > shares[[0, 0, -1, -1], [0, -1, 0, -1]].max()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
+from aclip.evaluation.load_model import load_model
 from aclip.method.losses.sigmoid import sigmoid
 from aclip.models.student import build_student
 from aclip.weights.export import export
@@ -86,3 +87,6 @@ def test_open_clip_gets_the_bias_and_gives_the_same_logits(write_run, tmp_path):
     logits = student.logit_scale() * images @ features[1].T + student.logit_bias()
     theirs_logits, _ = theirs.get_logits(pixels, tokens)
     torch.testing.assert_close(theirs_logits, logits, rtol=1e-4, atol=1e-4)
+    back = load_model(str(tmp_path / "out")).student  # what launch/evaluate.py reads
+    assert torch.equal(back.logit_bias(), student.logit_bias())
+    torch.testing.assert_close(back.encode_image(pixels), student.encode_image(pixels))

@@ -1,6 +1,7 @@
 """The mask policies by the names that `mask.policy` gives them."""
 
 from aclip.method.masks.attentive import ATTENTIVE, INVERSE
+from aclip.method.masks.gaussian import GAUSSIAN
 from aclip.method.masks.policy import MaskPolicy
 from aclip.method.masks.random import RANDOM
 
@@ -9,4 +10,4 @@ NONE = MaskPolicy(
     lambda views: None,
     "This run drops no patch: shown is the half that attention would keep.",
 )
-POLICIES = {policy.name: policy for policy in (NONE, RANDOM, ATTENTIVE, INVERSE)}
+POLICIES = {policy.name: policy for policy in (NONE, RANDOM, GAUSSIAN, ATTENTIVE, INVERSE)}

@@ -159,8 +159,8 @@ def read_config(folder: Path) -> TowerFacts:
 
 
 def recipe_values(folder: Path) -> tuple[dict[str, Any], str]:
-    """The recipe's `model` and `augment` that open_clip_config.json says, and how images are
-    scaled: bilinear or bicubic.
+    """The recipe's `model`, `augment` and, of a model with a bias, `loss` that
+    open_clip_config.json says, and how images are scaled: bilinear or bicubic.
 
     Raises:
         ValueError: what aclip can't build or do; the message ends a sentence.
@@ -206,4 +206,6 @@ def recipe_values(folder: Path) -> tuple[dict[str, Any], str]:
             "std": list(preprocess.get("std", OPENAI_DATASET_STD)),
         },
     }
+    if model.get("init_logit_bias") is not None:
+        recipe["loss"] = {"contrastive": 0, "sigmoid": 1}
     return recipe, scale
