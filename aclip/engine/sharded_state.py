@@ -183,7 +183,7 @@ class ShardedState:
         return value.to(flat.device if on_device else "cpu", copy=True)
 
     def _whole(self, parameter: nn.Parameter, storage: Tensor) -> Tensor:
-        shape = getattr(parameter, "ds_shape", parameter.shape)
+        shape = whole_shape(parameter)
         whole = torch.zeros(shape.numel(), dtype=storage.dtype, device=self._engine.device)
         fragment = self._fragment(parameter, storage)
         # Without ZeRO every rank holds the whole: one of them is enough.
@@ -246,6 +246,11 @@ def _on_rank_0(whole: Tensor) -> Tensor | None:
 
 def _is_scalar(value: object) -> bool:
     return value.numel() == 1 if torch.is_tensor(value) else isinstance(value, int | float)
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """A parameter's shape, also where ZeRO-3 has partitioned it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def gathered(parameters: list[nn.Parameter]):

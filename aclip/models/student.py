@@ -117,6 +117,7 @@ class Student(nn.Module):
         return self.image.external_parameters() + self.text.external_parameters()
 
     def forward(self, task: str, *inputs):
+        """Does a task, which is a public method's name: encode, project, encode_image, ..."""
         return getattr(self, task)(*inputs)
 
     def encode(self, inputs: StudentInput) -> dict[str, Tensor]:

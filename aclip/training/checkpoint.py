@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aclip.distributed import rank, world_size
 from aclip.engine.optimizer import ADAM
-from aclip.engine.sharded_state import MASTER, ShardedState
+from aclip.engine.sharded_state import MASTER, ShardedState, whole_shape
 from aclip.errors import ConfigError
 from aclip.run_folder.checkpoint_folder import (
     OPTIMIZER,
@@ -169,8 +169,7 @@ def _load_optimizer(folder: Path, sharded: ShardedState, step: int) -> None:
 
 def _check_shapes(folder: Path, engine) -> None:
     built = {
-        name: list(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in engine.module.named_parameters()
+        name: list(whole_shape(parameter)) for name, parameter in engine.module.named_parameters()
     }
     with safe_open(folder / STUDENT, "pt") as file:
         saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aclip.config.geometry import kept_blocks
+from aclip.config.geometry import kept_blocks, patch_grid
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
 from aclip.data.images.augment import augment
@@ -43,6 +43,8 @@ class StepInputs:
         device: torch.device,
         dtype: torch.dtype,
     ):
+        # The workers draw noise for the grid that they read out of the recipe.
+        assert image.grid == patch_grid(recipe), (image.grid, patch_grid(recipe))
         self._recipe = recipe
         self._terms = terms
         self._teacher = teacher

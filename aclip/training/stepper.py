@@ -1,6 +1,7 @@
 """One optimizer update: `Stepper.step` is the one place that knows the order of a step."""
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from aclip.engine.build import build_engine
 from aclip.engine.sharded_state import MASTER, ShardedState
 from aclip.method.losses.term import StudentOutput, total
 from aclip.models.student import Student, build_student
+from aclip.training import checkpoint
 from aclip.training.random_state import get_random_state, set_random_state
 from aclip.training.step_inputs import StepInputs
 from aclip.training.teacher import Teacher
@@ -54,11 +56,17 @@ class Stepper:
         self._exact_scalars = student.exact_scalars()
         for name, weights in exact.items():
             self._sharded_state.load(name, MASTER, weights)
+        self._share_exact_scalars()
         # Weights are drawn alike on all ranks, dropout is not.
         torch.manual_seed(recipe.train.seed + rank())
 
-    def share_exact_scalars(self) -> None:
-        """Clamps the learned numbers' fp32 masters and gives their modules the values."""
+    def load(self, folder: Path, step: int) -> None:
+        """Continues from a checkpoint; see checkpoint.load."""
+        checkpoint.load(folder, self.engine, self.teacher, step)
+        self._share_exact_scalars()
+
+    def _share_exact_scalars(self) -> None:
+        """Clamps the learned numbers' fp32 masters and hands them to the forward pass."""
         for name, scalar in self._exact_scalars.items():
             scalar.exact = self._sharded_state.clamp_max(name, scalar.ceiling)
 
@@ -99,7 +107,7 @@ class Stepper:
         self._backward(loss, last=len(micro_batches) == 1)
         self._backward_through_towers(make_inputs, features, rng_states)
         self.engine.step()
-        self.share_exact_scalars()
+        self._share_exact_scalars()
         if self.teacher is not None:
             self.teacher.update(self.engine.module, momentum)
         return {"loss": loss.detach(), **terms}

@@ -77,7 +77,6 @@ class Trainer:
         self._fingerprint = fingerprint(recipe, shards)
         cursors = None if resume_from is None else self._resume(resume_from, shards)
         self._saved = None if resume_from is None else self._moment
-        self.stepper.share_exact_scalars()
         self._recent_skips = Counter()
         self.watch = StepWatch()
         self.loader = build_train_loader(recipe, shards, rank(), world_size(), cursors)
@@ -279,7 +278,7 @@ class Trainer:
                 f"{state['samples'] // state['step']}; set it back, or use --resume none"
             )
         check_continues(self.recipe, shards, state["data"], folder)
-        checkpoint.load(folder, self.stepper.engine, self.stepper.teacher, state["step"])
+        self.stepper.load(folder, state["step"])
         self.step = state["step"]
         self.skipped.update(state["skipped"])
         self.evaluations = state["evaluations"]

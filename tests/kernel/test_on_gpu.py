@@ -10,6 +10,7 @@ from aclip.kernels.cls_attention_scores import (
     cls_attention_scores_reference,
 )
 from aclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_reference
+from aclip.kernels.sigmoid_loss import sigmoid_loss, sigmoid_loss_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,14 +64,26 @@ def test_augmented_views_equal_their_reference_at_224_pixels():
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
-def test_contrastive_loss_equals_its_reference_for_a_rank_of_eight():
+def rank_of_eight():
+    """A rank's rows, all ranks' columns and a scale, as losses over the global batch read them."""
     rows, columns = torch.randn(512, 512, device="cuda"), torch.randn(4096, 512, device="cuda")
     rows = torch.nn.functional.normalize(rows, dim=1).requires_grad_()
     columns = torch.nn.functional.normalize(columns, dim=1).requires_grad_()
-    scale = torch.full((1,), 60.0, device="cuda", requires_grad=True)
-    loss = contrastive_loss(rows, columns, scale, 1024, 200)
-    actual = loss, *torch.autograd.grad(loss, (rows, columns, scale))
-    inputs = (part.detach() for part in (rows, columns, scale))
-    expected = contrastive_loss_reference(*inputs, 1024, 200, True, True)
+    return rows, columns, torch.full((1,), 60.0, device="cuda", requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    "op, reference, numbers",
+    [
+        pytest.param(contrastive_loss, contrastive_loss_reference, (), id="contrastive"),
+        pytest.param(sigmoid_loss, sigmoid_loss_reference, (-10.0,), id="sigmoid"),
+    ],
+)
+def test_losses_equal_their_references_for_a_rank_of_eight(op, reference, numbers):
+    more = [torch.full((1,), number, device="cuda", requires_grad=True) for number in numbers]
+    inputs = (*rank_of_eight(), *more)
+    loss = op(*inputs, 1024, 200)
+    actual = loss, *torch.autograd.grad(loss, inputs)
+    expected = reference(*(part.detach() for part in inputs), 1024, 200, True, True)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """The rooms of aclip import downwards only; see aclip/README.md."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,9 @@ def test_every_room_has_a_floor():
 def test_what_starts_over_ssh_does_not_wait_for_torch():
     code = "import sys, aclip.nodes.agent, aclip.nodes.probe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_only_the_room_of_the_engine_names_deepspeeds_marks_on_parameters():
+    marks = re.compile(r"\bds_(shape|id|tensor|numel|status|persist)\b|_hp_mapping")
+    named = [path for path in PACKAGE.rglob("*.py") if marks.search(path.read_text())]
+    assert {path.relative_to(PACKAGE).parts[0] for path in named} == {"engine"}
