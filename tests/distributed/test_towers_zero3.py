@@ -5,7 +5,7 @@ import tiny_run
 import torch
 
 from aclip.method.masks.policy import Selection
-from aclip.method.tokens import clip_tokens
+from aclip.method.tokens import Tokens, clip_tokens
 from aclip.models.student import Student, StudentInput
 
 pytestmark = pytest.mark.distributed
@@ -23,7 +23,8 @@ OVERRIDES = [
 def _all_ways(self, pixels, tokens):
     """One number that reads features of CLS and end tokens and of all tokens, packed and not."""
     views = pixels.flatten(0, 1)
-    tokens = clip_tokens(tokens).located()
+    # Not cut, so that the means below span equally many columns on every rank.
+    tokens = Tokens(tokens, clip_tokens(tokens).lengths).located()
     masked = torch.zeros_like(tokens.ids, dtype=torch.bool)
     masked[:, 1::2] = True
     scores = views[:, 0, ::8, ::8].unflatten(0, pixels.shape[:2])

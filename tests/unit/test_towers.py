@@ -1,16 +1,16 @@
-"""The image tower equals timm's plain forward: outputs and gradients.
+"""The towers equal plain timm and transformers forwards: outputs and gradients.
 
-The plain side runs every token through every block, and dropped patches are removed from the
-sequence by hand.
+The plain side runs the libraries' own forwards: every token through every block, padding included,
+and dropped patches removed from the sequence by hand.
 """
 
 import pytest
-import timm
 import torch
-from plain_towers import compare
+from plain_towers import CONTEXT, captions, compare, image_towers, text_towers
 
 from aclip.errors import ConfigError
 from aclip.method.masks.policy import Selection
+from aclip.method.tokens import Tokens, clip_tokens
 from aclip.models.vit import ImageTower
 
 # Real widths and depths; few patches and, for base and large, fewer blocks keep this quick.
@@ -26,27 +26,16 @@ TOWERS = [
 KEPT_BLOCKS = 3
 
 
-def _towers(name, resolution, kwargs):
-    torch.manual_seed(0)
-    tower = ImageTower(name, resolution, kwargs, freeze_patch_embed=False).eval()
-    for parameter_name, parameter in tower.named_parameters():
-        if parameter_name.endswith("bias"):  # timm starts them at zero, which would hide them
-            torch.nn.init.normal_(parameter, std=0.5)
-    plain = timm.create_model(name, num_classes=0, img_size=resolution, **kwargs).eval()
-    plain.load_state_dict(tower.vit.state_dict())
-    return tower, plain
-
-
 @pytest.mark.parametrize("name, resolution, kwargs", TOWERS)
 def test_all_patches_equal_timm_forward(name, resolution, kwargs):
-    tower, plain = _towers(name, resolution, kwargs)
+    tower, plain = image_towers(name, resolution, kwargs)
     pixels = torch.randn(2, 3, resolution, resolution)
     compare(tower(pixels), plain(pixels), tower.vit, plain)
 
 
 @pytest.mark.parametrize("name, resolution, kwargs", TOWERS)
 def test_kept_patches_equal_timm_blocks_on_removed_tokens(name, resolution, kwargs):
-    tower, plain = _towers(name, resolution, kwargs)
+    tower, plain = image_towers(name, resolution, kwargs)
     grid = tower.grid
     pixels = torch.randn(4, 3, resolution, resolution)  # two samples, two views
     block_size = 1 if grid < 4 else 2
@@ -58,7 +47,7 @@ def test_kept_patches_equal_timm_blocks_on_removed_tokens(name, resolution, kwar
 
 @pytest.mark.parametrize("name, resolution, kwargs", TOWERS)
 def test_features_of_all_tokens_equal_timm_blocks(name, resolution, kwargs):
-    tower, plain = _towers(name, resolution, kwargs)
+    tower, plain = image_towers(name, resolution, kwargs)
     pixels = torch.randn(2, 3, resolution, resolution)
     tokens, keep_ids = tower.forward_patches(pixels)
     assert keep_ids is None
@@ -108,7 +97,7 @@ def _plain_on_kept(plain, pixels, ids):
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_scores_equal_mean_of_full_attention_matrices(qk_norm):
-    tower, plain = _towers("vit_tiny_patch16_224", 64, {"depth": 3, "qk_norm": qk_norm})
+    tower, plain = image_towers("vit_tiny_patch16_224", 64, {"depth": 3, "qk_norm": qk_norm})
     pixels = torch.randn(2, 3, 64, 64)
     features, scores = tower.forward_with_scores(pixels)
     x = plain.norm_pre(plain._pos_embed(plain.patch_embed(pixels)))
@@ -126,44 +115,79 @@ def test_scores_equal_mean_of_full_attention_matrices(qk_norm):
 
 
 def test_teacher_view_at_half_resolution_gives_half_the_grid():
-    tower, _ = _towers("vit_tiny_patch16_224", 64, {"depth": 2})
+    tower, _ = image_towers("vit_tiny_patch16_224", 64, {"depth": 2})
     _, scores = tower.forward_with_scores(torch.randn(2, 3, 32, 32))
     assert scores.shape == (2, 2, 2)
 
 
-def test_last_key_bias_gets_a_gradient_of_zero():
-    tower, _ = _towers("vit_tiny_patch16_224", 32, {"depth": 2})
-    tower(torch.randn(2, 3, 32, 32)).square().sum().backward()
-    assert all(parameter.grad is not None for parameter in tower.parameters())
-    query, key, value = tower.vit.blocks[-1].attn.qkv.bias.grad.chunk(3)
-    assert query.any() and not key.any() and value.any()
+# Lengths of the captions of a batch; two is a caption without words.
+LENGTHS = [
+    pytest.param((4, 9, 6), id="odd lengths"),
+    pytest.param((7, 2, 13, 2, 5), id="two tokens"),
+    pytest.param((11,), id="one row"),
+    pytest.param((2,), id="one row of two tokens"),
+    pytest.param((8, 8, 8), id="all the same"),
+    pytest.param((20, 3), id="whole context"),
+]
 
 
-def test_attention_of_the_last_block_is_dropped_while_training_only():
-    tower, _ = _towers("vit_tiny_patch16_224", 32, {"depth": 1, "attn_drop_rate": 0.5})
-    pixels = torch.randn(2, 3, 32, 32)
-    assert not torch.equal(tower.train()(pixels), tower(pixels))
-    assert torch.equal(tower.eval()(pixels), tower(pixels))
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_packed_captions_equal_padded_transformers_forward(lengths, layers):
+    tower, plain = text_towers(layers)
+    tokens = captions(lengths)
+    hidden = plain(input_ids=tokens).last_hidden_state
+    expected = hidden[torch.arange(len(lengths)), torch.tensor(lengths) - 1]
+    cut = clip_tokens(tokens)
+    compare(tower(cut), expected, tower.transformer, plain)
+    with torch.no_grad():
+        given = tower(cut.located())
+        torch.testing.assert_close(given, tower(cut), rtol=0, atol=0)
+        padded = tower(Tokens(tokens, cut.lengths))
+        torch.testing.assert_close(padded, given, rtol=1e-5, atol=1e-5)
 
 
-def test_image_tower_in_bf16_stays_near_fp32():
-    tower, _ = _towers("vit_tiny_patch16_224", 64, {"depth": 3})
-    pixels = torch.randn(2, 3, 64, 64)
-    features, scores = tower.forward_with_scores(pixels)
-    features_bf16, scores_bf16 = tower.to(torch.bfloat16).forward_with_scores(pixels.bfloat16())
-    assert features_bf16.dtype == torch.bfloat16 and scores_bf16.dtype == torch.float32
-    # Features are of size one; bf16 keeps 8 bits and three blocks add up.
-    assert (features_bf16.float() - features).abs().max() < 0.1
-    torch.testing.assert_close(scores_bf16, scores, rtol=0.03, atol=1e-4)
-    tower(pixels.bfloat16()).float().square().sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in tower.parameters())
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_real_tokens_are_those_up_to_the_end_token(lengths):
+    expected = [row * CONTEXT + column for row, n in enumerate(lengths) for column in range(n)]
+    tokens = Tokens(captions(lengths), torch.tensor(lengths))
+    assert tokens.located().real_ids.tolist() == expected
+    assert clip_tokens(tokens.ids).lengths.tolist() == list(lengths)
 
 
-def test_frozen_patch_embedding_gets_no_gradient():
-    tower = ImageTower("vit_tiny_patch16_224", 32, {"depth": 1})
-    tower(torch.randn(1, 3, 32, 32)).sum().backward()
-    assert tower.vit.patch_embed.proj.weight.grad is None
-    assert tower.vit.pos_embed.grad is not None
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_features_of_all_tokens_equal_transformers_forward(lengths):
+    tower, plain = text_towers()
+    tokens = captions(lengths)[:, : max(lengths)]
+    real = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
+    features = tower.forward_tokens(clip_tokens(tokens))
+    assert features.shape == (*tokens.shape, 64) and features.isfinite().all()
+    expected = plain(input_ids=tokens).last_hidden_state
+    compare(features[real], expected[real], tower.transformer, plain)
+
+
+def test_masked_tokens_read_the_mask_token_at_their_position():
+    tower, plain = text_towers()
+    tokens = captions((4, 9, 6))[:, :9]
+    masked = torch.zeros(tokens.shape, dtype=torch.bool)
+    masked[0, 2] = masked[1, 3] = masked[1, 7] = masked[2, 8] = True  # the last is padding
+    mask_token = torch.randn(64, requires_grad=True)
+    real = torch.arange(9) < torch.tensor((4, 9, 6)).unsqueeze(1)
+    features = tower.forward_tokens(clip_tokens(tokens), masked, mask_token)[real]
+
+    # A word of the plain model that embeds like the mask token.
+    with torch.no_grad():
+        plain.embeddings.token_embedding.weight[1234] = mask_token
+    hidden = plain(input_ids=tokens.masked_fill(masked & real, 1234)).last_hidden_state
+    torch.testing.assert_close(features, hidden[real], rtol=1e-5, atol=1e-5)
+    weight = torch.randn_like(features)
+    (features * weight).sum().backward()
+    (hidden[real] * weight).sum().backward()
+    of_words = plain.embeddings.token_embedding.weight.grad
+    torch.testing.assert_close(mask_token.grad, of_words[1234], rtol=1e-4, atol=1e-6)
+    of_words[1234] = 0
+    own = tower.transformer.embeddings.token_embedding.weight.grad
+    torch.testing.assert_close(own, of_words, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
