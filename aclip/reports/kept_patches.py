@@ -64,6 +64,7 @@ class PictureSet:
         """What a policy keeps by the attention (n, g, g) on the images: (n, V, K) int64."""
         grid, block_size = self.coverage.shape[-1], self.mask.block_size
         views = ViewsToMask(
+            grid,
             count_kept_blocks(grid, block_size, self.mask.keep_ratio),
             block_size,
             pixels=self._pixels() if POLICIES[policy].reads_pixels else None,

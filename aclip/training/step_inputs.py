@@ -110,6 +110,7 @@ class StepInputs:
     ) -> Selection | None:
         """The kept patches of the student views; None for all."""
         views = ViewsToMask(
+            self._grid,
             self._num_kept_blocks,
             self._recipe.mask.block_size,
             pixels=pixels,

@@ -79,6 +79,7 @@ class TinyRun:
         taught = self.teacher.forward(pixels[:, 0])
         box = torch.tensor([0, 0, SIDE, SIDE], dtype=torch.int32)
         views = ViewsToMask(
+            4,
             8,
             1,
             teacher_scores=taught.scores,

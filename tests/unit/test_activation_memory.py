@@ -28,7 +28,7 @@ def test_two_masked_views_keep_less_than_one_full_view_of_open_clip():
     student = build_student(recipe)
     kept_in_view = kept_blocks(recipe, student.image.grid)
     to_mask = ViewsToMask(
-        kept_in_view, recipe.mask.block_size, noise=torch.rand(len(LENGTHS), 2, 7, 7)
+        14, kept_in_view, recipe.mask.block_size, noise=torch.rand(len(LENGTHS), 2, 7, 7)
     )
     selection = select_random(to_mask)
     views = torch.randn(len(LENGTHS), 2, 3, 224, 224)

@@ -11,7 +11,9 @@ from aclip.method.masks.policy import MaskPolicy, ViewsToMask
 
 
 def select(policy, num_kept_blocks, block_size, **views):
-    return POLICIES[policy].select(ViewsToMask(num_kept_blocks, block_size, **views))
+    noise = views.get("noise")
+    grid = GRID if noise is None else noise.shape[-1] * block_size
+    return POLICIES[policy].select(ViewsToMask(grid, num_kept_blocks, block_size, **views))
 
 
 def kept_patches(selection, batch, num_views, grid):
@@ -159,11 +161,12 @@ def test_policy_may_score_the_pixels_of_the_views():
     pixels[1, :, :, :8, 8:] = 1.0  # the upper right four
 
     def brightest(views: ViewsToMask):
-        patches = views.pixels.unfold(3, 4, 4).unfold(4, 4, 4)  # (B, V, 3, 4, 4, 4, 4)
+        side = views.pixels.shape[-1] // views.grid
+        patches = views.pixels.unfold(3, side, side).unfold(4, side, side)  # (B, V, 3, G, G, p, p)
         return views.by_patch(patches.mean((2, 5, 6)))
 
     policy = MaskPolicy("brightest", brightest, reads_pixels=True)
-    selection = policy.select(ViewsToMask(1, 2, pixels=pixels))
+    selection = policy.select(ViewsToMask(4, 1, 2, pixels=pixels))
     assert kept_patches(selection, 2, 1, 4) == [[{8, 9, 12, 13}], [{2, 3, 6, 7}]]
 
 

@@ -91,6 +91,7 @@ def test_what_waits_for_the_device_is_found(wait):
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "none"])
 def test_mask_does_not_wait_for_the_device(policy):
     views = ViewsToMask(
+        GRID,
         5,
         2,
         pixels=make(BATCH, 2, 3, 64, 64),
@@ -112,7 +113,9 @@ def test_step_does_not_wait_for_the_device(recipe, models, dtype):
     teacher._average = {name: make(*p.shape) for name, p in teacher._compute.items()}
 
     taught = teacher.forward(make(BATCH, 3, 64, 64, dtype=dtype))
-    views = ViewsToMask(kept_blocks(recipe, GRID), 2, teacher_scores=taught.scores, **_boxes())
+    views = ViewsToMask(
+        GRID, kept_blocks(recipe, GRID), 2, teacher_scores=taught.scores, **_boxes()
+    )
     selection = POLICIES["attentive"].select(views)
     pixels = make(BATCH, 2, 3, 64, 64, dtype=dtype)
     tokens = TOKENS.map(lambda tensor: make(*tensor.shape, dtype=tensor.dtype))

@@ -43,7 +43,7 @@ class ViewsToMask:
     """What a policy may select from. What a policy does not declare to read may be None.
 
     Attributes:
-        num_kept_blocks, block_size: see Selection.
+        grid: G. num_kept_blocks, block_size: see Selection.
         pixels: (B, V, 3, R, R) normalised, the student views; for a policy that `reads_pixels`.
         noise: (B, V, g, g) uniform in [0, 1), for a policy that `reads_noise`.
         teacher_scores: (B, S, S) float, the teacher's attention on its own view; like the boxes
@@ -53,6 +53,7 @@ class ViewsToMask:
         progress: how much of the run is done, in [0, 1].
     """
 
+    grid: int
     num_kept_blocks: int
     block_size: int
     pixels: Tensor | None = None
