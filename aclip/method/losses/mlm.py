@@ -91,7 +91,7 @@ class Mlm(LossTerm):
         return mlm(logits, own.labels, own.rows, own.weights, len(own.masked))
 
     def project(self, student: nn.Module, features: dict[str, Tensor]) -> Tensor:
-        # A new tensor: ZeRO-3 hooks an output's backward pass, which an input has had.
+        # A new tensor: ZeRO-3 puts a hook on every output, and what `encode` gave has its own.
         return features[self.name] * 1
 
     def loss(self, output: StudentOutput, target: None) -> Tensor:
