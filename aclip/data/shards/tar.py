@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from aclip.data.shards.open_files import OPEN_FILES, OpenFile
 from aclip.data.shards.remote import RemoteShards, is_remote
 from aclip.errors import ConfigError
 
@@ -25,36 +26,56 @@ class ShardError(ConfigError):
 
 
 class TarShard:
-    """An open shard: a walk over its headers, and bytes at any offset.
+    """A shard: a walk over its headers, and bytes at any offset.
+
+    Its file is one of OPEN_FILES, so it may be closed, and is opened again, between two reads.
 
     Args:
         url: a file's path, or an address that `remote` fetches.
         remote: how to fetch the shard; None for a local file.
 
+    Attributes:
+        size: in bytes.
+        is_broken: whether the last walk found that the file is truncated or corrupt. A walk that is
+            stopped before it comes to that place does not know.
+
     Raises:
-        ShardError: the shard can't be opened or read.
+        ShardError: the shard can't be opened or read. Later also: another file has taken its place.
     """
 
     def __init__(self, url: str, remote: RemoteShards | None = None):
         self.url = url
         self.is_broken = False
-        """Whether the last walk ended before the archive did: the file is truncated or corrupt."""
-        try:
-            self._file = open_shard(url, remote)
-            self.size = os.fstat(self._file.fileno()).st_size
-        except OSError as error:
-            raise unreadable(url, error) from None
+        self.size: int | None = None
+        self._remote = remote
+        self._open_files = OPEN_FILES  # of its own, because at exit the global goes first
+        self.size = self._file().size
 
     def __del__(self):
-        if hasattr(self, "_file"):
-            self._file.close()
+        self._open_files.let_go(id(self))
 
     def read(self, offset: int, size: int) -> bytes:
-        # pread, because a walk over the headers may stand elsewhere in the same file.
+        file = self._file()  # refers to it, so that it stays open while it is read
         try:
-            return os.pread(self._file.fileno(), size, offset)
+            return os.pread(file.descriptor, size, offset)
         except OSError as error:
             raise unreadable(self.url, error) from None
+
+    def _file(self) -> OpenFile:
+        return self._open_files.use(id(self), self._open)
+
+    def _open(self) -> OpenFile:
+        try:
+            file = OpenFile(open_shard(self.url, self._remote))
+        except OSError as error:
+            raise unreadable(self.url, error) from None
+        if self.size not in (None, file.size):
+            raise ShardError(
+                self.url,
+                f"shard {self.url} had {self.size} bytes and now has {file.size}; leave shards as "
+                "they are while they are read",
+            )
+        return file
 
     def walk(self) -> "Iterator[RawSample]":
         """Yields the samples in order, as far as the headers can be read.
@@ -76,44 +97,54 @@ class TarShard:
             yield RawSample(key, members, self)
 
     def _headers(self) -> Iterator[tarfile.TarInfo]:
-        self._file.seek(0)
-        self.is_broken = True
+        self.is_broken = False
         end = 0
         try:
             with tarfile.open(
-                fileobj=_HeaderFile(self._file), mode="r:", encoding="utf-8", errors="replace"
+                fileobj=_HeaderFile(self), mode="r:", encoding="utf-8", errors="replace"
             ) as archive:
                 while (info := archive.next()) is not None:
                     archive.members = []  # tarfile would keep every header
                     # A size below zero would lead tarfile back to where it was.
                     if info.size < 0 or archive.offset <= end:
+                        self.is_broken = True
                         return
                     end = archive.offset
                     yield info
                 # tarfile takes a corrupt header for the end; the true end is nothing or zeros.
                 self.is_broken = any(self.read(archive.offset, tarfile.BLOCKSIZE))
+        except ShardError:  # is a ValueError, but says nothing about headers
+            raise
         except HEADER_ERRORS:
-            return
-        except OSError as error:
-            raise unreadable(self.url, error) from None
+            self.is_broken = True
 
 
 class _HeaderFile:
     """The file that tarfile reads: refuses the sizes and places that corrupt headers name."""
 
-    def __init__(self, file: io.BufferedReader):
-        self._file = file
-        self.tell = file.tell
+    def __init__(self, source: TarShard):
+        self._source = source
+        self._place = 0
+        self._buffer, self._buffer_start = b"", 0
+
+    def tell(self) -> int:
+        return self._place
 
     def read(self, size: int) -> bytes:
-        if size > MAX_HEADER_BYTES:
+        if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError("a header is too long")
-        return self._file.read(size)
+        first = self._place - self._buffer_start
+        if not 0 <= first <= len(self._buffer) - size:
+            self._buffer = self._source.read(self._place, max(size, io.DEFAULT_BUFFER_SIZE))
+            self._buffer_start, first = self._place, 0
+        content = self._buffer[first : first + size]
+        self._place += len(content)
+        return content
 
     def seek(self, offset: int) -> None:
-        if offset < 0:
-            raise tarfile.ReadError("a header points before the start")
-        self._file.seek(offset)
+        if not 0 <= offset <= self._source.size:
+            raise tarfile.ReadError("a header points outside the file")
+        self._place = offset
 
 
 @dataclass(frozen=True, slots=True)
