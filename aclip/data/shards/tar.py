@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from aclip.data.shards.offsets import SampleOffsets
 from aclip.data.shards.open_files import OPEN_FILES, OpenFile
 from aclip.data.shards.remote import RemoteShards, is_remote
 from aclip.errors import ConfigError
@@ -77,31 +78,57 @@ class TarShard:
             )
         return file
 
-    def walk(self) -> "Iterator[RawSample]":
-        """Yields the samples in order, as far as the headers can be read.
+    def walk(self, start: int = 0) -> "Iterator[RawSample]":
+        """Yields the samples in order from position `start` on, as far as headers can be read.
 
         Members are grouped as webdataset does: neighbours whose paths agree up to the first dot of
         the file name are one sample. Of two members with one suffix the first counts.
+
+        The walk begins at the last sample up to `start` whose offset an earlier walk has kept.
         """
-        key, members = None, {}
-        for info in self._headers():
+        mtime_ns = 0 if self._remote else self._file().mtime_ns
+        offsets = SampleOffsets(self.url, self.size, mtime_ns)
+        position, begin = offsets.before(start)
+        if position:
+            found = next(self._samples(begin), None)
+            if found is None or not offsets.confirm(position, *found):
+                position, begin = 0, 0
+        try:
+            for offset, sample in self._samples(begin):
+                offsets.note(position, offset, sample)
+                if position == start:
+                    offsets.store()  # now, as the rest may take as long as the run
+                if position >= start:
+                    yield sample
+                position += 1
+        finally:
+            offsets.store()
+
+    def _samples(self, begin: int) -> "Iterator[tuple[int | None, RawSample]]":
+        """Yields (offset of its first header, sample) from the header at `begin` on.
+
+        The offset is None where a walk that begins there would miss a global header before it.
+        """
+        key, members, offset = None, {}, None
+        for info, header in self._headers(begin):
             match = re.match(r"^((?:.*/|)[^./]+)[.]([^/]*)$", info.name)
             if not info.isreg() or match is None or re.match(r"__[^/]*__($|/)", info.name):
                 continue
             if match[1] != key:
                 if members:
-                    yield RawSample(key, members, self)
-                key, members = match[1], {}
+                    yield offset, RawSample(key, members, self)
+                key, members, offset = match[1], {}, header
             members.setdefault(match[2].lower(), (info.offset_data, info.size))
         if members:
-            yield RawSample(key, members, self)
+            yield offset, RawSample(key, members, self)
 
-    def _headers(self) -> Iterator[tarfile.TarInfo]:
+    def _headers(self, begin: int) -> Iterator[tuple[tarfile.TarInfo, int | None]]:
+        """Yields (member, offset of its first header, or None as in _samples)."""
         self.is_broken = False
-        end = 0
+        end = begin
         try:
             with tarfile.open(
-                fileobj=_HeaderFile(self), mode="r:", encoding="utf-8", errors="replace"
+                fileobj=_HeaderFile(self, begin), mode="r:", encoding="utf-8", errors="replace"
             ) as archive:
                 while (info := archive.next()) is not None:
                     archive.members = []  # tarfile would keep every header
@@ -110,7 +137,8 @@ class TarShard:
                         self.is_broken = True
                         return
                     end = archive.offset
-                    yield info
+                    # A long name's extended header comes first, and tarfile names its offset.
+                    yield info, None if archive.pax_headers else info.offset
                 # tarfile takes a corrupt header for the end; the true end is nothing or zeros.
                 self.is_broken = any(self.read(archive.offset, tarfile.BLOCKSIZE))
         except ShardError:  # is a ValueError, but says nothing about headers
@@ -122,9 +150,9 @@ class TarShard:
 class _HeaderFile:
     """The file that tarfile reads: refuses the sizes and places that corrupt headers name."""
 
-    def __init__(self, source: TarShard):
+    def __init__(self, source: TarShard, place: int):
         self._source = source
-        self._place = 0
+        self._place = place
         self._buffer, self._buffer_start = b"", 0
 
     def tell(self) -> int:
