@@ -56,6 +56,13 @@ def test_held_samples_are_read_with_few_open_files(monkeypatch, held):
     assert most == 8
 
 
+def test_a_process_opens_256_shards_at_most(write_tar):
+    shards = [TarShard(write_tar(f"{number}.tar", members(number, 1))) for number in range(270)]
+    assert len(open_shards()) == 256
+    assert all(shard.read(512, 4) == b"0 of" for shard in shards)
+    assert len(open_shards()) == 256
+
+
 def test_walks_go_on_after_their_files_were_closed(write_tar, monkeypatch):
     monkeypatch.setattr(OPEN_FILES, "limit", 1)
     walks = [TarShard(write_tar(f"{n}.tar", members(n, 100))).walk() for n in range(3)]
