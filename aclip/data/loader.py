@@ -30,7 +30,6 @@ from aclip.data.shards.listing import Shard
 from aclip.data.shards.tar import ShardError
 from aclip.data.tokenizer import build_tokenizer
 from aclip.data.workers import (
-    allow_many_open_files,
     end_when_told_by,
     run_ahead,
     signals_held,
@@ -199,7 +198,6 @@ def build_train_loader(
         ConfigError: lanes, batch, ranks and workers do not fit, or the cursors belong to other
             lanes or sources. While iterating: a shard can't be read or a lane holds nothing usable.
     """
-    allow_many_open_files()
     num_lanes = count_lanes(recipe, shards)
     workers = resolve_workers(recipe.data.workers, num_lanes, world_size, _cores_per_rank())
     num_sources = max(1, len(recipe.data.sources))

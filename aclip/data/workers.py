@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import queue
-import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,16 +19,6 @@ SECONDS_BETWEEN_LOOKS = 2.0
 """How long a worker may outlive a main process that was killed."""
 ITEMS_AHEAD = 2
 """Number of batches that lie ready in pinned memory before a CUDA device asks for them."""
-
-
-def allow_many_open_files() -> None:
-    """Raises the limit of open files, for this process and its workers, as far as it may.
-
-    Each sample that waits in a block keeps its shard open, and a lane that shares its shards with
-    other lanes reads a block from many of them.
-    """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def start_method() -> multiprocessing.context.BaseContext:

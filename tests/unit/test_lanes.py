@@ -1,7 +1,6 @@
 """The order of the lanes: complete, seeded, independent of bad samples, resumable anywhere."""
 
 import os
-import resource
 from collections import Counter
 
 import numpy as np
@@ -11,7 +10,6 @@ from aclip.data.lanes.counts import cost_of_striding, resolve_lanes, resolve_wor
 from aclip.data.lanes.order import LaneOrder
 from aclip.data.lanes.stream import LaneStream
 from aclip.data.shards.listing import Shard, Skip
-from aclip.data.workers import allow_many_open_files
 from aclip.errors import ConfigError
 
 COUNTS = (5, 3, 8, 4, 7)
@@ -282,13 +280,3 @@ def test_ranks_that_do_not_divide_the_lanes_are_refused_with_the_nearest_that_do
 def test_workers_that_do_not_divide_the_lanes_are_refused_with_the_nearest_that_do():
     with pytest.raises(ConfigError, match="data.workers is 5, .* set data.workers to 4 or 6,"):
         resolve_workers(5, 24, 2, 8)
-
-
-def test_limit_of_open_files_is_raised_as_far_as_it_may():
-    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), most))
-    try:
-        allow_many_open_files()
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))

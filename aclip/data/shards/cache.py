@@ -58,7 +58,7 @@ class ShardCache:
         return self._path(url).exists()
 
     def _path(self, url: str) -> Path:
-        return self.folder / (_name(url) + SUFFIX)
+        return self.folder / (file_name(url) + SUFFIX)
 
     def _fill(self, path: Path, fetch: Callable[[Path], None]) -> io.BufferedReader:
         partial = path.with_suffix(f".{os.getpid()}{PARTIAL}")
@@ -126,7 +126,7 @@ def _remove_unless_used(path: Path) -> bool:
     return True
 
 
-def _name(url: str) -> str:
+def file_name(url: str) -> str:
     """The file name for a url: its hash makes it unique, the url's end readable."""
     end = re.sub(r"[^A-Za-z0-9]+", "-", url)[-40:].strip("-")
     return f"{hashlib.sha256(url.encode()).hexdigest()[:20]}-{end}"

@@ -124,18 +124,19 @@ def read_shard(shard: Shard, start: int = 0) -> Iterator[tuple[int, RawSample | 
 
     The walk uses tarfile, not webdataset's own stream, which reads every byte that it passes and
     gives no offsets. Here a skipped sample costs one seek a member, and bytes are read when used.
+    Where an earlier walk has kept the offsets of samples, fewer than 64 before `start` are walked.
 
     Raises:
         ShardError: the shard can't be fetched, opened or read.
     """
-    position = 0
-    for sample in TarShard(shard.url, shard.remote).walk():
+    position = start = min(start, shard.num_samples)  # what is beyond the index comes in any case
+    for sample in TarShard(shard.url, shard.remote).walk(start):
         if position >= shard.num_samples:
             yield position, Skip("not_in_index")
-        elif position >= start:
+        else:
             yield position, sample if sample.is_complete else Skip("truncated_shard")
         position += 1
-    for missing in range(max(position, start), shard.num_samples):
+    for missing in range(position, shard.num_samples):
         yield missing, Skip("truncated_shard")
 
 

@@ -7,6 +7,8 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from aclip.data.shards.offsets import SampleOffsets
+from aclip.data.shards.open_files import OPEN_FILES, OpenFile
 from aclip.data.shards.remote import RemoteShards, is_remote
 from aclip.errors import ConfigError
 
@@ -25,95 +27,152 @@ class ShardError(ConfigError):
 
 
 class TarShard:
-    """An open shard: a walk over its headers, and bytes at any offset.
+    """A shard: a walk over its headers, and bytes at any offset.
+
+    Its file is one of OPEN_FILES, so it may be closed, and is opened again, between two reads.
 
     Args:
         url: a file's path, or an address that `remote` fetches.
         remote: how to fetch the shard; None for a local file.
 
+    Attributes:
+        size: in bytes.
+        is_broken: whether the last walk found that the file is truncated or corrupt. A walk that is
+            stopped before it comes to that place does not know.
+
     Raises:
-        ShardError: the shard can't be opened or read.
+        ShardError: the shard can't be opened or read. Later also: another file has taken its place.
     """
 
     def __init__(self, url: str, remote: RemoteShards | None = None):
         self.url = url
         self.is_broken = False
-        """Whether the last walk ended before the archive did: the file is truncated or corrupt."""
-        try:
-            self._file = open_shard(url, remote)
-            self.size = os.fstat(self._file.fileno()).st_size
-        except OSError as error:
-            raise unreadable(url, error) from None
+        self.size: int | None = None
+        self._remote = remote
+        self._open_files = OPEN_FILES  # of its own, because at exit the global goes first
+        self.size = self._file().size
 
     def __del__(self):
-        if hasattr(self, "_file"):
-            self._file.close()
+        self._open_files.let_go(id(self))
 
     def read(self, offset: int, size: int) -> bytes:
-        # pread, because a walk over the headers may stand elsewhere in the same file.
+        file = self._file()  # refers to it, so that it stays open while it is read
         try:
-            return os.pread(self._file.fileno(), size, offset)
+            return os.pread(file.descriptor, size, offset)
         except OSError as error:
             raise unreadable(self.url, error) from None
 
-    def walk(self) -> "Iterator[RawSample]":
-        """Yields the samples in order, as far as the headers can be read.
+    def _file(self) -> OpenFile:
+        return self._open_files.use(id(self), self._open)
+
+    def _open(self) -> OpenFile:
+        try:
+            file = OpenFile(open_shard(self.url, self._remote))
+        except OSError as error:
+            raise unreadable(self.url, error) from None
+        if self.size not in (None, file.size):
+            raise ShardError(
+                self.url,
+                f"shard {self.url} had {self.size} bytes and now has {file.size}; leave shards as "
+                "they are while they are read",
+            )
+        return file
+
+    def walk(self, start: int = 0) -> "Iterator[RawSample]":
+        """Yields the samples in order from position `start` on, as far as headers can be read.
 
         Members are grouped as webdataset does: neighbours whose paths agree up to the first dot of
         the file name are one sample. Of two members with one suffix the first counts.
+
+        The walk begins at the last sample up to `start` whose offset an earlier walk has kept.
         """
-        key, members = None, {}
-        for info in self._headers():
+        mtime_ns = 0 if self._remote else self._file().mtime_ns
+        offsets = SampleOffsets(self.url, self.size, mtime_ns)
+        position, begin = offsets.before(start)
+        if position:
+            found = next(self._samples(begin), None)
+            if found is None or not offsets.confirm(position, *found):
+                position, begin = 0, 0
+        try:
+            for offset, sample in self._samples(begin):
+                offsets.note(position, offset, sample)
+                if position == start:
+                    offsets.store()  # now, as the rest may take as long as the run
+                if position >= start:
+                    yield sample
+                position += 1
+        finally:
+            offsets.store()
+
+    def _samples(self, begin: int) -> "Iterator[tuple[int | None, RawSample]]":
+        """Yields (offset of its first header, sample) from the header at `begin` on.
+
+        The offset is None where a walk that begins there would miss a global header before it.
+        """
+        key, members, offset = None, {}, None
+        for info, header in self._headers(begin):
             match = re.match(r"^((?:.*/|)[^./]+)[.]([^/]*)$", info.name)
             if not info.isreg() or match is None or re.match(r"__[^/]*__($|/)", info.name):
                 continue
             if match[1] != key:
                 if members:
-                    yield RawSample(key, members, self)
-                key, members = match[1], {}
+                    yield offset, RawSample(key, members, self)
+                key, members, offset = match[1], {}, header
             members.setdefault(match[2].lower(), (info.offset_data, info.size))
         if members:
-            yield RawSample(key, members, self)
+            yield offset, RawSample(key, members, self)
 
-    def _headers(self) -> Iterator[tarfile.TarInfo]:
-        self._file.seek(0)
-        self.is_broken = True
-        end = 0
+    def _headers(self, begin: int) -> Iterator[tuple[tarfile.TarInfo, int | None]]:
+        """Yields (member, offset of its first header, or None as in _samples)."""
+        self.is_broken = False
+        end = begin
         try:
             with tarfile.open(
-                fileobj=_HeaderFile(self._file), mode="r:", encoding="utf-8", errors="replace"
+                fileobj=_HeaderFile(self, begin), mode="r:", encoding="utf-8", errors="replace"
             ) as archive:
                 while (info := archive.next()) is not None:
                     archive.members = []  # tarfile would keep every header
                     # A size below zero would lead tarfile back to where it was.
                     if info.size < 0 or archive.offset <= end:
+                        self.is_broken = True
                         return
                     end = archive.offset
-                    yield info
+                    # A long name's extended header comes first, and tarfile names its offset.
+                    yield info, None if archive.pax_headers else info.offset
                 # tarfile takes a corrupt header for the end; the true end is nothing or zeros.
                 self.is_broken = any(self.read(archive.offset, tarfile.BLOCKSIZE))
+        except ShardError:  # is a ValueError, but says nothing about headers
+            raise
         except HEADER_ERRORS:
-            return
-        except OSError as error:
-            raise unreadable(self.url, error) from None
+            self.is_broken = True
 
 
 class _HeaderFile:
     """The file that tarfile reads: refuses the sizes and places that corrupt headers name."""
 
-    def __init__(self, file: io.BufferedReader):
-        self._file = file
-        self.tell = file.tell
+    def __init__(self, source: TarShard, place: int):
+        self._source = source
+        self._place = place
+        self._buffer, self._buffer_start = b"", 0
+
+    def tell(self) -> int:
+        return self._place
 
     def read(self, size: int) -> bytes:
-        if size > MAX_HEADER_BYTES:
+        if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError("a header is too long")
-        return self._file.read(size)
+        first = self._place - self._buffer_start
+        if not 0 <= first <= len(self._buffer) - size:
+            self._buffer = self._source.read(self._place, max(size, io.DEFAULT_BUFFER_SIZE))
+            self._buffer_start, first = self._place, 0
+        content = self._buffer[first : first + size]
+        self._place += len(content)
+        return content
 
     def seek(self, offset: int) -> None:
-        if offset < 0:
-            raise tarfile.ReadError("a header points before the start")
-        self._file.seek(offset)
+        if not 0 <= offset <= self._source.size:
+            raise tarfile.ReadError("a header points outside the file")
+        self._place = offset
 
 
 @dataclass(frozen=True, slots=True)

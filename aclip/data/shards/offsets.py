@@ -1,0 +1,109 @@
+"""Where samples begin in a shard: kept from one walk to the next, so that a later one starts there.
+
+The offsets lie in the cache folder, one small file a shard. They only save time: whatever a file
+holds, a walk gives the samples that a walk from the start does.
+"""
+
+import hashlib
+import logging
+import os
+import struct
+import sys
+from typing import TYPE_CHECKING
+
+from aclip.data.shards.cache import file_name
+from aclip.data.shards.remote import is_remote
+from aclip.files import cache_folder, write_whole
+
+if TYPE_CHECKING:
+    from aclip.data.shards.tar import RawSample
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "offsets"
+EVERY = 64
+"""The offset of each sample is kept whose position is a multiple of this."""
+ROW = struct.Struct("<qq")
+"""A file's first row is the shard's size and time; each other one a sample's offset and digest."""
+
+
+class SampleOffsets:
+    """The offsets that are known of one shard, in bytes, and those that a walk finds.
+
+    Args:
+        url: the shard's path or address.
+        size: the shard's size in bytes. With another size or time nothing is known of a shard.
+        mtime_ns: time of the shard's last change; 0 if it is remote, where only the fetched copy
+            has one.
+    """
+
+    _has_warned = False
+
+    def __init__(self, url: str, size: int, mtime_ns: int):
+        address = url if is_remote(url) else os.path.abspath(url)
+        self._path = cache_folder() / FOLDER / file_name(address)
+        self._stamp = (size, mtime_ns)
+        self._rows = self._load()
+        self._has_news = False
+
+    def before(self, position: int) -> tuple[int, int]:
+        """(position, offset) of the last sample up to `position` whose offset is known."""
+        number = min(position // EVERY, len(self._rows))
+        return (number * EVERY, self._rows[number - 1][0]) if number else (0, 0)
+
+    def confirm(self, position: int, offset: int | None, sample: "RawSample") -> bool:
+        """Whether this sample, found at an offset from `before`, is the one that was found there.
+
+        It is another where a file of the same size and time has taken the shard's place, or where
+        the offset is wrong. The position is part of what is compared.
+        """
+        return self._rows[position // EVERY - 1] == (offset, _digest(position, sample))
+
+    def note(self, position: int, offset: int | None, sample: "RawSample") -> None:
+        """Takes up a sample of a walk, which shows every sample after the one it began with.
+
+        Args:
+            position: the sample's.
+            offset: of its first header; None if a walk can't begin there.
+            sample: what was found there.
+        """
+        if position == 0 or position % EVERY or offset is None:
+            return
+        number = position // EVERY - 1
+        row = (offset, _digest(position, sample))
+        if self._rows[number : number + 1] != [row]:
+            self._rows[number:] = [row]  # where one row was wrong, so may be those that follow
+            self._has_news = True
+
+    def store(self) -> None:
+        """Writes what is new, unless the file holds it and more by now. Warns if it can't, once."""
+        # A walk that ends with its process finds no module that it could write with.
+        if not self._has_news or sys.is_finalizing():
+            return
+        self._has_news = False
+        if self._load()[: len(self._rows)] == self._rows:
+            return
+        try:
+            write_whole(self._path, b"".join(ROW.pack(*row) for row in [self._stamp, *self._rows]))
+        except FileNotFoundError:  # another thread of this process has just written it
+            pass
+        except OSError as error:
+            if not SampleOffsets._has_warned:
+                SampleOffsets._has_warned = True
+                logger.warning("offsets of samples are not cached: %s; set ACLIP_CACHE", error)
+
+    def _load(self) -> list[tuple[int, int]]:
+        """(offset, digest) of the samples EVERY, 2 x EVERY, ...; as many as are known."""
+        try:
+            stamp, *rows = ROW.iter_unpack(self._path.read_bytes())
+        except (OSError, ValueError, struct.error):  # absent, empty or damaged
+            return []
+        size = self._stamp[0]
+        is_ours = stamp == self._stamp and all(0 < offset < size for offset, _ in rows)
+        return rows if is_ours else []
+
+
+def _digest(position: int, sample: "RawSample") -> int:
+    """Tells a sample from others by its position, its key and where its members lie."""
+    text = repr((position, sample.key, list(sample.members.items())))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], signed=True)
