@@ -22,6 +22,7 @@ class StepLine:
         learning_rate, momentum: of this step; momentum is the teacher's average's.
         logit_scale: after this step. gradient_norm: before clipping.
         skipped: samples that could not be used so far, by kind.
+        repeated: samples so far that came once more in their epoch, in place of skipped ones.
         images_per_second: over all ranks. data_wait_percent: of the host's time. Both are means
             over the last steps.
     """
@@ -35,6 +36,7 @@ class StepLine:
     logit_scale: float | None = None
     gradient_norm: float | None = None
     skipped: dict[str, int] = field(default_factory=dict)
+    repeated: int = 0
     images_per_second: float | None = None
     data_wait_percent: float | None = None
 
