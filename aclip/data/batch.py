@@ -41,10 +41,12 @@ class Batch:
     keys: list[str]
     captions: list[str]
     cursors: Tensor
-    """(local lanes, 2) int64, (epoch, position) of each lane after this batch; with N sources
-    (local lanes, 1 + 2 N), see MixedLane.cursor. Stays on the CPU"""
+    """(local lanes, 3) int64, each lane's LaneStream.cursor after this batch; with N sources
+    (local lanes, 1 + 3 N), see MixedLane.cursor. Stays on the CPU"""
     skipped: dict[str, int] = field(default_factory=dict)
     """Unusable samples met since the previous batch, by kind"""
+    repeated: int = 0
+    """Number of this batch's samples that stand in for unusable ones, see LaneStream"""
     whole_images: WholeImages | None = None
     """Whole images, from which the views are still to be cut"""
 
@@ -57,6 +59,7 @@ class Batch:
             replace(
                 self,
                 skipped=self.skipped if start == 0 else {},
+                repeated=self.repeated if start == 0 else 0,
                 **{
                     name: _rows(getattr(self, name), slice(start, start + size))
                     for name in PER_SAMPLE
@@ -66,7 +69,7 @@ class Batch:
         ]
 
 
-OF_ALL = ("cursors", "skipped")
+OF_ALL = ("cursors", "skipped", "repeated")
 PER_SAMPLE = tuple(part.name for part in fields(Batch) if part.name not in OF_ALL)
 STACKED = tuple(
     part.name
@@ -81,8 +84,10 @@ def collate(
     cursors: np.ndarray,
     skipped: dict[str, int],
     buffer: PixelBuffer | None = None,
+    repeated: int = 0,
 ) -> Batch:
-    """Stacks samples; `cursors` become Batch.cursors, their images were decoded into `buffer`."""
+    """Stacks samples; `cursors`, `skipped` and `repeated` become Batch's, and the samples' images
+    were decoded into `buffer`."""
 
     def stack(arrays: list[np.ndarray | None]) -> Tensor | None:
         return None if arrays[0] is None else torch.from_numpy(np.stack(arrays))
@@ -99,6 +104,7 @@ def collate(
         captions=captions,
         cursors=torch.from_numpy(cursors),
         skipped=skipped,
+        repeated=repeated,
         whole_images=stack_images([sample.whole_image for sample in samples], buffer),
     )
 
@@ -111,6 +117,7 @@ def join(parts: list[Batch], pin: bool = False) -> Batch:
         **{name: _join([getattr(part, name) for part in parts], pin) for name in PER_SAMPLE},
         cursors=torch.cat([part.cursors for part in parts]),
         skipped=dict(sum((Counter(part.skipped) for part in parts), Counter())),
+        repeated=sum(part.repeated for part in parts),
     )
 
 

@@ -8,9 +8,8 @@ import torch.distributed as dist
 from aclip.config.arguments import DEMO
 from aclip.config.recipe import Recipe
 from aclip.data.demo import ensure_demo_data
-from aclip.data.loader import striding_warnings
 from aclip.data.shards.listing import Shard, index_shards, list_shards, remote_shards
-from aclip.distributed import say, world_size
+from aclip.distributed import world_size
 from aclip.errors import ConfigError
 
 
@@ -37,8 +36,6 @@ def find_data(recipe: Recipe) -> tuple[list[Shard], list[Shard]]:
             for index, source in enumerate(recipe.data.sources)
             for shard in find(source.shards, f"data.sources.{index}.shards")
         ]
-    for warning in striding_warnings(recipe, shards):
-        say(f"warning: {warning}")
     return shards, find(val, "data.val") if val else []
 
 

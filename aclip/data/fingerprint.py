@@ -15,6 +15,9 @@ from aclip.errors import ConfigError
 from aclip.run_folder.layout import SHARDS_FILE
 
 LIST = "sha256"
+ORDER, ORDER_NOW = "order", 2
+"""How the samples are dealt, and the way of this version: lanes that take consecutive parts of an
+epoch. Checkpoints that name none dealt whole shards to the lanes."""
 FIELDS = ("train.seed", "data.shuffle_block", "data.lanes")
 
 
@@ -37,11 +40,13 @@ def fingerprint(recipe: Recipe, shards: list[Shard]) -> dict:
     skipped (data.min_image_side, data.on_shard_error), since a cursor counts those too.
 
     Returns:
-        JSON-compatible: the counts, a SHA-256 of list_lines, and a value for each of FIELDS.
+        JSON-compatible: the counts, the kind of order, a SHA-256 of list_lines, and a value for
+        each of FIELDS.
     """
-    values = (recipe.train.seed, recipe.data.shuffle_block, count_lanes(recipe, shards))
+    values = (recipe.train.seed, recipe.data.shuffle_block, count_lanes(recipe))
     return {
         **count_shards(recipe.data, shards),
+        ORDER: ORDER_NOW,
         LIST: _digest(list_lines(shards)),
         **dict(zip(FIELDS, values, strict=True)),
     }
@@ -67,17 +72,23 @@ def check_continues(recipe: Recipe, shards: list[Shard], then: dict, checkpoint:
     """Refuses to continue where the stream of samples would not go on as it was.
 
     Args:
-        then: the fingerprint of the run that wrote the checkpoint; one of earlier versions holds
-            the counts alone, which are then all that is compared.
+        then: the fingerprint of the run that wrote the checkpoint.
 
     Raises:
-        ConfigError: names the first field that differs.
+        ConfigError: names the first field that differs, or says that an earlier version wrote the
+            checkpoint, whose order can't be continued.
     """
+    if then.get(ORDER) != ORDER_NOW:
+        raise ConfigError(
+            f"{checkpoint} was written by a version that dealt the samples in another order, which "
+            "can't be continued; use --resume none with another --output, and --init with the "
+            "checkpoint to start from its weights"
+        )
     now = fingerprint(recipe, shards)
     anew = "or use --resume none with another --output"
-    if _counted(now) != _counted(then) or then.get(LIST, now[LIST]) != now[LIST]:
+    if _counted(now) != _counted(then) or then[LIST] != now[LIST]:
         field = "data.sources" if recipe.data.sources else "data.train"
-        difference = _first_difference(list_lines(shards), checkpoint, then.get(LIST))
+        difference = _first_difference(list_lines(shards), checkpoint, then[LIST])
         raise ConfigError(
             f"{field} gives {_counted(now)}, but {checkpoint} was trained on {_counted(then)}"
             f"{difference}; give the same shards in the same order, {anew}"
@@ -89,7 +100,7 @@ def check_continues(recipe: Recipe, shards: list[Shard], then: dict, checkpoint:
             f"{weights_then}; set them back, {anew}"
         )
     for field in FIELDS:
-        if then.get(field, now[field]) != now[field]:
+        if then[field] != now[field]:
             raise ConfigError(
                 f"{field} is {now[field]}, but {checkpoint} was trained with {then[field]}; "
                 f"set it back, {anew}"
@@ -106,10 +117,11 @@ def _weights(values: dict) -> list[float]:
     return [weight for _, weight in values.get("sources", ())]
 
 
-def _first_difference(now: list[str], checkpoint: Path, digest: str | None) -> str:
-    """The first difference, in words, if the checkpoint's run folder holds the list it had."""
+def _first_difference(now: list[str], checkpoint: Path, digest: str) -> str:
+    """The first difference, in words, where the checkpoint's run folder holds the list with that
+    SHA-256."""
     path = checkpoint.resolve().parent.parent / SHARDS_FILE
-    if digest is None or not path.is_file():
+    if not path.is_file():
         return ""
     then = json.loads(path.read_text())
     if _digest(then) != digest:

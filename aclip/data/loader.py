@@ -21,9 +21,9 @@ from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch, collate, join
 from aclip.data.images.whole_images import PixelBuffer
-from aclip.data.lanes.counts import cost_of_striding, resolve_lanes, resolve_workers
-from aclip.data.lanes.mixing import MixedLane
-from aclip.data.lanes.order import LaneOrder
+from aclip.data.lanes.counts import resolve_lanes, resolve_workers
+from aclip.data.lanes.mixing import MixedLane, Turns, deal_sources
+from aclip.data.lanes.order import LaneOrder, SourceOrder
 from aclip.data.lanes.stream import LaneStream
 from aclip.data.samples import SampleMaker
 from aclip.data.shards.listing import Shard
@@ -71,8 +71,10 @@ class LaneDataset(IterableDataset):
         share = len(self.cursors) // workers
         buffer = PixelBuffer()
         maker = SampleMaker(self.recipe, self.shards, buffer)
+        orders, turns = deal(self.recipe, self.shards)
         streams = [
-            self._lane(maker, index) for index in range(worker * share, (worker + 1) * share)
+            self._lane(maker, orders, turns, index)
+            for index in range(worker * share, (worker + 1) * share)
         ]
         for stream in streams:
             stream.prefetch()
@@ -82,44 +84,35 @@ class LaneDataset(IterableDataset):
                 samples = [sample for stream in streams for sample in stream.take(per_lane)]
                 cursors = np.array([stream.cursor for stream in streams], dtype=np.int64)
                 skipped = sum((stream.skipped for stream in streams), Counter())
+                repeated = sum(stream.repeated for stream in streams)
                 warnings = [warning for stream in streams for warning in stream.warnings]
                 for stream in streams:
                     stream.clear_reports()
-                batch = collate(samples, self.tokenizer, cursors, dict(skipped), buffer)
+                batch = collate(samples, self.tokenizer, cursors, dict(skipped), buffer, repeated)
                 yield Part(batch, warnings)
         except ConfigError as error:
             # DataLoader would wrap the message in a traceback of the worker.
             yield Part(None, error=str(error), is_unreadable=isinstance(error, ShardError))
 
-    def _lane(self, maker: SampleMaker, index: int) -> LaneStream | MixedLane:
+    def _lane(
+        self, maker: SampleMaker, orders: list[SourceOrder], turns: Turns | None, index: int
+    ) -> LaneStream | MixedLane:
         lane, cursor = self.first + index, self.cursors[index].tolist()
-        weights = [source.weight for source in self.recipe.data.sources]
-        if len(weights) < 2:
-            return self._stream(maker, lane, cursor, 0)
-        taken, *places = cursor
+        if turns is None:
+            return self._stream(maker, orders[0], lane, cursor)
+        step, *places = cursor
         streams = [
-            self._stream(maker, lane, places[2 * source : 2 * source + 2], source)
-            for source in range(len(weights))
+            self._stream(maker, order, lane, places[3 * source : 3 * source + 3])
+            for source, order in enumerate(orders)
         ]
-        return MixedLane(streams, weights, lane, self.num_lanes, self.recipe.train.seed, taken)
+        return MixedLane(streams, turns, lane, step)
 
-    def _stream(self, maker: SampleMaker, lane: int, cursor: list[int], source: int) -> LaneStream:
-        sizes = {
-            index: shard.num_samples
-            for index, shard in enumerate(self.shards)
-            if shard.source == source
-        }
-        order = LaneOrder(
-            sizes,
-            lane,
-            self.num_lanes,
-            self.recipe.train.seed,
-            self.recipe.data.shuffle_block,
-            source,
-        )
+    def _stream(
+        self, maker: SampleMaker, order: SourceOrder, lane: int, cursor: list[int]
+    ) -> LaneStream:
         return LaneStream(
             self.shards,
-            order,
+            LaneOrder(order, lane, self.recipe.data.shuffle_block),
             tuple(cursor),
             partial(maker.make, lane),
             skips_unreadable=self.recipe.data.on_shard_error == "skip",
@@ -198,20 +191,20 @@ def build_train_loader(
         ConfigError: lanes, batch, ranks and workers do not fit, or the cursors belong to other
             lanes or sources. While iterating: a shard can't be read or a lane holds nothing usable.
     """
-    num_lanes = count_lanes(recipe, shards)
+    num_lanes = count_lanes(recipe)
     workers = resolve_workers(recipe.data.workers, num_lanes, world_size, _cores_per_rank())
     num_sources = max(1, len(recipe.data.sources))
-    size = 2 if num_sources == 1 else 1 + 2 * num_sources
+    size = 3 if num_sources == 1 else 1 + 3 * num_sources
     if cursors is None:
         cursors = torch.zeros(num_lanes, size, dtype=torch.int64)
     if len(cursors) != num_lanes:
         raise ConfigError(
             f"the checkpoint holds cursors of {len(cursors)} data lanes, but the recipe gives "
-            f"{num_lanes}; set data.lanes to {len(cursors)}, or keep shards and batch as they were"
+            f"{num_lanes}; set data.lanes to {len(cursors)}, or keep the batch as it was"
         )
     if cursors.shape[1] != size:
         raise ConfigError(
-            f"the checkpoint holds cursors of {max(1, cursors.shape[1] // 2)} sources, but "
+            f"the checkpoint holds cursors of {max(1, cursors.shape[1] // 3)} sources, but "
             f"data.sources gives {num_sources}; give the same sources"
         )
     share = num_lanes // world_size
@@ -220,26 +213,19 @@ def build_train_loader(
     return TrainLoader(dataset, workers, pin_memory=torch.cuda.is_available())
 
 
-def striding_warnings(recipe: Recipe, shards: list[Shard]) -> list[str]:
-    """A sentence for each source with fewer shards than lanes."""
-    num_lanes = count_lanes(recipe, shards)
-    names = [f"data.sources.{index}" for index in range(len(recipe.data.sources))] or ["data.train"]
-    counts = _shards_by_source(shards)
-    return [
-        cost_of_striding(counts[source], num_lanes, name)
-        for source, name in enumerate(names)
-        if counts[source] < num_lanes
-    ]
+def deal(recipe: Recipe, shards: list[Shard]) -> tuple[list[SourceOrder], Turns | None]:
+    """The orders of a recipe's sources, and whose turn it is, see deal_sources."""
+    weights = [source.weight for source in recipe.data.sources] or [1.0]
+    sizes: list[dict[int, int]] = [{} for _ in weights]
+    for index, shard in enumerate(shards):
+        sizes[shard.source][index] = shard.num_samples
+    batch_size, seed = recipe.train.global_batch_size, recipe.train.seed
+    return deal_sources(sizes, weights, batch_size, count_lanes(recipe), seed)
 
 
-def count_lanes(recipe: Recipe, shards: list[Shard]) -> int:
+def count_lanes(recipe: Recipe) -> int:
     """The lanes that a recipe's data are dealt to, see resolve_lanes."""
-    most_shards = max(_shards_by_source(shards).values())
-    return resolve_lanes(recipe.data.lanes, most_shards, recipe.train.global_batch_size)
-
-
-def _shards_by_source(shards: list[Shard]) -> Counter[int]:
-    return Counter(shard.source for shard in shards)
+    return resolve_lanes(recipe.data.lanes, recipe.train.global_batch_size)
 
 
 def _cores_per_rank() -> int:

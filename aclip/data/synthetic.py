@@ -85,7 +85,7 @@ def synthetic_batch(recipe: Recipe, batch_size: int, tokens: Tokens | None = Non
         tokens=tokens,
         keys=[str(index) for index in range(batch_size)],
         captions=[""] * batch_size,
-        cursors=torch.zeros(1, 2, dtype=torch.int64),
+        cursors=torch.zeros(1, 3, dtype=torch.int64),
     )
 
 

@@ -164,7 +164,8 @@ def _latest_values(run: RunRecord) -> dict[str, str]:
             number = getattr(last, name)
             if number is not None:
                 values[title] = form.format(number)
-        values |= {name: f"{v:,}" for name, v in flatten({"skipped": last.skipped})}
+        unusable = {"skipped": last.skipped, "repeated": last.repeated or None}
+        values |= {name: f"{number:,}" for name, number in flatten(unusable)}
     for line in run.evaluations:
         if line.samples == run.evaluations[-1].samples:
             for metric, value in line.metrics.items():

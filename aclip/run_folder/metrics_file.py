@@ -25,6 +25,7 @@ class StepLine:
         logit_scale: the factor after this step.
         gradient_norm: the norm of the gradient before clipping.
         skipped: samples that could not be used so far, by kind.
+        repeated: samples so far that came once more in their epoch, in place of skipped ones.
         images_per_second: images of all ranks, mean over the last steps.
         data_wait_percent: the part of the host's time that waits for data, over the last steps.
     """
@@ -38,6 +39,7 @@ class StepLine:
     logit_scale: float | None = None
     gradient_norm: float | None = None
     skipped: dict[str, int] = field(default_factory=dict)
+    repeated: int = 0
     images_per_second: float | None = None
     data_wait_percent: float | None = None
 

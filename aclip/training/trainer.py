@@ -72,12 +72,14 @@ class Trainer:
         self.stepper = Stepper(recipe, ds_config, device, init)
         self.step = 0
         self.skipped = Counter()
+        self.repeated = 0
         self.evaluations: dict[str, dict] = {}
         self.wandb_id = ""
         self._fingerprint = fingerprint(recipe, shards)
         cursors = None if resume_from is None else self._resume(resume_from, shards)
         self._saved = None if resume_from is None else self._moment
         self._recent_skips = Counter()
+        self._recent_repeats = 0
         self.watch = StepWatch()
         self.loader = build_train_loader(recipe, shards, rank(), world_size(), cursors)
         self._cursors = self.loader.cursors
@@ -157,6 +159,7 @@ class Trainer:
         self.watch.put(self.step, terms, batch.keys)
         self._cursors = batch.cursors
         self._recent_skips.update(batch.skipped)
+        self._recent_repeats += batch.repeated
 
         train = self.recipe.train
         at_end = self.step == self.num_steps
@@ -192,20 +195,26 @@ class Trainer:
             logit_scale=self.stepper.logit_scale,
             gradient_norm=gradient_norm,
             skipped=dict(self.skipped),
+            repeated=self.repeated,
             images_per_second=timer.images_per_second,
             data_wait_percent=timer.data_wait_percent,
         )
         self.logger.log(line)
 
     def _join_skips(self) -> None:
-        """Adds the samples skipped since the last call, of all ranks, to the run's total."""
-        counts = torch.tensor([self._recent_skips[k] for k in SKIP_KINDS], device=self.device)
+        """Adds the samples skipped and repeated since the last call, of all ranks, to the run's
+        totals."""
+        recent = [*(self._recent_skips[kind] for kind in SKIP_KINDS), self._recent_repeats]
+        counts = torch.tensor(recent, device=self.device)
         if world_size() > 1:
             dist.all_reduce(counts)
-        for kind, count in zip(SKIP_KINDS, counts.tolist(), strict=True):
+        *skips, repeats = counts.tolist()
+        for kind, count in zip(SKIP_KINDS, skips, strict=True):
             if count:
                 self.skipped[kind] += count
+        self.repeated += repeats
         self._recent_skips.clear()
+        self._recent_repeats = 0
 
     def _evaluate(self, when: str) -> None:
         self.watchdog.enter(EVALUATING, self.step)
@@ -242,6 +251,7 @@ class Trainer:
             "world_size": world_size(),
             "cursors": all_gather_rows(self._cursors.to(self.device)).tolist(),
             "skipped": dict(self.skipped),
+            "repeated": self.repeated,
             "evaluations": self.evaluations,
             "data": self._fingerprint,
             "wandb_id": self.wandb_id,
@@ -281,6 +291,7 @@ class Trainer:
         self.stepper.load(folder, state["step"])
         self.step = state["step"]
         self.skipped.update(state["skipped"])
+        self.repeated = state["repeated"]
         self.evaluations = state["evaluations"]
         if self.step < self.num_steps:
             self.evaluations.pop("end", None)  # of a shorter schedule

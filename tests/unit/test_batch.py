@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_tensors_have_their_documented_shapes_and_types(shards):
         "student_boxes": ((16, 2, 4), torch.int32),
         "teacher_box": ((16, 4), torch.int32),
         "augment_params": ((16, 2, 9), torch.float32),
-        "cursors": ((8, 2), torch.int64),
+        "cursors": ((8, 3), torch.int64),
     }
     assert batch.mask_noise is None and batch.tokens.ids.dtype == torch.int64
 
@@ -99,6 +100,12 @@ def test_micro_batches_are_consecutive_and_join_to_the_batch(shards):
     assert torch.equal(torch.cat([m.tokens.ids for m in micros]), batch.tokens.ids)
     assert torch.equal(torch.cat([m.tokens.lengths for m in micros]), batch.tokens.lengths)
     assert all(torch.equal(micro.cursors, batch.cursors) for micro in micros)
+    counted = replace(batch, skipped={"no_image": 2}, repeated=2).split(6)
+    assert [(micro.skipped, micro.repeated) for micro in counted] == [
+        ({"no_image": 2}, 2),
+        ({}, 0),
+        ({}, 0),
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -109,17 +116,17 @@ def test_a_workers_error_reaches_the_user_as_its_own_message(tmp_path, shards, w
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_lane_without_a_usable_sample_ends_the_run_by_name(tmp_path, shards, workers):
+def test_data_without_a_usable_sample_end_the_run_by_name(tmp_path, workers):
     bad = tmp_path / "bad.tar"
     bad.write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"nothing usable .*bad\.tar \(truncated_shard 3\)"):
-        take(make_recipe(workers), [*shards[3:], shards[0], Shard(str(bad), 3)], 1, 3)
+    with pytest.raises(ConfigError, match=r"nothing usable .*\(truncated_shard 60\).*bad\.tar;"):
+        take(make_recipe(workers), [Shard(str(bad), 3)], 1, 3)
 
 
 def test_a_shard_with_nothing_usable_is_named_in_the_main_process(tmp_path, shards, caplog):
     bad = tmp_path / "bad.tar"
     bad.write_bytes(b"")
-    recipe = make_recipe(2, data={"lanes": 2})
+    recipe = make_recipe(2, data={"lanes": 2}, train={"seed": 5})
     take(recipe, [*shards[3:], Shard(str(bad), 3)], 1, 8)
     assert [r.getMessage() for r in caplog.records] == [f"shard {bad} holds no usable sample"]
 
@@ -133,7 +140,7 @@ def test_loading_leaves_the_global_random_state_alone(shards):
 
 
 def test_the_data_set_pickles_for_worker_processes_that_are_not_forked(shards):
-    dataset = LaneDataset(make_recipe(), shards, 8, 0, np.zeros((8, 2), dtype=np.int64))
+    dataset = LaneDataset(make_recipe(), shards, 8, 0, np.zeros((8, 3), dtype=np.int64))
     copy = pickle.loads(pickle.dumps(dataset))
     assert_equal_batches(next(iter(dataset)).batch, next(iter(copy)).batch)
 

@@ -147,14 +147,21 @@ def test_data_may_lie_elsewhere(checkpoint):
     assert message.startswith("data.train gives 6 shards")
 
 
-def test_checkpoint_of_earlier_versions_is_compared_by_its_counts(checkpoint):
-    then = count_shards(make().data, make_shards())
-    assert then == {"shards": 3, "samples": 33}
-    check_continues(make("train.seed=7"), make_shards()[::-1], then, checkpoint)
-    assert "data.train gives 2 shards" in refusal(make(), make_shards(num=2), then, checkpoint)
-    then = count_shards(make(*SOURCES).data, two_sources())
-    assert then == {"shards": 6, "samples": 66, "sources": [[3, 3.0], [3, 1.0]]}
-    check_continues(make(*SOURCES, "train.seed=7"), two_sources(), then, checkpoint)
+def test_checkpoint_of_another_order_is_refused(checkpoint):
+    then = fingerprint(make(), make_shards())
+    assert then.pop("order") == 2
+    counts = count_shards(make().data, make_shards())
+    assert counts == {"shards": 3, "samples": 33}
+    for earlier in (then, counts, then | {"order": 3}):
+        with pytest.raises(ConfigError) as caught:
+            check_continues(make(), make_shards(), earlier, checkpoint)
+        assert str(caught.value) == (
+            f"{checkpoint} was written by a version that dealt the samples in another order, which "
+            "can't be continued; use --resume none with another --output, and --init with the "
+            "checkpoint to start from its weights"
+        )
+    of_sources = count_shards(make(*SOURCES).data, two_sources())
+    assert of_sources == {"shards": 6, "samples": 66, "sources": [[3, 3.0], [3, 1.0]]}
 
 
 def test_list_of_shards_is_found_from_a_relative_path_too(checkpoint, monkeypatch):

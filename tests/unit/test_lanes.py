@@ -2,12 +2,14 @@
 
 import os
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 
-from aclip.data.lanes.counts import cost_of_striding, resolve_lanes, resolve_workers
-from aclip.data.lanes.order import LaneOrder
+from aclip.data.lanes.counts import resolve_lanes, resolve_workers
+from aclip.data.lanes.order import LaneOrder, SourceOrder, Span, even_parts
+from aclip.data.lanes.patience import Patience
 from aclip.data.lanes.stream import LaneStream
 from aclip.data.shards.listing import Shard, Skip
 from aclip.errors import ConfigError
@@ -23,19 +25,36 @@ def shards(write_tar):
     ]
 
 
-def open_lane(shards, lane=0, num_lanes=2, block=4, cursor=(0, 0), seed=0, bad=(), skips=False):
+def open_lane(shards, lane=0, num_lanes=2, block=4, cursor=(0, 0, 0), seed=0, bad=(), skips=False):
+    """A lane that gives one sample to each batch."""
+
     def prepare(shard_index, raw, epoch, position):
         return Skip("no_image") if raw.key in bad else (raw.key, epoch, position)
 
     sizes = {index: shard.num_samples for index, shard in enumerate(shards)}
-    order = LaneOrder(sizes, lane, num_lanes, seed, block)
+    parts = partial(even_parts, sum(sizes.values()), num_lanes, num_lanes)
+    order = LaneOrder(SourceOrder(sizes, seed, parts), lane, block)
     return LaneStream(shards, order, cursor, prepare, skips_unreadable=skips)
 
 
+def places(seed, num_passes):
+    """The keys of all samples as order.py documents their sequence: shards permuted, end to end."""
+    return [
+        f"{shard}-{index}"
+        for number in range(num_passes)
+        for shard in np.random.default_rng([1, seed, number]).permutation(len(COUNTS))
+        for index in range(COUNTS[shard])
+    ]
+
+
 def by_formula(lane, num_lanes, block, seed, epoch):
-    """An epoch of a lane as lane_order.py documents it: shards dealt, blocks shuffled."""
-    dealt = np.random.default_rng([1, seed, epoch]).permutation(len(COUNTS))[lane::num_lanes]
-    keys = [f"{shard}-{index}" for shard in dealt for index in range(COUNTS[shard])]
+    """An epoch of a lane as order.py documents it: its part of the sequence, blocks shuffled."""
+    first, end = (number * sum(COUNTS) // num_lanes for number in (epoch, epoch + 1))
+    begin = first * num_lanes + lane * (end - first)
+    keys = places(seed, epoch + 1)[begin : begin + end - first]
+    if lane % 2:  # shard by shard from the last to the first
+        shards = dict.fromkeys(key.split("-")[0] for key in reversed(keys))
+        keys = [key for shard in shards for key in keys if key.split("-")[0] == shard]
     samples = []
     for number, first in enumerate(range(0, len(keys), block)):
         part = keys[first : first + block]
@@ -48,14 +67,15 @@ def keys_of_epoch(samples, epoch=0):
     return [key for key, its_epoch, _ in samples if its_epoch == epoch]
 
 
-def test_every_sample_comes_once_in_a_lane_epoch(shards):
+def test_every_sample_comes_once_in_an_epoch(shards):
+    # 27 samples for two lanes: the last one of a pass begins the next epoch.
     for epoch in (0, 1):
         keys = [
             key
             for lane in range(2)
             for key in keys_of_epoch(open_lane(shards, lane).take(60), epoch)
         ]
-        assert Counter(keys) == Counter(f"{s}-{i}" for s, n in enumerate(COUNTS) for i in range(n))
+        assert Counter(keys) == Counter(places(0, 2)[26 * epoch : 26 + 28 * epoch])
 
 
 @pytest.mark.parametrize(("lane", "num_lanes", "block", "seed"), [(0, 2, 4, 0), (1, 3, 5, 7)])
@@ -79,26 +99,29 @@ def test_a_stream_gives_the_samples_that_its_order_names(shards, num_lanes, bloc
 
 
 @pytest.mark.parametrize("num_lanes", [6, 8, 40])
-def test_lanes_that_share_shards_give_every_sample_once_an_epoch(shards, num_lanes):
+def test_more_lanes_than_shards_give_every_sample_once_a_pass(shards, num_lanes):
     streams = [open_lane(shards, lane, num_lanes) for lane in range(num_lanes)]
     by_epoch = {0: Counter(), 1: Counter(), 2: Counter()}
-    for stream in streams:
-        while stream.epoch < 3:
+    while streams[0].epoch < 3:
+        for stream in streams:
             ((key, epoch, _),) = stream.take(1)
             by_epoch.get(epoch, Counter())[key] += 1
-    everything = Counter(f"{s}-{i}" for s, count in enumerate(COUNTS) for i in range(count))
-    assert by_epoch == {epoch: everything for epoch in range(3)}
+        assert {stream.epoch for stream in streams} == {epoch}
+    ends = [27 * epoch // num_lanes * num_lanes for epoch in range(4)]  # 27 samples
+    assert by_epoch == {
+        epoch: Counter(places(0, 3)[ends[epoch] : ends[epoch + 1]]) for epoch in range(3)
+    }
 
 
-def test_lanes_that_share_shards_are_equally_long_and_take_turns(shards):
+def test_lanes_are_equally_long_and_take_other_samples_in_each_epoch(shards):
     sizes = [len(keys_of_epoch(open_lane(shards, lane, 8).take(9))) for lane in range(8)]
-    assert sorted(sizes) == [3, 3, 3, 3, 3, 4, 4, 4]  # 27 samples over 8 lanes
+    assert sizes == [3, 3, 3, 3, 3, 3, 3, 3]  # 27 samples over 8 lanes, 3 for the next epoch
     firsts = {tuple(keys_of_epoch(open_lane(shards, 3, 8).take(60), epoch)) for epoch in range(6)}
     assert len(firsts) == 6
 
 
 @pytest.mark.parametrize("num_lanes", [7, 40])
-def test_a_stream_that_shares_shards_resumes_at_every_cursor(shards, num_lanes):
+def test_a_stream_of_many_lanes_resumes_at_every_cursor(shards, num_lanes):
     bad = {"1-0", "1-1", "2-5", "4-6"}
     stream = open_lane(shards, 2, num_lanes, block=2, bad=bad)
     samples, cursors = [], []
@@ -119,18 +142,12 @@ def test_a_lane_whose_few_samples_of_an_epoch_are_bad_goes_on_unless_all_are(sha
         open_lane(shards, 0, 20, bad=everything).take(1)
 
 
-def test_samples_beyond_the_index_are_counted_once_by_lanes_that_share_shards(shards):
+def test_samples_beyond_the_index_are_counted_once_by_lanes_that_share_a_shard(shards):
     short = [Shard(shard.url, shard.num_samples - 1) for shard in shards]
     streams = [open_lane(short, lane, 11, block=2) for lane in range(11)]
     for stream in streams:
         stream.take(2)  # 22 samples over 11 lanes
     assert sum((stream.skipped for stream in streams), Counter()) == {"not_in_index": 5}
-
-
-def test_the_warning_about_sharing_names_data_and_cost():
-    warning = cost_of_striding(3, 8, "data.train")
-    assert "data.train has 3 shards for 8 data lanes" in warning
-    assert "walked 8 times an epoch instead of once" in warning
 
 
 def test_an_unreadable_shard_ends_the_stream_or_is_skipped_and_named(shards):
@@ -171,11 +188,30 @@ def test_samples_stay_in_their_block(shards):
         assert sorted(shuffled[start : start + 4]) == sorted(in_order[start : start + 4])
 
 
-def test_bad_samples_shift_no_other(shards):
+def test_bad_samples_shift_no_other_and_are_made_up_for_behind_the_part(shards):
     bad = {"0-1", "2-0", "2-7", "4-3"}
     everything = open_lane(shards).take(40)
-    good = open_lane(shards, bad=bad).take(30)
-    assert good == [sample for sample in everything if sample[0] not in bad][:30]
+    stream = open_lane(shards, bad=bad)
+    good = stream.take(40)
+    repeated = [sample for sample in good if sample[2] >= 13]  # of the 13 in an epoch's part
+    assert [s for s in good if s not in repeated] == [s for s in everything if s[0] not in bad]
+    # Of the other lane's samples in the same epoch, one for each of this lane's that is bad.
+    for epoch in range(2):
+        num_bad = sum(sample[0] in bad for sample in everything if sample[1] == epoch)
+        others = keys_of_epoch(open_lane(shards, 1).take(40), epoch)
+        extra = keys_of_epoch(repeated, epoch)
+        assert len(extra) == num_bad and set(extra) <= set(others)
+    assert stream.repeated == len(repeated) > 0
+    stream.clear_reports()
+    assert stream.repeated == 0
+
+
+def test_lanes_end_an_epoch_together_whatever_is_bad(shards):
+    bad = {f"2-{index}" for index in range(8)}  # a whole shard, that of one lane or two
+    streams = [open_lane(shards, lane, 3, bad=bad) for lane in range(3)]
+    for step in range(40):
+        epochs = {sample[1] for stream in streams for sample in stream.take(1)}
+        assert epochs == {step // 9}  # 27 samples are 9 batches
 
 
 def test_skipped_samples_are_counted_by_kind(shards):
@@ -190,7 +226,7 @@ def test_a_stream_resumes_at_every_cursor(shards, block):
     stream = open_lane(shards, num_lanes=1, block=block, bad=bad)
     samples, cursors = [], []
     for _ in range(50):
-        cursors.append((stream.epoch, stream.position))
+        cursors.append(stream.cursor)
         samples += stream.take(1)
     for count in range(0, 50, 3):
         resumed = open_lane(shards, num_lanes=1, block=block, cursor=cursors[count], bad=bad)
@@ -201,7 +237,7 @@ def test_resuming_opens_no_shard_before_the_cursor(shards):
     expected = open_lane(shards, num_lanes=1, block=2).take(27)
     first_shard = int(expected[0][0].split("-")[0])
     os.remove(shards[first_shard].url)  # holds 8 samples at most
-    resumed = open_lane(shards, num_lanes=1, block=2, cursor=(0, 10)).take(17)
+    resumed = open_lane(shards, num_lanes=1, block=2, cursor=(0, 10, 10)).take(17)
     assert resumed == expected[10:]
 
 
@@ -219,41 +255,63 @@ def test_a_shard_with_nothing_usable_is_reported_once_an_epoch(shards):
     assert stream.warnings == [f"shard {shards[1].url} holds no usable sample"]
 
 
-@pytest.mark.parametrize("cursor", [(0, 0), (0, 3)])
+@pytest.mark.parametrize("cursor", [(0, 0, 0), (0, 3, 2)])
 def test_a_lane_with_nothing_usable_ends_with_its_shards_names(shards, cursor):
     everything = {f"{s}-{i}" for s, count in enumerate(COUNTS) for i in range(count)}
     stream = open_lane(shards, lane=1, cursor=cursor, bad=everything)
     with pytest.raises(ConfigError) as error:
         stream.take(1)
-    assert "data lane 1" in str(error.value) and "no_image" in str(error.value)
-    assert sum(shard.url in str(error.value) for shard in shards) == 2
+    assert "data lane 1" in str(error.value) and "(no_image 540)" in str(error.value)
+    assert sum(shard.url in str(error.value) for shard in shards) == len(shards)
 
 
-def test_a_resumed_rest_of_an_epoch_may_hold_nothing_usable(shards):
+def test_of_many_shards_with_nothing_usable_a_few_are_named():
+    patience = Patience([Shard(f"{index}.tar", 1) for index in range(2000)], 3, [1] * 2000)
+    patience.start_epoch([])
+    with pytest.raises(
+        ConfigError, match="in 1000 samples .* 0.tar, .* 8.tar and 991 more; repair"
+    ):
+        for index in range(2000):
+            patience.count(index, Skip("no_image"))
+    assert index == 999
+
+
+def test_a_part_of_a_shard_with_nothing_usable_is_reported_unless_it_is_small():
+    patience = Patience([Shard("0.tar", 100), Shard("1.tar", 100)], 3, [100, 100])
+    patience.start_epoch([Span(0, range(91, 100)), Span(1, range(10))])
+    for index in range(19):
+        patience.count(int(index >= 9), Skip("no_image"))
+    assert patience.warnings == [
+        "shard 1.tar holds no usable sample among the 10 that data lane 3 took of it"
+    ]
+
+
+def test_a_rest_of_an_epoch_that_holds_nothing_usable_is_made_up_for(shards):
     last = {key for key, _, _ in open_lane(shards, num_lanes=1).take(27)[24:]}
-    ((_, epoch, _),) = open_lane(shards, num_lanes=1, cursor=(0, 24), bad=last).take(1)
-    assert epoch == 1
+    stream = open_lane(shards, num_lanes=1, cursor=(0, 24, 24), bad=last)
+    samples = stream.take(4)
+    assert [epoch for _, epoch, _ in samples] == [0, 0, 0, 1] and stream.repeated == 3
 
 
 @pytest.mark.parametrize(
-    ("lanes", "num_shards", "batch", "expected"),
+    ("lanes", "batch", "expected"),
     [
-        pytest.param(None, 8, 128, 8, id="all shards"),
-        pytest.param(None, 7, 4096, 4, id="largest divisor below"),
-        pytest.param(None, 1500, 4096, 1024, id="many shards"),
-        pytest.param(None, 100, 12, 12, id="never more than the batch"),
-        pytest.param(None, 1, 6, 1, id="one shard"),
-        pytest.param(6, 8, 12, 6, id="as given"),
-        pytest.param(16, 8, 64, 16, id="as given, more than shards"),
+        pytest.param(None, 128, 128, id="the batch"),
+        pytest.param(None, 4096, 1024, id="at most 1024"),
+        pytest.param(None, 4608, 768, id="6 x 8 ranks of 16 lanes"),
+        pytest.param(None, 2062, 2, id="largest divisor below"),  # 2 x 1031
+        pytest.param(None, 1, 1, id="one"),
+        pytest.param(6, 12, 6, id="as given"),
+        pytest.param(4096, 4096, 4096, id="as given, more than by default"),
     ],
 )
-def test_lanes_divide_the_batch_and_have_a_shard_each(lanes, num_shards, batch, expected):
-    assert resolve_lanes(lanes, num_shards, batch) == expected
+def test_lanes_divide_the_batch(lanes, batch, expected):
+    assert resolve_lanes(lanes, batch) == expected
 
 
 def test_lanes_that_do_not_divide_the_batch_are_refused():
     with pytest.raises(ConfigError, match="data.lanes is 5, which does not divide"):
-        resolve_lanes(5, 8, 64)
+        resolve_lanes(5, 64)
 
 
 @pytest.mark.parametrize(

@@ -46,12 +46,13 @@ def evaluation(samples, name, **metrics):
 def test_a_log_step_is_one_json_line_of_plain_numbers(tmp_path):
     logger = MetricsLogger(tmp_path, 1000)
     terms = {"loss": torch.tensor(1.5), "simclr": np.float32(0.25)}
-    logger.log(StepLine(200, 2, terms, memory_gib=3.5, skipped={"no_image": 4}))
+    logger.log(StepLine(200, 2, terms, memory_gib=3.5, skipped={"no_image": 4}, repeated=3))
     logger.close()
     assert (tmp_path / "metrics.jsonl").read_text() == (
         '{"samples": 200, "step": 2, "terms": {"loss": 1.5, "simclr": 0.25}, "memory_gib": 3.5, '
         '"learning_rate": null, "momentum": null, "logit_scale": null, "gradient_norm": null, '
-        '"skipped": {"no_image": 4}, "images_per_second": null, "data_wait_percent": null}\n'
+        '"skipped": {"no_image": 4}, "repeated": 3, "images_per_second": null, '
+        '"data_wait_percent": null}\n'
     )
 
 
@@ -213,10 +214,12 @@ def test_the_progress_line_tells_place_terms_speed_and_remaining_time(tmp_path, 
 def test_skipped_samples_appear_on_the_progress_line_once_there_are_some(tmp_path, capsys):
     logger = MetricsLogger(tmp_path, 1000)
     logger.log(StepLine(100, 1, {"loss": 1.0}, skipped={}))
-    logger.log(StepLine(200, 2, {"loss": 1.0}, skipped={"no_image": 1, "empty_caption": 2}))
+    logger.log(
+        StepLine(200, 2, {"loss": 1.0}, skipped={"no_image": 1, "empty_caption": 2}, repeated=2)
+    )
     first, second = capsys.readouterr().out.splitlines()
-    assert "skipped" not in first
-    assert "skipped 3" in second
+    assert "skipped" not in first and "repeated" not in first
+    assert "skipped 3  repeated 2" in second
 
 
 def test_the_evaluation_line_shows_shares_as_percent_and_counts_as_they_are(tmp_path, capsys):

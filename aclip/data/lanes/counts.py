@@ -2,19 +2,22 @@
 
 from aclip.errors import ConfigError
 
+MAX_LANES = 1024
+"""Lanes by default at most: each holds a block of samples that wait and a shard that is open."""
 MAX_WORKERS = 8
 
 
-def resolve_lanes(lanes: int | None, num_shards: int, global_batch_size: int) -> int:
-    """The number of lanes: as given, or the batch's largest divisor that shards suffice for.
+def resolve_lanes(lanes: int | None, global_batch_size: int) -> int:
+    """The number of lanes: as given, or the batch's largest divisor up to MAX_LANES.
 
-    It never depends on the number of ranks, so that a run keeps its order on another number.
+    It depends neither on the number of ranks, so that a run keeps its order on another number, nor
+    on the shards.
 
     Raises:
         ConfigError: `lanes` does not divide the batch.
     """
     if lanes is None:
-        most = min(num_shards, global_batch_size)
+        most = min(MAX_LANES, global_batch_size)
         return next(count for count in range(most, 0, -1) if global_batch_size % count == 0)
     if global_batch_size % lanes:
         raise ConfigError(
@@ -22,16 +25,6 @@ def resolve_lanes(lanes: int | None, num_shards: int, global_batch_size: int) ->
             f"{global_batch_size}; set data.lanes to a divisor, or leave it empty"
         )
     return lanes
-
-
-def cost_of_striding(num_shards: int, num_lanes: int, name: str) -> str:
-    """The warning about a data set whose shards are fewer than the lanes."""
-    return (
-        f"{name} has {num_shards} shards for {num_lanes} data lanes: every lane reads through all "
-        f"of them and takes each {num_lanes}th sample, so each shard is opened and walked "
-        f"{num_lanes} times an epoch instead of once; split the data into {num_lanes} shards or "
-        "more, or set data.lanes lower"
-    )
 
 
 def resolve_workers(workers: int | None, lanes: int, world_size: int, cores_per_rank: int) -> int:

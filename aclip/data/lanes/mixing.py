@@ -1,70 +1,161 @@
-"""Several weighted sources in one lane: which source gives the lane's next sample."""
+"""Several weighted sources: which of them gives the samples of each lane in each step."""
 
 from collections import Counter
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
+from aclip.data.lanes.order import SourceOrder, even_parts
 from aclip.data.lanes.stream import LaneStream
 
-CIRCLE = 2**64
 PLASTIC = (0xC13FA9A902A6328F, 0x91E10DA5C79E7B1D)
 """2^64 / p and 2^64 / p^2 with p^3 = p + 1: multiples of both together fill a square evenly."""
-MIXING = 5  # first word of a seed, after those of lane_order.py
+MIXING = 5  # first word of a seed, after those of order.py
+STEPS_AT_ONCE = 2**16
 
 
-class MixedLane:
-    """One lane's samples from several sources, each usable sample from the source whose turn it is.
+class Turns:
+    """How many samples each lane takes from each source in a step, as a function of the step.
 
-    Each source owns an arc of a circle, as long as its weight. At every turn the lanes stand on the
-    circle at even distances, and a lane takes a sample of the source on whose arc it stands. So
-    each global batch holds every source by its weight to within two samples. At every turn all
-    lanes also move around the circle: by whole distances, and by a part of one. Both numbers follow
-    a sequence that covers their range evenly, so a single lane and an epoch hold every source by
-    its weight, too. The turns depend on the number of usable samples alone; a bad sample is
-    followed by the next one of the same source.
+    A batch is a row of samples, the first source's first. The sources' shares of the row are as
+    long as their weights say, so the borders between them fall between whole numbers. A step
+    rounds its borders down or up, all at one threshold: up where a border's fraction is above it.
+    The thresholds spread evenly over the steps, so that each border is rounded up as often as its
+    fraction says. So every batch, and the whole run, hold each source by its weight to within a
+    sample or two. The row goes to the lanes in turn, and which one comes first changes evenly too,
+    so that a single lane holds the sources by their weights over time.
+
+    A round of a source lasts as long as its samples suffice: it ends before the first step that
+    would take more than the rounds so far have to give. What is left then begins the next round.
+    So all lanes end a round in the same step. To a source a round is what an epoch is to the only
+    one.
 
     Args:
-        streams: this lane's streams, one for each source.
-        weights: the sources' weights, in the same order.
-        lane: this lane's index.
-        num_lanes: number of lanes.
+        weights: the sources' weights.
+        num_samples: the sources' numbers of samples, in the same order.
+        batch_size: samples of a step.
+        num_lanes: number of lanes; divides `batch_size`.
         seed: the run's seed.
-        taken: number of usable samples that this lane has given so far.
-
-    Attributes:
-        cursor: (taken, then epoch and position of each source's stream).
-        skipped, warnings: all streams' together; see LaneStream.
     """
 
     def __init__(
         self,
-        streams: list[LaneStream],
         weights: list[float],
-        lane: int,
+        num_samples: list[int],
+        batch_size: int,
         num_lanes: int,
         seed: int,
-        taken: int,
     ):
-        self.streams = streams
-        self.taken = taken
-        shares = [Fraction(weight) for weight in weights]
-        # In whole numbers, so that every machine draws the same.
-        self._arcs = [CIRCLE * end // sum(shares) for end in accumulate(shares)]
-        rng = np.random.default_rng([MIXING, seed])
-        self._place = int(rng.permutation(num_lanes)[lane])
+        self._num_samples = num_samples
         self._num_lanes = num_lanes
-        self._starts = [int(start) for start in rng.integers(CIRCLE - 1, size=2, dtype=np.uint64)]
+        shares = [Fraction(weight) for weight in weights]
+        borders = [batch_size * end / sum(shares) for end in accumulate(shares, initial=Fraction())]
+        # In whole numbers, so that every machine draws the same.
+        self._whole = np.array([int(border) for border in borders])
+        fractions = [int((border - int(border)) * 2**64) for border in borders]
+        self._fraction = np.array(fractions, dtype=np.uint64)
+        rng = np.random.default_rng([MIXING, seed])
+        self._places = rng.permutation(num_lanes)
+        self._starts = rng.integers(2**64 - 1, size=2, dtype=np.uint64, endpoint=True)
+        self._last: tuple[int, np.ndarray] = (-1, np.array([]))
+        self._known_steps = 0
+        self._taken = np.zeros(len(weights), dtype=np.int64)  # in the known steps
+        self._rounds: list[list[tuple[int, int]]] = [[] for _ in weights]
+
+    def of_step(self, step: int) -> np.ndarray:
+        """(sources, lanes) int64: how many samples each lane takes from each source."""
+        if self._last[0] != step:  # all lanes ask for the same step
+            self._last = step, self.of_steps(step, step + 1)
+        return self._last[1]
+
+    def of_steps(self, first: int, end: int) -> np.ndarray:
+        """The same for the steps from `first` to `end`, without the latter, together."""
+        lanes = self._num_lanes
+        below = np.zeros((len(self._whole), lanes), dtype=np.int64)
+        for start in range(first, end, STEPS_AT_ONCE):
+            borders, turned = self._draw(start, min(start + STEPS_AT_ONCE, end))
+            for border, of_border in zip(borders, below, strict=True):
+                # Whole turns give each lane one; the rest of a turn goes to the lanes from
+                # `turned` on, counted as what begins there less what ends.
+                begins = np.bincount(turned, minlength=2 * lanes)
+                ends = np.bincount(turned + border % lanes, minlength=2 * lanes)
+                more = np.cumsum(begins - ends).reshape(2, lanes).sum(axis=0)
+                of_border += (border // lanes).sum() + more
+        return np.diff(below, axis=0)[:, self._places]
+
+    def parts(self, source: int, number: int) -> np.ndarray:
+        """How a round of a source is dealt, as order.even_parts."""
+        (first, begin), (end, _) = self.round(source, number), self.round(source, number + 1)
+        shares = self.of_steps(first, end)[source]
+        return begin + np.concatenate([[0], np.cumsum(shares)])
+
+    def round(self, source: int, number: int) -> tuple[int, int]:
+        """A round's first step, and how many samples the source has given before."""
+        while len(self._rounds[source]) <= number:
+            self._find_rounds()
+        return self._rounds[source][number]
+
+    def _find_rounds(self) -> None:
+        """Looks for rounds that begin in further steps."""
+        first = self._known_steps
+        self._known_steps += STEPS_AT_ONCE
+        borders, _ = self._draw(first, self._known_steps)
+        taken = np.diff(borders, axis=0).cumsum(axis=1) + self._taken[:, None]
+        before = np.concatenate([self._taken[:, None], taken], axis=1)
+        self._taken = taken[:, -1]
+        for rounds, size, counts in zip(self._rounds, self._num_samples, before, strict=True):
+            wanted = np.arange(len(rounds), -(-int(counts[-1]) // size)) * size
+            steps = np.searchsorted(counts, wanted, side="right") - 1
+            rounds += zip((first + steps).tolist(), counts[steps].tolist(), strict=True)
+
+    def _draw(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """(sources + 1, steps) borders, rounded, and (steps,) the place that comes first."""
+        steps = np.arange(first, end, dtype=np.uint64)
+        turned, threshold = (
+            start + steps * np.uint64(factor)
+            for start, factor in zip(self._starts, PLASTIC, strict=True)
+        )
+        borders = self._whole[:, None] + (threshold < self._fraction[:, None])
+        turned = (turned >> np.uint64(32)) * np.uint64(self._num_lanes) >> np.uint64(32)
+        return borders, turned.astype(np.int64)
+
+
+class MixedLane:
+    """One lane's samples from several sources, each step's as Turns says.
+
+    The turns depend on the step alone; a bad sample is followed by the next one of its source.
+
+    Args:
+        streams: this lane's streams, one for each source.
+        turns: the same for all lanes.
+        lane: this lane's index.
+        step: number of steps that the lane has given its samples for.
+
+    Attributes:
+        cursor: (step, then the cursor of each source's stream).
+        skipped, repeated, warnings: all streams' together; see LaneStream.
+    """
+
+    def __init__(self, streams: list[LaneStream], turns: Turns, lane: int, step: int):
+        self.streams = streams
+        self.turns = turns
+        self.lane = lane
+        self.step = step
 
     @property
     def cursor(self) -> tuple[int, ...]:
-        return (self.taken, *(number for stream in self.streams for number in stream.cursor))
+        return (self.step, *(number for stream in self.streams for number in stream.cursor))
 
     @property
     def skipped(self) -> Counter[str]:
         return sum((stream.skipped for stream in self.streams), Counter())
+
+    @property
+    def repeated(self) -> int:
+        return sum(stream.repeated for stream in self.streams)
 
     @property
     def warnings(self) -> list[str]:
@@ -79,18 +170,42 @@ class MixedLane:
             stream.prefetch()
 
     def take(self, count: int) -> list[Any]:
-        """The next `count` usable samples; raises what LaneStream.take raises."""
-        samples = []
-        for _ in range(count):
-            samples += self.streams[self._turn()].take(1)
-            self.taken += 1
-        return samples
+        """The samples of the next step, source by source.
 
-    def _turn(self) -> int:
-        turned, shift = (
-            (start + self.taken * step) % CIRCLE
-            for start, step in zip(self._starts, PLASTIC, strict=True)
-        )
-        place = (self._place + turned * self._num_lanes // CIRCLE) % self._num_lanes
-        angle = (place * CIRCLE + shift) // self._num_lanes
-        return next(source for source, end in enumerate(self._arcs) if angle < end)
+        Args:
+            count: how many they are, a lane's share of the batch.
+
+        Raises:
+            ConfigError: what LaneStream.take raises.
+        """
+        counts = self.turns.of_step(self.step)[:, self.lane].tolist()
+        assert sum(counts) == count
+        self.step += 1
+        taken = [stream.take(n) for stream, n in zip(self.streams, counts, strict=True)]
+        return [sample for samples in taken for sample in samples]
+
+
+def deal_sources(
+    sizes: list[dict[int, int]],
+    weights: list[float],
+    batch_size: int,
+    num_lanes: int,
+    seed: int,
+) -> tuple[list[SourceOrder], Turns | None]:
+    """The orders of all sources, and whose turn it is; None where there is only one.
+
+    Args:
+        sizes: for each source the number of samples of its shards, by the shard's index.
+        weights: the sources' weights; of an only source it is not read.
+        batch_size, num_lanes, seed: as for Turns.
+    """
+    totals = [sum(of_source.values()) for of_source in sizes]
+    if len(sizes) == 1:
+        parts = partial(even_parts, totals[0], batch_size, num_lanes)
+        return [SourceOrder(sizes[0], seed, parts)], None
+    turns = Turns(weights, totals, batch_size, num_lanes, seed)
+    orders = [
+        SourceOrder(of_source, seed, partial(turns.parts, index), index)
+        for index, of_source in enumerate(sizes)
+    ]
+    return orders, turns

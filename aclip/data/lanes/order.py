@@ -1,12 +1,13 @@
 """Which samples a lane takes in each epoch, and in what order: from sizes and seeds alone.
 
-The order of a data set is made of virtual lanes, so that it is the same for any ranks x workers
-that divide them. An epoch deals a seeded permutation of a source's shards to the lanes. A lane
-reads its shards one after the other and shuffles blocks of consecutive samples. With fewer shards
-than lanes, every lane goes through all shards and takes each num_lanes-th sample.
+A source's samples form one endless sequence: a seeded permutation of its shards, end to end, then
+the next one. An epoch is a stretch of that sequence, cut into consecutive parts, one for each lane,
+wherever shards begin and end. So the order is the same for any ranks x workers that divide the
+lanes, and all lanes end an epoch in the same step. A lane shuffles blocks of consecutive samples.
 """
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -14,6 +15,8 @@ import numpy as np
 
 # First word of each seed, so that two uses of the same numbers draw different streams.
 SHARD_ORDER, BLOCK_ORDER, SAMPLE, SOURCE = 1, 2, 3, 4
+PASSES_KEPT = 4
+"""Passes whose order a SourceOrder keeps: an epoch lies in two, and the next one begins."""
 
 
 def sample_rng(
@@ -28,68 +31,168 @@ def _rng(source: int, *words: int) -> np.random.Generator:
     return np.random.default_rng([SOURCE, source, *words] if source else list(words))
 
 
+def even_parts(num_samples: int, batch_size: int, num_lanes: int, epoch: int) -> np.ndarray:
+    """How an epoch of the only source is dealt: as many whole batches as its end allows.
+
+    The samples that fill no batch begin the next epoch, so that none is left out.
+
+    Returns:
+        (num_lanes + 1,) int64: the places in the source's sequence at which the lanes' parts begin,
+        and the end of the last part. `num_lanes` divides `batch_size`.
+    """
+    first, end = (number * num_samples // batch_size for number in (epoch, epoch + 1))
+    share = batch_size // num_lanes
+    return first * batch_size + np.arange(num_lanes + 1) * (end - first) * share
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What a lane takes of one shard."""
+    """Consecutive samples of one shard."""
 
     shard: int
     """The shard's index in the data set."""
     samples: range
-    """Positions in the shard, ascending; empty where the lane takes none of them."""
+    """Positions in the shard, ascending; at least one."""
 
 
-class LaneEpoch:
-    """The samples of one lane in one epoch.
+class SourceOrder:
+    """The endless sequence of one source's samples; a place in it is a number from 0.
 
     Args:
-        spans: in the order in which they are read.
-        shuffle_block: number of consecutive samples that are shuffled together.
-        block_seed: seed of a block's shuffle, without its last word, which is the block's number.
-        counts_unlisted: whether this lane counts the samples that its shards hold beyond their
-            index; of the lanes that share a shard only one does.
+        sizes: the number of samples of each of the source's shards, by the shard's index.
+        seed: the run's seed.
+        parts: gives the lanes' parts of an epoch, as even_parts does.
+        source: the source's index.
 
     Attributes:
-        num_samples: number of samples in all spans. Positions in the lane's order are below it.
+        sizes: as given.
+        num_samples: in all shards. Pass p holds the places from p * num_samples on.
     """
 
     def __init__(
         self,
-        spans: list[Span],
-        shuffle_block: int,
-        block_seed: tuple[int, ...],
-        counts_unlisted: bool,
+        sizes: dict[int, int],
+        seed: int,
+        parts: Callable[[int], np.ndarray],
+        source: int = 0,
     ):
-        self.spans = spans
-        self.counts_unlisted = counts_unlisted
+        self.seed = seed
+        self.source = source
+        self.num_samples = sum(sizes.values())
+        self._parts = parts
+        self.sizes = sizes
+        self._shards = list(sizes)
+        self._passes: dict[int, tuple[list[int], list[int]]] = {}
+        self._dealt: dict[int, list[int]] = {}
+
+    def parts(self, epoch: int) -> list[int]:
+        """The places at which the lanes' parts of an epoch begin, and the end of the last one."""
+        if epoch not in self._dealt:
+            _forget(self._dealt)
+            self._dealt[epoch] = self._parts(epoch).tolist()
+        return self._dealt[epoch]
+
+    def spans(self, first: int, end: int) -> list[Span]:
+        """The samples at the places from `first` to `end`, without the latter."""
+        spans = []
+        while first < end:
+            number, place = divmod(first, self.num_samples)
+            shards, ends = self._pass(number)
+            index = bisect_right(ends, place)
+            start = self.sizes[shards[index]] - (ends[index] - place)
+            count = min(ends[index] - place, end - first)
+            spans.append(Span(shards[index], range(start, start + count)))
+            first += count
+        return spans
+
+    def _pass(self, number: int) -> tuple[list[int], list[int]]:
+        """The shards in the order of a pass, and the places in it at which they end."""
+        if number not in self._passes:
+            _forget(self._passes)
+            rng = _rng(self.source, SHARD_ORDER, self.seed, number)
+            shards = [self._shards[index] for index in rng.permutation(len(self._shards))]
+            self._passes[number] = shards, list(accumulate(self.sizes[s] for s in shards))
+        return self._passes[number]
+
+
+def _forget(kept: dict) -> None:
+    """Makes room for another entry."""
+    if len(kept) >= PASSES_KEPT:
+        del kept[next(iter(kept))]
+
+
+class LaneEpoch:
+    """The samples of one lane in one epoch: first its part, then what it reads on for.
+
+    A position is a sample's number in the lane's order of the epoch. Positions from `num_samples`
+    on stand for the places behind the part, then for those before it, and at last for what comes
+    behind the epoch, without end. A lane reads them in place of samples that can't be used.
+
+    Attributes:
+        num_samples: number of samples in the lane's part, and of usable ones that it gives.
+    """
+
+    def __init__(self, source: SourceOrder, lane: int, epoch: int, shuffle_block: int):
+        parts = source.parts(epoch)
+        first, end = parts[lane : lane + 2]
+        self.num_samples = end - first
+        self._source = source
         self._shuffle_block = shuffle_block
-        self._block_seed = block_seed
-        self._ends = list(accumulate(len(span.samples) for span in spans))
-        self.num_samples = self._ends[-1]
+        self._block_seed = (source.source, BLOCK_ORDER, source.seed, epoch, lane)
+        self._spans = source.spans(first, end)
+        if lane % 2:
+            # Two neighbours share the shard between them. So both read it at the same time, at the
+            # beginning of the epoch or at the end, and a remote one is fetched once for both.
+            self._spans.reverse()
+        self._ends = list(accumulate(len(span.samples) for span in self._spans))
+        self._further = ((end, parts[-1]), (parts[0], first))
+        self._behind = parts[-1]
 
     def block(self, position: int) -> range:
         """The positions that are shuffled together with `position`."""
-        first = position // self._shuffle_block * self._shuffle_block
-        return range(first, min(first + self._shuffle_block, self.num_samples))
+        is_own = position < self.num_samples
+        start, size = 0 if is_own else self.num_samples, self._shuffle_block
+        first = start + (position - start) // size * size
+        return range(first, min(first + size, self.num_samples) if is_own else first + size)
 
     def shuffled(self, block: range) -> np.ndarray:
         """(len(block),) int64: which of the block's samples, as read, comes at each position."""
-        number = block.start // self._shuffle_block
+        # The first block behind the part gets the number behind its last one.
+        number = -(-block.start // self._shuffle_block)
         return _rng(*self._block_seed, number).permutation(len(block))
 
-    def spans_from(self, num_read: int) -> list[Span]:
-        """The spans that are left after the first `num_read` samples; the first one is cut."""
-        number = bisect_right(self._ends, num_read)
-        if number == len(self.spans):
-            return []
-        span = self.spans[number]
-        left = span.samples[num_read - self._ends[number] :]  # counted from the span's end
-        return [Span(span.shard, left), *self.spans[number + 1 :]]
+    def spans(self, positions: range) -> list[Span]:
+        """The samples at consecutive positions as they are read, before the shuffle."""
+        first, end = positions.start, positions.stop
+        spans = []
+        index = bisect_right(self._ends, first)
+        while first < min(end, self.num_samples):
+            span = self._spans[index]
+            start = len(span.samples) - (self._ends[index] - first)
+            samples = span.samples[start : start + end - first]
+            spans.append(Span(span.shard, samples))
+            first += len(samples)
+            index += 1
+        first, end = first - self.num_samples, end - self.num_samples
+        for begin, stop in self._further:
+            if first < end and first < stop - begin:
+                spans += self._source.spans(begin + first, min(begin + end, stop))
+            first, end = max(0, first - (stop - begin)), end - (stop - begin)
+        if first < end:
+            spans += self._source.spans(self._behind + first, self._behind + end)
+        return spans
+
+    def end_of_span(self, position: int) -> int:
+        """The position in the part at which the shard of `position` has been read, or its end."""
+        if position >= self.num_samples:
+            return self.num_samples
+        return self._ends[bisect_right(self._ends, position)]
 
     def sample_at(self, position: int) -> tuple[int, int]:
         """The sample that comes at `position`: its shard's index and its position in the shard."""
         block = self.block(position)
-        num_read = block.start + int(self.shuffled(block)[position - block.start])
-        span = self.spans_from(num_read)[0]
+        place = block.start + int(self.shuffled(block)[position - block.start])
+        (span,) = self.spans(range(place, place + 1))
         return span.shard, span.samples.start
 
 
@@ -97,57 +200,16 @@ class LaneOrder:
     """The order of one lane's samples from one source.
 
     Args:
-        sizes: the number of samples of each of the source's shards, by the shard's index.
+        source: the source's sequence; lanes may share the object.
         lane: this lane's index.
-        num_lanes: number of lanes that the source is dealt to.
-        seed: the run's seed.
         shuffle_block: number of consecutive samples that are shuffled together.
-        source: the source's index.
-
-    Attributes:
-        shares_shards: whether all lanes read all shards, because there are too few for each to have
-            its own.
     """
 
-    def __init__(
-        self,
-        sizes: dict[int, int],
-        lane: int,
-        num_lanes: int,
-        seed: int,
-        shuffle_block: int,
-        source: int = 0,
-    ):
-        self.lane = lane
-        self.num_lanes = num_lanes
-        self.seed = seed
-        self.shuffle_block = shuffle_block
+    def __init__(self, source: SourceOrder, lane: int, shuffle_block: int):
         self.source = source
-        self.shares_shards = len(sizes) < num_lanes
-        self._sizes = sizes
-        self._shards = list(sizes)
+        self.lane = lane
+        self.shuffle_block = shuffle_block
 
     def epoch(self, epoch: int) -> LaneEpoch:
         """This lane's part of an epoch; any epoch may be asked for at any time."""
-        rng = _rng(self.source, SHARD_ORDER, self.seed, epoch)
-        order = rng.permutation(len(self._shards))
-        first, step = 0, 1
-        if self.shares_shards:
-            # Another part of the samples for each lane in each epoch.
-            first = int(self.lane + rng.integers(self.num_lanes)) % self.num_lanes
-            step = self.num_lanes
-        else:
-            order = order[self.lane :: self.num_lanes]
-        counts_unlisted = first == 0
-        spans = []
-        for shard in (self._shards[place] for place in order):
-            samples = range(first, self._sizes[shard], step)
-            spans.append(Span(shard, samples))
-            # The next shard goes on where the turns of the lanes ended in this one.
-            first = (first - self._sizes[shard]) % step
-        return LaneEpoch(
-            spans,
-            self.shuffle_block,
-            (self.source, BLOCK_ORDER, self.seed, epoch, self.lane),
-            counts_unlisted,
-        )
+        return LaneEpoch(self.source, self.lane, epoch, self.shuffle_block)

@@ -1,8 +1,10 @@
 """What a lane can't use: counted for the log, and an error where it is too much to go on."""
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
+from aclip.data.lanes.order import Span
 from aclip.data.shards.listing import Shard, Skip
 from aclip.data.shards.tar import ShardError
 from aclip.errors import ConfigError
@@ -10,9 +12,12 @@ from aclip.errors import ConfigError
 MAX_UNREADABLE = 8
 """Shards in a row that a lane may find unreadable before the run ends, where they are skipped."""
 MAX_UNUSABLE = 1000
-"""Samples in a row that a lane may find unusable before the run ends, where lanes share shards."""
+"""Samples in a row that a lane may find unusable before the run ends; in any case those of more
+than MAX_UNREADABLE shards."""
 MAX_UNUSABLE_PASSES = 20
 """The same limit for small data sets, in samples of all shards."""
+MANY = 10
+"""Samples of a shard that are rarely all unusable by chance."""
 
 
 class Patience:
@@ -21,7 +26,7 @@ class Patience:
     Args:
         shards: all shards of the data set.
         lane: the lane's index, for messages.
-        shares_shards: as LaneOrder's.
+        sizes: the numbers of samples of the source's shards.
         skips_unreadable: whether the samples of a shard that can't be read are skipped; otherwise
             such a shard ends the run.
 
@@ -31,42 +36,52 @@ class Patience:
     """
 
     def __init__(
-        self, shards: list[Shard], lane: int, shares_shards: bool, skips_unreadable: bool = False
+        self, shards: list[Shard], lane: int, sizes: Collection[int], skips_unreadable: bool = False
     ):
         self.shards = shards
         self.lane = lane
-        self.shares_shards = shares_shards
         self.skips_unreadable = skips_unreadable
         self.skipped: Counter[str] = Counter()
         self.warnings: list[str] = []
-        self._unusable_in_a_row = 0
+        enough = max(MAX_UNUSABLE, (MAX_UNREADABLE + 1) * max(sizes))
+        self._most_unusable = min(enough, MAX_UNUSABLE_PASSES * sum(sizes))
+        self._unusable: Counter[str] = Counter()
+        self._unusable_shards: dict[str, None] = {}
         self._unreadable_in_a_row = 0
 
-    def start_epoch(self, position: int) -> None:
-        """Begins to count an epoch, of which the samples from `position` on are read."""
-        self._is_whole = position == 0
+    def start_epoch(self, part: list[Span]) -> None:
+        """Begins to count an epoch, in which the lane is to read these samples."""
         self._last_unreadable: str | None = None
-        self._seen: Counter[int] = Counter()
-        self._usable: Counter[int] = Counter()
-        self._epoch_skips: Counter[str] = Counter()
+        self._left: Counter[int] = Counter()
+        for span in part:
+            self._left[span.shard] += len(span.samples)
+        self._of_shard = dict(self._left)
+        self._usable: set[int] = set()
 
     def count_unlisted(self, skip: Skip) -> None:
         """Counts a sample that is beyond its shard's index and so belongs to no lane."""
         self.skipped[skip.kind] += 1
 
     def count(self, shard_index: int, sample: Any) -> None:
-        """Counts a sample of the lane: a Skip is unusable, everything else usable."""
-        self._seen[shard_index] += 1
+        """Counts a sample of the lane: a Skip is unusable, everything else usable.
+
+        Raises:
+            ConfigError: so many in a row are unusable that others will hardly follow.
+        """
         if isinstance(sample, Skip):
             self.skipped[sample.kind] += 1
-            self._epoch_skips[sample.kind] += 1
-            self._unusable_in_a_row += 1
+            self._unusable[sample.kind] += 1
+            self._unusable_shards[self.shards[shard_index].url] = None
         else:
-            self._usable[shard_index] += 1
-            self._unusable_in_a_row = self._unreadable_in_a_row = 0
-        shard = self.shards[shard_index]
-        if self._seen[shard_index] == shard.num_samples and not self._usable[shard_index]:
-            self.warnings.append(f"shard {shard.url} holds no usable sample")
+            self._usable.add(shard_index)
+            self._unusable.clear()
+            self._unusable_shards.clear()
+            self._unreadable_in_a_row = 0
+        self._left[shard_index] -= 1
+        if self._left[shard_index] == 0 and shard_index not in self._usable:
+            self._warn_of(shard_index)
+        if self._unusable.total() >= self._most_unusable:
+            self._give_up()
 
     def bear(self, error: ShardError) -> None:
         """Notes a shard that can't be read.
@@ -87,23 +102,24 @@ class Patience:
             ) from None
         self.warnings.append(f"{error}; its samples are skipped")
 
-    def end_epoch(self, shard_indices: list[int]) -> None:
-        """Checks that an epoch, which read these shards, held something usable.
+    def _warn_of(self, shard_index: int) -> None:
+        """Says that nothing of a shard was usable: of all of it, or of what the lane took of it."""
+        shard, number = self.shards[shard_index], self._of_shard[shard_index]
+        if number == shard.num_samples:
+            self.warnings.append(f"shard {shard.url} holds no usable sample")
+        elif number >= MANY:
+            self.warnings.append(
+                f"shard {shard.url} holds no usable sample among the {number} that data lane "
+                f"{self.lane} took of it"
+            )
 
-        Raises:
-            ConfigError: it did not, and the next one will not either.
-        """
-        if self._usable or not self._is_whole:
-            return
-        shards = [self.shards[index] for index in shard_indices]
-        most = MAX_UNUSABLE_PASSES * sum(shard.num_samples for shard in shards)
-        if self.shares_shards and self._unusable_in_a_row < min(MAX_UNUSABLE, most):
-            return  # few samples are this lane's in one epoch: it draws others in the next
-        if self._epoch_skips["unreadable_shard"]:
-            return  # `bear` says when it is too many
-        urls = ", ".join(shard.url for shard in shards)
-        kinds = ", ".join(f"{kind} {count}" for kind, count in self._epoch_skips.items())
+    def _give_up(self) -> None:
+        urls = list(self._unusable_shards)
+        named = ", ".join(urls[: MAX_UNREADABLE + 1])
+        if len(urls) > MAX_UNREADABLE + 1:
+            named += f" and {len(urls) - MAX_UNREADABLE - 1} more"
+        kinds = ", ".join(f"{kind} {count}" for kind, count in self._unusable.items())
         raise ConfigError(
-            f"data lane {self.lane} found nothing usable in a whole epoch of its shards {urls} "
-            f"({kinds}); repair them or remove them from data.train"
+            f"data lane {self.lane} found nothing usable in {self._unusable.total()} samples in a "
+            f"row ({kinds}), of the shards {named}; repair them or remove them from data.train"
         )

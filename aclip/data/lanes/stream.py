@@ -1,15 +1,16 @@
 """One lane's samples, read from the shards in the lane's order.
 
-A cursor (epoch, position) says which sample comes next. It counts every sample of the lane's epoch,
-usable or not, so that a bad one never shifts the others.
+A cursor (epoch, position, given) says which sample comes next. The position counts every sample of
+the lane's epoch, usable or not, so that a bad one never shifts the others. The epoch ends when as
+many usable samples are given as the lane's part holds, in the same step for all lanes: for each bad
+sample the lane reads on by one behind its part, which then comes twice in the epoch.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import zip_longest
 from typing import Any
 
-from aclip.data.lanes.order import LaneOrder
+from aclip.data.lanes.order import LaneOrder, Span
 from aclip.data.lanes.patience import Patience
 from aclip.data.shards.listing import Shard, Skip, read_shard
 from aclip.data.shards.tar import RawSample, ShardError
@@ -21,32 +22,37 @@ class LaneStream:
     Args:
         shards: all shards of the data set.
         order: says which of their samples come, and when.
-        cursor: (epoch, position) of the sample to start with.
+        cursor: (epoch, position, given) of the sample to start with.
         prepare: called as prepare(shard_index, raw, epoch, position); gives the sample, or Skip.
         skips_unreadable: whether the samples of a shard that can't be read are skipped; otherwise
             such a shard raises.
 
     Attributes:
-        epoch, position: the cursor of the next sample.
+        epoch, position: of the next sample.
+        given: number of usable samples that the epoch has given.
+        repeated: number of samples read in place of unusable ones since the last call of
+            clear_reports.
     """
 
     def __init__(
         self,
         shards: list[Shard],
         order: LaneOrder,
-        cursor: tuple[int, int],
+        cursor: tuple[int, int, int],
         prepare: Callable[[int, RawSample, int, int], Any],
         skips_unreadable: bool = False,
     ):
         self.shards = shards
         self.order = order
         self.prepare = prepare
-        self._patience = Patience(shards, order.lane, order.shares_shards, skips_unreadable)
+        self.repeated = 0
+        sizes = order.source.sizes.values()
+        self._patience = Patience(shards, order.lane, sizes, skips_unreadable)
         self._start_epoch(*cursor)
 
     @property
-    def cursor(self) -> tuple[int, int]:
-        return self.epoch, self.position
+    def cursor(self) -> tuple[int, int, int]:
+        return self.epoch, self.position, self.given
 
     @property
     def skipped(self) -> Counter[str]:
@@ -59,41 +65,44 @@ class LaneStream:
         return self._patience.warnings
 
     def clear_reports(self) -> None:
-        """Forgets the skipped samples and warnings that the owner has taken."""
+        """Forgets the skipped and repeated samples and warnings that the owner has taken."""
         self.skipped.clear()
         self.warnings.clear()
+        self.repeated = 0
 
     def prefetch(self) -> None:
         """Begins to fetch the shard that is read next, if it is remote."""
-        for span in self._this_epoch.spans_from(self.position)[:1]:
-            self.shards[span.shard].prefetch()
+        block = self._this_epoch.block(self.position)
+        self._prefetch_at(block.start)
 
     def take(self, count: int) -> list[Any]:
         """The next `count` usable samples.
 
         Raises:
-            ConfigError: a whole epoch of the lane holds nothing usable, or a shard can't be read.
+            ConfigError: too many samples in a row are unusable, or a shard can't be read.
         """
         samples = []
         while len(samples) < count:
-            while self.position >= self._this_epoch.num_samples:
-                self._patience.end_epoch([span.shard for span in self._this_epoch.spans])
-                self._start_epoch(self.epoch + 1, 0)
+            while self.given >= self._this_epoch.num_samples:
+                self._start_epoch(self.epoch + 1, 0, 0)
             if not self._block:
                 self._load_block()
             shard_index, raw = self._block.pop()
             sample = raw if isinstance(raw, Skip) else self._prepare(shard_index, raw)
-            self.position += 1
             self._patience.count(shard_index, sample)
             if not isinstance(sample, Skip):
                 samples.append(sample)
+                self.given += 1
+                self.repeated += self.position >= self._this_epoch.num_samples
+            self.position += 1
         return samples
 
-    def _start_epoch(self, epoch: int, position: int) -> None:
-        self.epoch, self.position = epoch, position
+    def _start_epoch(self, epoch: int, position: int, given: int) -> None:
+        self.epoch, self.position, self.given = epoch, position, given
         self._this_epoch = self.order.epoch(epoch)
-        self._patience.start_epoch(position)
-        self._reader, self._num_read = None, -1
+        part = self._this_epoch.spans(range(position, self._this_epoch.num_samples))
+        self._patience.start_epoch(part if position == 0 else [])
+        self._reader, self._reads_next = None, None
         self._block: list[tuple[int, RawSample | Skip]] = []
 
     def _prepare(self, shard_index: int, raw: RawSample) -> Any:
@@ -106,37 +115,45 @@ class LaneStream:
     def _load_block(self) -> None:
         """Finds the samples of the cursor's block; the next one stands last, for pop."""
         block = self._this_epoch.block(self.position)
-        if self._num_read != block.start:
-            self._reader = self._read_from(block.start)
-        raw = [next(self._reader) for _ in block]
-        self._num_read = block.stop
-        if block.stop == self._this_epoch.num_samples:
-            for _ in self._reader:  # only counts what lies beyond the last shard's index
-                pass
+        raw, place = [], block.start
+        for span in self._this_epoch.spans(block):
+            raw += self._read(span, place)
+            place += len(span.samples)
         order = self._this_epoch.shuffled(block)[self.position - block.start :]
         self._block = [raw[index] for index in order[::-1]]
 
-    def _read_from(self, num_read: int) -> Iterator[tuple[int, RawSample | Skip]]:
-        """Yields (shard index, sample) of the epoch's spans, without the first `num_read`."""
-        spans = self._this_epoch.spans_from(num_read)
-        for span, following in zip_longest(spans, spans[1:]):
-            if following is not None:
-                self.shards[following.shard].prefetch()
-            shard = self.shards[span.shard]
-            for index, raw in self._read_shard(shard, span.samples.start):
-                if index in span.samples:
-                    yield span.shard, raw
-                elif index >= shard.num_samples and self._this_epoch.counts_unlisted:
-                    self._patience.count_unlisted(raw)
+    def _read(self, span: Span, place: int) -> list[tuple[int, RawSample | Skip]]:
+        """The (shard index, sample) of a span, which is read at the positions from `place` on."""
+        shard = self.shards[span.shard]
+        if self._reads_next != (span.shard, span.samples.start):
+            # Goes on from block to block, so that a shard is walked once.
+            self._reader = self._read_shard(shard, span.samples.start)
+            self._prefetch_at(self._this_epoch.end_of_span(place))
+        self._reads_next = span.shard, span.samples.stop
+        samples = [(span.shard, next(self._reader)) for _ in span.samples]
+        if span.samples.stop == shard.num_samples:
+            for unlisted in self._reader:
+                self._patience.count_unlisted(unlisted)
+        return samples
 
-    def _read_shard(self, shard: Shard, start: int) -> Iterator[tuple[int, RawSample | Skip]]:
-        """As read_shard; what can't be read is skipped where that is the policy."""
+    def _read_shard(self, shard: Shard, start: int) -> Iterator[RawSample | Skip]:
+        """As read_shard, without positions; what can't be read is skipped where that is the
+        policy."""
         following = start
         try:
             for index, raw in read_shard(shard, start):
                 following = index + 1
-                yield index, raw
+                yield raw
         except ShardError as error:
             self._patience.bear(error)
-            for index in range(following, shard.num_samples):
-                yield index, Skip("unreadable_shard")
+            for _ in range(following, shard.num_samples):
+                yield Skip("unreadable_shard")
+
+    def _prefetch_at(self, place: int) -> None:
+        """Begins to fetch the shard that is read at a position of this epoch, or at the beginning
+        of the next one."""
+        lane_epoch = self._this_epoch
+        if place >= lane_epoch.num_samples:
+            lane_epoch, place = self.order.epoch(self.epoch + 1), 0
+        for span in lane_epoch.spans(range(place, place + 1)):
+            self.shards[span.shard].prefetch()

@@ -165,6 +165,8 @@ class MetricsLogger:
         num_skipped = sum(line.skipped.values())
         if num_skipped:
             parts.append(f"skipped {num_skipped:,}")
+        if line.repeated:
+            parts.append(f"repeated {line.repeated:,}")
         return "  ".join([*parts, f"ETA {self._remaining(samples, line.images_per_second)}"])
 
     def _remaining(self, samples: int, images_per_second: float | None) -> str:
