@@ -121,7 +121,7 @@ class Plan:
         rows: the memory under each stage. own: the ds_config's row.
         micro_batch_size: the one that the times are for. mfu: share of the peak FLOPs reached.
         link_bytes: what a GPU can send in a second. sent_bytes: what it sends in a step.
-        num_steps: the schedule's length.
+        num_steps: the schedule's length. num_samples: of an epoch.
     """
 
     ds_config: DsConfig
@@ -135,6 +135,7 @@ class Plan:
     link_bytes: float
     sent_bytes: float
     num_steps: int
+    num_samples: int
 
     @property
     def measured(self) -> Measured:
@@ -206,6 +207,7 @@ def plan_run(arguments: argparse.Namespace) -> Plan:
         link_bytes=link,
         sent_bytes=sent,
         num_steps=num_steps,
+        num_samples=round(arguments.samples),
     )
 
 

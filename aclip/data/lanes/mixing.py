@@ -98,6 +98,14 @@ class Turns:
             self._find_rounds()
         return self._rounds[source][number]
 
+    def describe_rest(self, source: int) -> str:
+        """What the first round of a source leaves out, and where it comes in: for the log."""
+        size, (steps, given) = self._num_samples[source], self.round(source, 1)
+        if given > size:
+            return f"{size:,} samples, which come {given / size:,.1f} times in a batch"
+        rest = f"; the {size - given:,} left over begin the next pass" if given < size else ""
+        return f"{size:,} samples come once in {steps:,} batches{rest}"
+
     def _find_rounds(self) -> None:
         """Looks for rounds that begin in further steps."""
         first = self._known_steps
