@@ -124,8 +124,9 @@ class DataConfig(Section):
     an address such as s3://bucket/{00000..01482}.tar; `demo` for the built-in scenes."""
     sources: list[SourceConfig] = []
     """Several data sets in place of data.train: [{shards: ..., weight: 3}, ...]. An epoch is as
-    many samples as all of them hold together; each gives its weight's share of it. One with more
-    weight than its size comes several times, one with less in part, and goes on in the next."""
+    many samples as all of them hold together; each gives its weight's share of it, and all of its
+    samples before one comes again. One with more weight than its size comes several times, one with
+    less in part, and goes on in the next."""
     val: str | list[str] = []
     """Shards for evaluation; empty for none. For zero-shot accuracy, samples have a .cls and
     classnames.txt lies beside the shards or one folder up."""
@@ -138,11 +139,12 @@ class DataConfig(Section):
     cache_gb: Positive = 100
     """Size to which that folder is kept, 10^9 bytes; shards being fetched or read come on top."""
     lanes: int | None = Field(None, ge=1)
-    """Virtual lanes that fix the global order; ranks x workers divides them, they the batch."""
+    """Virtual lanes that fix the global order; ranks x workers divides them, they the batch. Empty
+    for the batch's largest divisor up to 1024."""
     workers: int | None = Field(None, ge=0)
     """Worker processes of a rank; empty for as many, up to 8, as cores and lanes allow."""
     shuffle_block: int = Field(512, ge=1)
-    """Samples that a lane shuffles together."""
+    """Samples that a lane shuffles together; it reads them from neighbouring places in shards."""
     crops: Literal["worker", "device"] = "worker"
     """Where views are cut: exactly as Pillow does, by the worker; or on the device, from the whole
     decoded image, which costs the worker about a third of the time. Boxes are the same, pixels

@@ -25,8 +25,8 @@ ITEMS_AHEAD = 2
 def allow_many_open_files() -> None:
     """Raises the limit of open files, for this process and its workers, as far as it may.
 
-    Each sample that waits in a block keeps its shard open, and a lane that shares its shards with
-    other lanes reads a block from many of them.
+    Each sample that waits in a block keeps its shard open, and where shards are small a block comes
+    from many of them.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
