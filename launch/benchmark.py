@@ -1,5 +1,6 @@
 """The cost of a step, recipe by recipe, on this machine: `python launch/benchmark.py`; of loading
-the data: `python launch/benchmark.py --loader`."""
+the data: `python launch/benchmark.py --loader`; how often each sample comes:
+`python launch/benchmark.py --dealing`."""
 
 import argparse
 
@@ -12,7 +13,7 @@ PAPER = ["clip_vitb16", "slip_vitb16", "maskclip_vitb16", "aclip_vitb16", "aclip
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Time and memory of one training step of each recipe, interleaved in one run; "
-        "or, with --loader, of loading.",
+        "or, with --loader, of loading; or, with --dealing, how often each sample comes.",
         formatter_class=DefaultsShown,
     )
     parser.add_argument(
@@ -54,6 +55,22 @@ def parse_arguments() -> argparse.Namespace:
         "--gpu_rate", type=float, default=2900, help="images a second that one GPU trains on"
     )
     loader.add_argument("--run", help="folder of a run whose data-wait share to print")
+    dealing = parser.add_argument_group("with --dealing")
+    dealing.add_argument(
+        "--dealing",
+        action="store_true",
+        help="deal the samples of a run to its lanes, from sizes alone, and count what comes",
+    )
+    dealing.add_argument(
+        "--sizes",
+        nargs="*",
+        default=[],
+        metavar="SHARDSxSAMPLES",
+        help="data sets, at --batch_size (4096) (default: common ones and the demo's)",
+    )
+    dealing.add_argument("--epochs", type=int, default=25)
+    dealing.add_argument("--ranks", type=int, default=64)
+    dealing.add_argument("--workers", type=int, default=8, help="of each rank")
     scaling = parser.add_argument_group("scaling over the slots of a hostfile")
     scaling.add_argument("--scaling", metavar="HOSTFILE", help="measure 1, 2, 4, ... of its slots")
     scaling.add_argument("--ds_config", default="ds_configs/zero2.json")

@@ -1,4 +1,4 @@
-"""What launch/benchmark.py measures: training steps, loading, or scaling."""
+"""What launch/benchmark.py measures: training steps, loading, dealing, or scaling."""
 
 import argparse
 
@@ -14,6 +14,10 @@ def benchmark(arguments: argparse.Namespace) -> int:
         from aclip.benchmarks.loading import benchmark_loading
 
         return benchmark_loading(arguments)
+    if arguments.dealing:
+        from aclip.benchmarks.dealing import benchmark_dealing
+
+        return benchmark_dealing(arguments)
     if arguments.scaling:
         from aclip.benchmarks.scaling import benchmark_scaling
 

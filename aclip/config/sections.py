@@ -124,8 +124,9 @@ class DataConfig(Section):
     an address such as s3://bucket/{00000..01482}.tar; `demo` for the built-in scenes."""
     sources: list[SourceConfig] = []
     """Several data sets in place of data.train: [{shards: ..., weight: 3}, ...]. An epoch has
-    as many samples as all of them hold together, shared out by weight. A source with a large weight
-    repeats within an epoch; one with a small weight is read in part and goes on in the next."""
+    as many samples as all of them hold together, shared out by weight. All samples of a source come
+    before one of them comes again: a source with a large weight repeats within an epoch, one with a
+    small weight is read in part and goes on in the next."""
     val: str | list[str] = []
     """Shards for evaluation; empty for none. For zero-shot accuracy, samples have a .cls and
     classnames.txt lies beside the shards or one folder up."""
@@ -139,11 +140,11 @@ class DataConfig(Section):
     """Size to which that folder is kept, 10^9 bytes; shards being fetched or read come on top."""
     lanes: int | None = Field(None, ge=1)
     """Number of virtual lanes, which fix the global order. Ranks x workers must divide it, and it
-    must divide the global batch."""
+    must divide the global batch. Empty for the batch's largest divisor up to 1024."""
     workers: int | None = Field(None, ge=0)
     """Worker processes of a rank; empty for as many, up to 8, as cores and lanes allow."""
     shuffle_block: int = Field(512, ge=1)
-    """Samples that a lane shuffles together."""
+    """Samples that a lane shuffles together; it reads them from neighbouring places in shards."""
     crops: Literal["worker", "device"] = "worker"
     """Where views are cut: exactly as Pillow does, by the worker; or on the device, from the whole
     decoded image, which costs the worker about a third of the time. Boxes are the same, pixels

@@ -23,7 +23,7 @@ from aclip.data.batch import Batch, collate, join
 from aclip.data.images.whole_images import PixelBuffer
 from aclip.data.lanes.counts import resolve_lanes, resolve_workers
 from aclip.data.lanes.mixing import MixedLane, Turns, deal_sources
-from aclip.data.lanes.order import LaneOrder, SourceOrder
+from aclip.data.lanes.order import LaneOrder, SourceOrder, describe_rest
 from aclip.data.lanes.stream import LaneStream
 from aclip.data.samples import SampleMaker
 from aclip.data.shards.listing import Shard
@@ -221,6 +221,15 @@ def deal(recipe: Recipe, shards: list[Shard]) -> tuple[list[SourceOrder], Turns 
         sizes[shard.source][index] = shard.num_samples
     batch_size, seed = recipe.train.global_batch_size, recipe.train.seed
     return deal_sources(sizes, weights, batch_size, count_lanes(recipe), seed)
+
+
+def describe_rests(recipe: Recipe, shards: list[Shard]) -> list[str]:
+    """How many samples an epoch leaves out and where they come in, a sentence for each source."""
+    (first, *_), turns = deal(recipe, shards)
+    if turns is None:
+        return [describe_rest(first.num_samples, recipe.train.global_batch_size)]
+    sources = range(len(recipe.data.sources))
+    return [f"data.sources.{source}: {turns.describe_rest(source)}" for source in sources]
 
 
 def count_lanes(recipe: Recipe) -> int:

@@ -123,7 +123,7 @@ class Plan:
         micro_batch_size: the micro-batch that the times are for.
         mfu: share of the GPU's peak FLOPs that the run reaches.
         link_bytes: what a GPU can send in a second. sent_bytes: what it sends in a step.
-        num_steps: the schedule's length.
+        num_steps: the schedule's length. num_samples: of an epoch.
     """
 
     ds_config: DsConfig
@@ -137,6 +137,7 @@ class Plan:
     link_bytes: float
     sent_bytes: float
     num_steps: int
+    num_samples: int
 
     @property
     def measured(self) -> Measured:
@@ -208,6 +209,7 @@ def plan_run(arguments: argparse.Namespace) -> Plan:
         link_bytes=link,
         sent_bytes=sent,
         num_steps=num_steps,
+        num_samples=round(arguments.samples),
     )
 
 

@@ -1,6 +1,7 @@
 """How a plan reads: text tables."""
 
 from aclip.cli import GIB, MIB, show_duration, text_table
+from aclip.data.lanes.order import describe_rest
 from aclip.planning.measure_step import MODES
 from aclip.planning.meter import Flops, add_up
 from aclip.planning.plan import Plan
@@ -106,6 +107,7 @@ def _time(plan: Plan) -> str:
         "overlapped)",
         f"Schedule: {plan.num_steps:,} steps, {show_duration(seconds)}, "
         f"{plan.gpu_hours:,.0f} GPU-hours",
+        f"Data: {describe_rest(plan.num_samples, plan.workload.global_batch_size)}",
     ]
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from aclip.cli import EXIT_NON_FINITE, EXIT_NOT_SAVED, EXIT_STOPPED_BY_SIGNAL
 from aclip.data.find_data import check_same_shards
+from aclip.data.loader import describe_rests
 from aclip.distributed import rank, say, world_size
 from aclip.engine.process_group import init_distributed, limit_engine_collectives
 from aclip.evaluation.during_training import Evaluator
@@ -72,6 +73,8 @@ def print_headline(start: Start, trainer: Trainer) -> None:
         f"{ds_config.micro_batch_size} x {ds_config.num_micro_steps}), ZeRO-{ds_config.stage}, "
         f"{precision}; run folder {start.run_folder}"
     )
+    for sentence in describe_rests(recipe, start.shards):
+        say(sentence)
     if start.resume_from is not None:
         say(f"continuing from {start.resume_from} at {trainer.samples:,} samples")
     if trainer.stepper.init_report is not None:

@@ -202,6 +202,7 @@ def test_checkpoint_of_other_data_or_batch_size_is_refused(run_distributed, shar
     assert data == {
         "shards": 4,
         "samples": 4 * SHARD_SIZE,
+        "order": 2,
         "train.seed": 0,
         "data.shuffle_block": 160,  # the demo recipe's
         "data.lanes": 4,

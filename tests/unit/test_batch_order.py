@@ -20,7 +20,8 @@ from shard_batches import (
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
 from aclip.data.images.augment import augment
-from aclip.data.loader import build_train_loader, count_lanes
+from aclip.data.loader import build_train_loader, count_lanes, describe_rests
+from aclip.data.shards.listing import Shard
 from aclip.errors import ConfigError
 
 
@@ -146,6 +147,24 @@ def test_cursors_of_other_sources_are_refused(sources):
     cursors = torch.zeros(8, 3, dtype=torch.int64)
     with pytest.raises(ConfigError, match="cursors of 1 sources, but data.sources gives 2"):
         build_train_loader(with_sources(0), sources, 0, 1, cursors)
+
+
+def test_what_an_epoch_leaves_to_the_next_is_said(sources, shards):
+    assert describe_rests(make_recipe(), shards) == [
+        "an epoch of 63 samples is 3 batches of 16; the 15 left over begin the next epoch"
+    ]
+    assert describe_rests(make_recipe(), [Shard("x.tar", 32)]) == [
+        "an epoch of 32 samples is 2 batches of 16"
+    ]
+    # 56 samples, 4 a batch; and 7, 12 a batch.
+    assert describe_rests(with_sources(0), sources) == [
+        "data.sources.0: 56 samples come once in 14 batches",
+        "data.sources.1: 7 samples, which come 1.7 times in a batch",
+    ]
+    (first, _) = describe_rests(with_sources(0, [5, 3]), sources)  # 10 a batch
+    assert first == (
+        "data.sources.0: 56 samples come once in 5 batches; the 6 left over begin the next pass"
+    )
 
 
 def test_lanes_depend_on_the_batch_alone(sources, shards):

@@ -184,6 +184,15 @@ def test_report_marks_the_stage_of_the_ds_config(plan):
         assert name in text
 
 
+def test_report_says_what_an_epoch_leaves_to_the_next(plan):
+    lines = report(plan(samples=15e6)).splitlines()
+    assert lines[-1] == (
+        "Data: an epoch of 15,000,000 samples is 3,662 batches of 4,096; the 448 left over begin "
+        "the next epoch"
+    )
+    assert report(plan()).endswith("Data: an epoch of 409,600 samples is 100 batches of 4,096")
+
+
 def test_ds_config_with_another_offload_has_its_own_row(plan):
     zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     planned = plan({"bf16": {"enabled": True}, "zero_optimization": zero})

@@ -3,6 +3,10 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
+
+from aclip.config.recipe_file import load_recipe
+from aclip.data.shards.listing import Shard
 
 CODE = """
 import sys
@@ -28,3 +32,20 @@ def test_all_is_checked_without_deepspeed_and_without_a_tower(write_tar, encode_
     done = subprocess.run([sys.executable, "-c", CODE, *words], capture_output=True, text=True)
     assert done.stdout.splitlines()[-2:] == ["[4] [] None", "[]"], done.stderr
     assert (tmp_path / "run").is_dir()
+
+
+def test_a_run_says_at_its_start_what_an_epoch_leaves_to_the_next(capsys):
+    from aclip.training.checked_run import print_headline
+
+    start = SimpleNamespace(
+        recipe=load_recipe("demo", ["train.global_batch_size=8"]),
+        ds_config=SimpleNamespace(dtype="fp32", micro_batch_size=8, num_micro_steps=1, stage=0),
+        shards=[Shard("a.tar", 20), Shard("b.tar", 9)],
+        run_folder="runs/x",
+        resume_from=None,
+    )
+    trainer = SimpleNamespace(num_steps=7, stepper=SimpleNamespace(init_report=None))
+    print_headline(start, trainer)
+    assert capsys.readouterr().out.splitlines()[-1:] == [
+        "an epoch of 29 samples is 3 batches of 8; the 5 left over begin the next epoch"
+    ]

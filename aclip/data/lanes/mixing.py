@@ -30,8 +30,8 @@ class Turns:
 
     A round of a source lasts as long as its samples suffice: it ends before the first step that
     would take more than the rounds so far have to give. What is left then begins the next round.
-    So all lanes end a round in the same step. To a source a round is what an epoch is to the only
-    one.
+    So all lanes end a round in the same step. Where a step takes more than all of a source, each
+    step is a round. To a source a round is what an epoch is to the only one.
 
     Args:
         weights: the sources' weights.
@@ -98,17 +98,26 @@ class Turns:
             self._find_rounds()
         return self._rounds[source][number]
 
+    def describe_rest(self, source: int) -> str:
+        """What the first round of a source leaves out, and where it comes in: for the log."""
+        size, (steps, given) = self._num_samples[source], self.round(source, 1)
+        if given > size:
+            return f"{size:,} samples, which come {given / size:,.1f} times in a batch"
+        rest = f"; the {size - given:,} left over begin the next pass" if given < size else ""
+        return f"{size:,} samples come once in {steps:,} batches{rest}"
+
     def _find_rounds(self) -> None:
         """Looks for rounds that begin in further steps."""
         first = self._known_steps
-        self._known_steps += STEPS_AT_ONCE
+        self._known_steps += min(max(first, 64), STEPS_AT_ONCE)
         borders, _ = self._draw(first, self._known_steps)
         taken = np.diff(borders, axis=0).cumsum(axis=1) + self._taken[:, None]
         before = np.concatenate([self._taken[:, None], taken], axis=1)
         self._taken = taken[:, -1]
         for rounds, size, counts in zip(self._rounds, self._num_samples, before, strict=True):
-            wanted = np.arange(len(rounds), -(-int(counts[-1]) // size)) * size
-            steps = np.searchsorted(counts, wanted, side="right") - 1
+            # The ends of passes at or behind the first of these steps, and before the last one's.
+            passes = np.arange(-(-int(counts[0]) // size), -(-int(counts[-1]) // size))
+            steps = np.unique(np.searchsorted(counts, passes * size, side="right") - 1)
             rounds += zip((first + steps).tolist(), counts[steps].tolist(), strict=True)
 
     def _draw(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:

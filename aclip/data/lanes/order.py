@@ -45,6 +45,13 @@ def even_parts(num_samples: int, batch_size: int, num_lanes: int, epoch: int) ->
     return first * batch_size + np.arange(num_lanes + 1) * (end - first) * share
 
 
+def describe_rest(num_samples: int, batch_size: int) -> str:
+    """What an epoch leaves out, and where it comes in: a sentence for the log."""
+    steps, rest = divmod(num_samples, batch_size)
+    left = f"; the {rest:,} left over begin the next epoch" if rest else ""
+    return f"an epoch of {num_samples:,} samples is {steps:,} batches of {batch_size:,}{left}"
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Consecutive samples of one shard."""
