@@ -43,10 +43,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Imported here so that --help answers at once.
-    from aclip.planning.plan import plan_run
+    from aclip.planning.plan import plan
     from aclip.planning.plan_report import report
 
-    print(report(plan_run(arguments)))
+    print(report(plan(arguments)))
 
 
 if __name__ == "__main__":

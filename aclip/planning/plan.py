@@ -173,7 +173,7 @@ class Plan:
         return self.num_steps * self.step_seconds * self.workload.num_ranks / 3600
 
 
-def plan_run(arguments: argparse.Namespace) -> Plan:
+def plan(arguments: argparse.Namespace) -> Plan:
     """Plans what the parsed arguments of `launch/plan.py` describe."""
     _check_numbers(arguments)
     gpu = find_gpu(arguments.gpu)

@@ -1,6 +1,7 @@
-"""The launch scripts' options: both spellings of those that are spelled in two ways."""
+"""The launch scripts: options with two spellings, and the function that each one calls."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -73,3 +74,9 @@ def test_converters_take_hyphens_and_underscores(parse, source, options, expecte
     for spelling in (options, underscores):
         values = parse("convert", *source, *spelling, "--out", "x")
         assert {name: values[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in LAUNCH.glob("*.py")))
+def test_a_script_calls_the_function_of_its_own_name(script):
+    text = (LAUNCH / f"{script}.py").read_text()
+    assert re.search(rf"from aclip\.[\w.]+\.{script} import {script}\b", text)
