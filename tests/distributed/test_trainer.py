@@ -205,5 +205,5 @@ def test_checkpoint_of_other_data_or_batch_size_is_refused(run_distributed, shar
         "order": 2,
         "train.seed": 0,
         "data.shuffle_block": 160,  # the demo recipe's
-        "data.lanes": 4,
+        "data.lanes": BATCH,
     }
