@@ -95,6 +95,25 @@ def check_arguments(
         raise ValueError(f"chunk_size is {chunk_size}; it must be 1 or more.")
 
 
+def keep_gradients(ctx, inputs, output):
+    """setup_context of an op that gives a loss, and the gradients of its first inputs."""
+    _, *grads = output
+    ctx.mark_non_differentiable(*grads)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*grads)
+
+
+def scale_gradients(ctx, grad_loss, *_):
+    """Backward of such an op: each kept gradient times that of the loss."""
+    needed = ctx.needs_input_grad
+    if grad_loss is None:
+        return (None,) * len(needed)
+    kept = ctx.saved_tensors
+    grads = zip(kept, needed, strict=False)
+    without = (None,) * (len(needed) - len(kept))
+    return *(grad_loss * grad if need else None for grad, need in grads), *without
+
+
 def count_flops(rows: torch.Size, columns: torch.Size, grad_rows: bool, grad_columns: bool) -> int:
     """Matrix products of `by_chunks`, two operations a multiply-add, from the arguments' shapes."""
     return 2 * rows.numel() * columns[0] * (1 + grad_rows + grad_columns)

@@ -82,21 +82,9 @@ def _(rows, columns, logit_scale, labels_offset, chunk_size, grad_rows, grad_col
     )
 
 
-def _setup_context(ctx, inputs, output):
-    _, *grads = output
-    ctx.mark_non_differentiable(*grads)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*grads)
-
-
-def _backward(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return (None,) * 7
-    grads = zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
-    return *(grad_loss * grad if need else None for grad, need in grads), *(None,) * 4
-
-
-_contrastive_loss.register_autograd(_backward, setup_context=_setup_context)
+_contrastive_loss.register_autograd(
+    chunked_logits.scale_gradients, setup_context=chunked_logits.keep_gradients
+)
 
 
 @register_flop_formula(torch.ops.aclip.contrastive_loss)

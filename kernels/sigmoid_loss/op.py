@@ -92,21 +92,9 @@ def _(rows, columns, logit_scale, logit_bias, labels_offset, chunk_size, grad_ro
     )
 
 
-def _setup_context(ctx, inputs, output):
-    _, *grads = output
-    ctx.mark_non_differentiable(*grads)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*grads)
-
-
-def _backward(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return (None,) * 8
-    grads = zip(ctx.saved_tensors, ctx.needs_input_grad[:4], strict=True)
-    return *(grad_loss * grad if need else None for grad, need in grads), *(None,) * 4
-
-
-_sigmoid_loss.register_autograd(_backward, setup_context=_setup_context)
+_sigmoid_loss.register_autograd(
+    chunked_logits.scale_gradients, setup_context=chunked_logits.keep_gradients
+)
 
 
 @register_flop_formula(torch.ops.aclip.sigmoid_loss)
