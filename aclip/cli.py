@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from itertools import zip_longest
 
-from aclip.errors import ConfigError, DataError
+from aclip.errors import ConfigError, DataError, NotWritten
 
 EXIT_FAILED_RUNS = 1
 """Some of an ablation's runs have failed."""
@@ -22,7 +22,7 @@ EXIT_NON_FINITE = 3
 EXIT_HANG = 4
 """The watchdog has ended a run that made no progress."""
 EXIT_NOT_SAVED = 5
-"""A checkpoint could not be written."""
+"""A checkpoint, or another file that was asked for, could not be written."""
 EXIT_UNREADABLE_DATA = 6
 """A shard stays unreadable; it may be readable again later."""
 EXIT_INTERRUPTED = 130
@@ -88,8 +88,14 @@ def run_reporting_errors(main: Callable[[], int | None]) -> None:
         sys.stderr.write(f"{prefix}error: {error}\n")
         sys.stderr.flush()
         _let_other_ranks_report()
-        os._exit(EXIT_UNREADABLE_DATA if isinstance(error, DataError) else EXIT_BAD_INPUT)
+        os._exit(_status(error))
     sys.exit(status or 0)
+
+
+def _status(error: ConfigError) -> int:
+    if isinstance(error, NotWritten):
+        return EXIT_NOT_SAVED
+    return EXIT_UNREADABLE_DATA if isinstance(error, DataError) else EXIT_BAD_INPUT
 
 
 def _let_other_ranks_report() -> None:

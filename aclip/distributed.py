@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aclip.machine import usable_cores
+
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -115,4 +117,4 @@ def default_to_one_rank() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks that share cores lose more by waiting for each other than they gain from threads.
         ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+        torch.set_num_threads(max(1, usable_cores() // ranks_here))

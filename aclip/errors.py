@@ -7,3 +7,7 @@ class ConfigError(ValueError):
 
 class DataError(ConfigError):
     """Data that can't be read while a run trains, which may have passed when it starts again."""
+
+
+class NotWritten(ConfigError):
+    """A file could not be written, which may pass: a full disk can get room again."""

@@ -1,42 +1,130 @@
-"""Writing so that a reader, or a loss of power, never finds half a file."""
+"""How aclip writes: a file or folder appears whole or not at all, and a failure is one sentence."""
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from aclip.errors import ConfigError
+from aclip.errors import ConfigError, NotWritten
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError of the block into NotWritten; for what a library writes by itself.
+
+    An OSError that names a file outside `path` and its folder comes from reading and passes.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = error.filename
+        if named is not None and not _belongs(Path(os.fsdecode(named)), path):
+            raise
+        raise NotWritten(not_written(path, error)) from error
 
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
     """Yields a free path beside `path`; the file written there gets its name once it is whole.
 
-    A reader, also after a loss of power, sees the whole file or the one before. If the block
-    raises, nothing is left; a killed process leaves what `remove_leftovers` removes.
+    Makes the folder if need be. A reader, also after a loss of power, sees the whole file or the
+    one before. If the block raises, nothing is left; a killed process leaves what
+    `remove_leftovers` removes.
+
+    Raises:
+        NotWritten: the disk is full, or the folder can't be written.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)  # may be left of a killed process with the same number
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)  # may be left of a killed process with this number
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove_file(temporary)
+
+
+@contextmanager
+def appearing_folder(path: Path) -> Iterator[Path]:
+    """Yields a new folder beside `path`, which gets that name once the block has filled it.
+
+    `path` may exist as an empty folder. If the block raises, nothing is left.
+
+    Raises:
+        NotWritten: the disk is full, the place can't be written, or `path` was filled meanwhile.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with writing(path):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for entry in [*temporary.rglob("*"), temporary]:
+                sync(entry)
+            os.rename(temporary, path)
+            sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes left in a folder into which no other process writes now."""
     for temporary in folder.glob("*.[0-9]*.tmp"):
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file, and its folder if need be; a reader sees the whole file or the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Writes a file, and its folder if need be; a reader sees the whole file or the one before.
+
+    Raises:
+        NotWritten: see `appearing`.
+    """
     with appearing(path) as temporary:
-        temporary.write_bytes(content)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def append(path: Path, content: bytes) -> None:
+    """Adds to the end of a file; a killed process leaves all of it, or its beginning.
+
+    Raises:
+        NotWritten: see `appearing`; a beginning that got into the file is cut off again.
+    """
+    with writing(path), open(path, "ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, if need be.
+
+    Raises:
+        NotWritten: that is not possible.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def not_written(path: Path, error: OSError) -> str:
+    """The sentence about a file or folder that could not be written."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "make room there, or write to another disk"
+    else:
+        advice = "make it writable, or give another place"
+    return f"{path} can't be written ({reason}); {advice}"
 
 
 def sync(path: Path) -> None:
@@ -57,12 +145,13 @@ def check_writable(folder: Path, option: str) -> None:
     Raises:
         ConfigError: it can't be written.
     """
+    probe = folder / f".writable-{os.environ.get('RANK', '0')}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.environ.get('RANK', '0')}"
-        probe.touch()
+        probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
+        _remove_file(probe)
         raise ConfigError(
             f"{option} is {folder}, which can't be written ({error.strerror}); give another folder"
         ) from None
@@ -70,4 +159,15 @@ def check_writable(folder: Path, option: str) -> None:
 
 def cache_folder() -> Path:
     """The folder of what aclip can make again: ACLIP_CACHE, or ~/.cache/aclip."""
-    return Path(os.environ.get("ACLIP_CACHE") or Path.home() / ".cache" / "aclip")
+    return Path(os.environ.get("ACLIP_CACHE") or Path.home() / ".cache" / "aclip").expanduser()
+
+
+def _belongs(named: Path, path: Path) -> bool:
+    """Whether an error that names a file is about writing `path`."""
+    return named in path.parents or named.is_relative_to(path.parent)
+
+
+def _remove_file(path: Path) -> None:
+    # A folder that has just refused to be written is the error to report, not this one.
+    with suppress(OSError):
+        path.unlink(missing_ok=True)

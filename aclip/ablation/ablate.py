@@ -19,8 +19,9 @@ from aclip.config.recipe_file import load_recipe
 from aclip.data.find_data import find_data
 from aclip.data.fingerprint import count_shards
 from aclip.data.synthetic import batch_of_mean_captions
-from aclip.errors import ConfigError
+from aclip.errors import ConfigError, NotWritten
 from aclip.files import check_writable
+from aclip.machine import usable_cores
 from aclip.method.schedules import count_steps
 from aclip.nodes.probe import BUSY_MIB, gpus
 from aclip.planning.measure_step import measure_step
@@ -56,7 +57,7 @@ def ablate(arguments: argparse.Namespace) -> int:
     def report() -> None:
         try:
             write_report(read_results(runs), gflops, f"Ablation {output.name}", output)
-        except OSError as error:  # a full disk must not end the runs
+        except (OSError, NotWritten) as error:  # a full disk must not end the runs
             print(f"the report was not written: {error}", flush=True)
 
     command = [sys.executable, arguments.script, "--ds_config", arguments.ds_config]
@@ -154,7 +155,7 @@ def _devices(num_processes: int | None, num_runs: int) -> list[dict[str, str]]:
     if not listed:
         if torch.cuda.is_available():
             raise ConfigError("nvidia-smi is not in PATH, so that no free GPU is known; add it")
-        num_cores = len(os.sched_getaffinity(0))
+        num_cores = usable_cores()
         num_processes = num_processes or min(num_cores, num_runs)
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, num_cores // num_processes))
         return [{"OMP_NUM_THREADS": threads}] * num_processes

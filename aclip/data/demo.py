@@ -34,8 +34,9 @@ from aclip.data.scenes import (
 )
 from aclip.data.shards.counts import SIZES_FILE
 from aclip.distributed import say
-from aclip.errors import ConfigError
+from aclip.errors import NotWritten
 from aclip.files import cache_folder
+from aclip.machine import usable_cores
 
 VERSION = 1
 """Raise it with every change of the code here or in scenes.py that changes a picture, a caption or
@@ -63,7 +64,7 @@ def ensure_demo_data() -> DemoData:
     whole or not at all, and its name changes with VERSION and the constants that shape the data.
 
     Raises:
-        ConfigError: the cache folder can't be written.
+        NotWritten: the cache folder can't be written.
     """
     folder = cache_folder() / _folder_name()
     if not folder.is_dir():
@@ -73,9 +74,9 @@ def ensure_demo_data() -> DemoData:
                 if not folder.is_dir():
                     say(f"writing the demo data to {folder}, once")
                     _write_folder(folder)
-        except OSError as error:
-            raise ConfigError(
-                f"the demo data can't be written to {folder} ({error.strerror or error}); set "
+        except (OSError, NotWritten) as error:
+            raise NotWritten(
+                f"the demo data can't be written to {folder} ({error}); set "
                 "ACLIP_CACHE to a folder that can be written"
             ) from None
     train = [str(folder / _shard_name(shard)) for shard in range(TRAIN_SHARDS)]
@@ -101,7 +102,7 @@ def _write_folder(folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     shards = range(VAL_SHARD, -1, -1)  # the largest first
-    processes = min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
+    processes = min(MAX_PROCESSES, usable_cores())
     # fork, because the other ways run the launch script's imports again in each process.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:

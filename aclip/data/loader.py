@@ -36,6 +36,7 @@ from aclip.data.workers import (
     start_method,
 )
 from aclip.errors import ConfigError, DataError
+from aclip.machine import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -240,4 +241,4 @@ def count_lanes(recipe: Recipe) -> int:
 def _cores_per_rank() -> int:
     # torchrun and deepspeed tell how many ranks share the machine, each by its own name.
     ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    return len(os.sched_getaffinity(0)) // max(1, int(ranks))
+    return usable_cores() // max(1, int(ranks))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from aclip import distributed
+from aclip.errors import NotWritten
 from aclip.evaluation.sets.prompts import ClassPrompts
 from aclip.evaluation.texts import embed_classes
 from aclip.evaluation.towers import Progress, Towers
@@ -56,7 +57,10 @@ class ClassCache:
             return distributed.all_gather_rows(stored.to(towers.device))
         embeds = embed_classes(towers, batch_size, prompts, progress)
         if distributed.rank() == 0:
-            write_whole(path, save({"class_embeds": embeds.cpu().contiguous()}))
+            try:
+                write_whole(path, save({"class_embeds": embeds.cpu().contiguous()}))
+            except NotWritten as error:  # costs only time, when the classes are needed again
+                distributed.say(f"{error}; the evaluation goes on")
         return embeds
 
     def _path(self, prompts: ClassPrompts) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor
 from aclip.distributed import rank, world_size
 from aclip.engine.optimizer import ADAM
 from aclip.engine.sharded_state import MASTER, ShardedState, whole_shape
-from aclip.errors import ConfigError
+from aclip.errors import ConfigError, NotWritten
 from aclip.run_folder.checkpoint_folder import (
     OPTIMIZER,
     RNG,
@@ -96,7 +96,7 @@ def save(
             (partial / STATE).write_text(json.dumps(state, indent=1))
             publish(root, partial, folder)
             prune(root, folder, keep, keep_every, spared)
-        except (OSError, SafetensorError) as error:
+        except (OSError, NotWritten, SafetensorError) as error:
             problem = f"{type(error).__name__}: {error}"
             # A full disk gets its room back.
             shutil.rmtree(partial, ignore_errors=True)

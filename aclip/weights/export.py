@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import os
-import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from aclip.config.recipe_file import dump_recipe
 from aclip.errors import ConfigError
+from aclip.files import appearing_folder
 from aclip.run_folder.layout import RECIPE_FILE
 from aclip.weights.checkpoint_weights import CheckpointWeights, load_checkpoint_weights
 from aclip.weights.formats import open_clip, plain
@@ -22,8 +21,9 @@ def export(arguments: argparse.Namespace) -> None:
     The folder appears complete: it is written beside its place and renamed.
 
     Raises:
-        ConfigError: no such checkpoint or model, --out is in use or can't be written, or the format
-            can't hold the towers.
+        ConfigError: no such checkpoint or model, --out is in use, or the format can't hold the
+            towers.
+        NotWritten: --out can't be written.
     """
     out = Path(arguments.out)
     _check_out(out)
@@ -33,18 +33,8 @@ def export(arguments: argparse.Namespace) -> None:
         "huggingface": _write_huggingface,
         "safetensors": _write_plain,
     }[arguments.format]
-    partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with appearing_folder(out) as partial:
         advice = write(partial, out, weights)
-        os.rename(partial, out)
-    except OSError as error:
-        raise ConfigError(
-            f"--out is {out}, which can't be written ({error.strerror or error}); give another "
-            "folder"
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"wrote the {weights.model} of {weights.folder} to {out}\n{advice}", flush=True)
 
 

@@ -1,11 +1,21 @@
 """A file appears whole or not at all, and what a kill leaves can be told from it."""
 
+import errno
 import os
 
 import pytest
 
-from aclip.errors import ConfigError
-from aclip.files import appearing, check_writable, remove_leftovers, write_whole
+from aclip.errors import ConfigError, NotWritten
+from aclip.files import (
+    appearing,
+    appearing_folder,
+    append,
+    check_writable,
+    make_folder,
+    remove_leftovers,
+    write_whole,
+    writing,
+)
 
 
 def names(folder):
@@ -23,11 +33,13 @@ def test_file_has_its_name_only_once_it_is_whole(tmp_path):
     assert path.read_text() == "after" and names(tmp_path) == ["a.tar"]
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_nothing_is_left_of_what_failed_and_the_file_before_stays(tmp_path, error):
+@pytest.mark.parametrize(
+    ("error", "reported"), [(OSError, NotWritten), (KeyboardInterrupt, KeyboardInterrupt)]
+)
+def test_nothing_is_left_of_what_failed_and_the_file_before_stays(tmp_path, error, reported):
     path = tmp_path / "a.tar"
     path.write_text("before")
-    with pytest.raises(error), appearing(path) as temporary:
+    with pytest.raises(reported), appearing(path) as temporary:
         temporary.write_text("half")
         raise error
     assert path.read_text() == "before" and names(tmp_path) == ["a.tar"]
@@ -69,6 +81,7 @@ def test_what_a_killed_process_left_is_written_over_or_removed(tmp_path):
     kept = ["plan.sqlite", "samples-000000000016.tmp", "scene.tmp"]
     for name in (*kept[1:], temporary.name, "00000.tar.4711.tmp"):
         (tmp_path / name).touch()
+    (tmp_path / "export.4711.tmp" / "inner").mkdir(parents=True)
     remove_leftovers(tmp_path)
     assert names(tmp_path) == kept
 
@@ -79,3 +92,67 @@ def test_folder_that_can_not_be_written_is_named_with_its_option(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=f"^--out is {tmp_path}/file/x, which can't be written"):
         check_writable(tmp_path / "file" / "x", "--out")
+
+
+def test_full_disk_is_said_in_one_sentence_that_names_the_file(tmp_path):
+    path = tmp_path / "results.json"
+    with pytest.raises(NotWritten) as raised, writing(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(raised.value) == (
+        f"{path} can't be written (No space left on device); make room there, or write to another "
+        "disk"
+    )
+
+
+@pytest.mark.parametrize("write", [make_folder, lambda path: write_whole(path, "x")])
+def test_place_below_a_file_is_said_in_one_sentence(tmp_path, write):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotWritten, match=r"file/x can't be written \(.*\); make it writable, or"):
+        write(tmp_path / "file" / "x")
+
+
+def test_error_about_another_file_is_not_taken_for_a_failed_write(tmp_path):
+    absent = tmp_path / "source" / "absent.jpg"
+    with pytest.raises(FileNotFoundError), appearing(tmp_path / "out" / "a.tar"):
+        absent.read_bytes()
+    assert names(tmp_path / "out") == []
+
+
+def test_folder_has_its_name_only_once_it_is_filled(tmp_path):
+    out = tmp_path / "export"
+    with appearing_folder(out) as partial:
+        (partial / "model.safetensors").write_text("1")
+        assert not out.exists()
+    assert names(tmp_path) == ["export"] and names(out) == ["model.safetensors"]
+    with pytest.raises(NotWritten, match="export can't be written"), appearing_folder(out):
+        pass
+    assert names(tmp_path) == ["export"] and names(out) == ["model.safetensors"]
+
+
+def test_line_that_does_not_fit_is_cut_off_again(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    append(path, b"one\n")
+
+    class FullDisk:
+        def __init__(self, *args, **options):
+            self.file = opened(*args, **options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, content):
+            return self.file.write(content[:2])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    opened = open
+    monkeypatch.setattr("builtins.open", FullDisk)
+    with pytest.raises(NotWritten, match="No space left"):
+        append(path, b"two\n")
+    monkeypatch.undo()
+    append(path, b"three\n")
+    assert path.read_text() == "one\nthree\n"

@@ -107,7 +107,7 @@ def test_the_picture_of_kept_patches_is_written_if_it_can_be(tmp_path, capsys):
     path.with_name("kept-patches-000000000300.png").mkdir()
     logger.log_kept_patches(picture, 300)
     logger.close()
-    said = "kept-patches-000000000300.png was not written: Is a directory"
+    said = "kept-patches-000000000300.png can't be written (Is a directory)"
     assert capsys.readouterr().out.count(said) == 1
     images = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("kept_patches")
     assert [image.step for image in images] == [200, 300]

@@ -19,6 +19,7 @@ from aclip.data.convert.sources.table import table_source
 from aclip.data.convert.sources.yfcc import yfcc_source
 from aclip.data.convert.sources.yfcc_list import write_yfcc_list
 from aclip.errors import ConfigError
+from aclip.machine import usable_cores
 
 READING = ("source", "name", "image_column", "caption_column", "no_quotes")
 """Arguments that decide how a source is read, besides its paths."""
@@ -110,4 +111,4 @@ def _image_rule(arguments: argparse.Namespace) -> ImageRule:
 def _processes(given: int | None) -> int:
     if given is not None and given < 1:
         raise ConfigError(f"--processes is {given}; give 1 or more")
-    return given or len(os.sched_getaffinity(0))
+    return given or usable_cores()

@@ -11,7 +11,6 @@ from pathlib import Path
 from aclip.data.convert.entries import Entry, Rejected
 from aclip.data.convert.images import FileReader, ImageRule, prepare_image
 from aclip.data.convert.plan import Rejections
-from aclip.errors import ConfigError
 from aclip.files import appearing
 
 
@@ -55,26 +54,21 @@ def write_shard(
         on_entry: called after each entry.
 
     Raises:
-        ConfigError: the tar can't be written, or a file of the source can't be read.
+        NotWritten: the tar can't be written.
+        ConfigError: a file of the source can't be read.
     """
     rejections = Rejections()
     images: Counter[str] = Counter()
-    try:
-        with appearing(path) as temporary:
-            with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
-                for entry in entries:
-                    members = _make_members(entry, reader, rule, images)
-                    if isinstance(members, Rejected):
-                        rejections.add(members)
-                    else:
-                        _add(archive, entry.key, members)
-                    on_entry()
-            size = temporary.stat().st_size
-    except OSError as error:  # errors of the source are ConfigErrors by now
-        raise ConfigError(
-            f"--out holds {path}, which can't be written ({error.strerror or error}); make room, "
-            "and run the same command again to continue"
-        ) from None
+    with appearing(path) as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
+            for entry in entries:
+                members = _make_members(entry, reader, rule, images)
+                if isinstance(members, Rejected):
+                    rejections.add(members)
+                else:
+                    _add(archive, entry.key, members)
+                on_entry()
+        size = temporary.stat().st_size
     samples = sum(images.values())
     return ShardRecord(
         number, samples, size, dict(images), dict(rejections.counts), rejections.examples

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from aclip.data.shards.remote import RemoteShards, is_remote
 from aclip.data.shards.tar import TarShard, unreadable
-from aclip.errors import ConfigError
+from aclip.errors import ConfigError, NotWritten
 from aclip.files import cache_folder, write_whole
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def _count_by_scan(urls: list[str], remote: RemoteShards) -> dict[str, int]:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "shard_counts.lock"):
             return _count_with_cache(urls, folder / "shard_counts.json", remote)
-    except OSError as error:
+    except (OSError, NotWritten) as error:
         logger.warning("counts of shards are not cached: %s; set ACLIP_CACHE", error)
         return _scan(urls, remote)
 

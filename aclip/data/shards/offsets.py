@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from aclip.data.shards.cache import file_name
 from aclip.data.shards.remote import is_remote
+from aclip.errors import NotWritten
 from aclip.files import cache_folder, write_whole
 
 if TYPE_CHECKING:
@@ -85,9 +86,9 @@ class SampleOffsets:
             return
         try:
             write_whole(self._path, b"".join(ROW.pack(*row) for row in [self._stamp, *self._rows]))
-        except FileNotFoundError:  # another thread of this process has just written it
-            pass
-        except OSError as error:
+        except NotWritten as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return  # another thread of this process has just written it
             if not SampleOffsets._has_warned:
                 SampleOffsets._has_warned = True
                 logger.warning("offsets of samples are not cached: %s; set ACLIP_CACHE", error)

@@ -17,7 +17,8 @@ import torch
 from aclip import distributed
 from aclip.cli import show_duration
 from aclip.distributed import say
-from aclip.files import write_whole
+from aclip.errors import NotWritten
+from aclip.files import append, write_whole
 from aclip.reports.mask_pictures import encode
 from aclip.reports.report import write_report
 from aclip.run_folder.layout import METRICS_FILE, TENSORBOARD_FOLDER, picture_path
@@ -95,8 +96,8 @@ class MetricsLogger:
         path = picture_path(self._run_folder, samples)
         try:
             write_whole(path, encode(picture))
-        except OSError as error:  # a missing picture must not end the run
-            say(f"{path} was not written: {error.strerror or error}")
+        except NotWritten as error:  # a missing picture must not end the run
+            say(f"{error}; the run goes on")
         self._tensorboard.log_image("kept_patches", picture, samples)
         if self._tracker is not None:
             self._tracker.log_image("kept_patches", picture, samples)
@@ -125,16 +126,10 @@ class MetricsLogger:
 
     def _append(self, line: dict) -> None:
         """Appends a whole line or none; a full disk costs the line, not the run."""
-        with open(self._file, "ab", buffering=0) as file:
-            end = file.tell()
-            text = f"{json.dumps(line, allow_nan=False)}\n".encode()
-            try:
-                written = file.write(text)
-                if written < len(text):
-                    raise OSError(f"{written} of {len(text)} bytes written")
-            except OSError as error:
-                file.truncate(end)
-                say(f"{self._file} lacks a line ({error}); the run goes on")
+        try:
+            append(self._file, f"{json.dumps(line, allow_nan=False)}\n".encode())
+        except NotWritten as error:
+            say(f"{error}; the run goes on, and the file lacks a line")
 
     def _keep(self, wanted: Callable[[dict], bool]) -> None:
         """Rewrites the file without the lines that are not wanted, all at once or not at all."""

@@ -42,14 +42,8 @@ def write_yfcc_list(metadata: str, subset: str, image_ids: str | None, out: str)
     wanted = _read_subset(existing_file(subset, "--subset"))
     if image_ids is not None:
         wanted &= _read_image_ids(existing_file(image_ids, "--image-ids"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with appearing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            counts = _write_rows(source, wanted, file)
-    except OSError as error:
-        raise ConfigError(
-            f"--out is {out}, which can't be written ({error.strerror or error}); give another file"
-        ) from None
+    with appearing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        counts = _write_rows(source, wanted, file)
     print(
         f"wrote {counts['written']:,} images to {path} ({counts['both_empty']:,} with neither "
         f"title nor description); {counts['not_in_subset']:,} lines are not in the subset, "

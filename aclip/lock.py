@@ -1,0 +1,96 @@
+"""A folder has one owner at a time: the process that writes into it."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from datetime import datetime
+from pathlib import Path
+
+from aclip.errors import ConfigError
+from aclip.files import writing
+
+LOCK_FILE = ".owner"
+_HELD: dict[Path, int] = {}
+"""The descriptors of the locks that this process holds: closing one gives its lock up."""
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+LOOK = 0.2
+
+
+def claim(folder: Path, option: str, doing: str, patience: float = 0.0) -> str | None:
+    """Makes this process the owner of a folder until `release` or its end, however it ends.
+
+    The lock is the kernel's, so no lock is left behind by a killed process, and none is inherited
+    by child processes. Network file systems pass it on to other nodes; where a file system knows no
+    locks, nothing is hindered, and the caller gets a sentence to print.
+
+    Args:
+        folder: must exist and be writable.
+        option: gave the folder, such as --output.
+        doing: what the owner does there, such as "a run".
+        patience: seconds to wait for another owner's end.
+
+    Returns:
+        None, or the sentence about a file system without locks.
+
+    Raises:
+        ConfigError: another process owns the folder; says which one.
+        NotWritten: the folder can't be written.
+    """
+    path = folder.resolve() / LOCK_FILE
+    if path in _HELD:
+        return None
+    with writing(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            # Not flock: children would inherit that one, and outlive their parent with it.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                os.close(descriptor)
+                return (
+                    f"the file system of {folder} knows no locks ({error.strerror}), so a second "
+                    f"start with the same {option} would not be noticed"
+                )
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            if time.monotonic() < deadline:
+                time.sleep(LOOK)
+                continue
+            owner = _describe(descriptor)
+            os.close(descriptor)
+            raise ConfigError(
+                f"{option} is {folder}, which {owner} is using; wait for its end, or give another "
+                "folder"
+            ) from None
+        break
+    facts = {
+        "doing": doing,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now().isoformat(" ", "seconds"),
+    }
+    with writing(path):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(facts).encode(), 0)
+    _HELD[path] = descriptor
+    return None
+
+
+def release(folder: Path) -> None:
+    """Gives a claimed folder up; does nothing for one that is not claimed."""
+    descriptor = _HELD.pop(folder.resolve() / LOCK_FILE, None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _describe(descriptor: int) -> str:
+    try:
+        facts = json.loads(os.pread(descriptor, 4096, 0))
+        return "{doing} (process {pid} on {host}, since {since})".format(**facts)
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
