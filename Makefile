@@ -8,7 +8,7 @@ RANKS ?= $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>
 .PHONY: demo test lint bench fuzz soak gpu-check
 
 demo: $(VENV)/.installed
-	PATH=$(abspath $(BIN)):$$PATH deepspeed $(if $(RANKS),--num_accelerators $(RANKS)) \
+	PATH=$(abspath $(BIN)):$$PATH deepspeed --quiet $(if $(RANKS),--num_accelerators $(RANKS)) \
 		launch/pretrain.py --ds_config ds_configs/zero2.json --output runs/demo
 
 # The tests of the launch scripts run last: they start processes of their own and measure limits. All are for the CPU, also

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 from aclip.ablation.results import QUARTERS, Mean, Result, difference
@@ -33,6 +34,8 @@ COMPARED = (
 """Rows whose difference is shown, the one that should be better first."""
 QUARTER_TITLES = [f"{100 * quarter // QUARTERS} %" for quarter in range(1, QUARTERS + 1)]
 PUBLISHED_RATIOS = (None, 0.5)
+ALIKE = "~"
+"""Stands between two rows that the seeds can't tell apart."""
 LEGEND = (
     "Mean of the seeds ± standard error, of the student, at each quarter of the schedule. "
     "Object's patches kept: by the mask at the end, in brackets by that of an untrained model. "
@@ -103,14 +106,25 @@ def _table(group: list[Result], gflops: dict[str, float]) -> Table:
 def _order(group: list[Result]) -> str:
     """The order of the rows by accuracy at the end, beside the published order if it is known."""
     ends = sorted(group, key=lambda result: -result.accuracy()[-1].value)
-    here = " > ".join(result.case.label for result in ends)
+    signs = [_sign(better, worse) for better, worse in pairwise(ends)]
+    here = ends[0].case.label
+    here += "".join(f" {sign} {row.case.label}" for sign, row in zip(signs, ends[1:], strict=True))
+    if ALIKE in signs:
+        here += f" ({ALIKE}: less than two standard errors apart, or too few seeds to say)"
     if not all(_published(result) for result in group):
         return f"Order at the end: {here}."
     published = sorted(group, key=lambda result: -result.case.row.published)
-    if ends == published:
+    if ends == published and ALIKE not in signs:
         return f"At the end the order is the published one: {here}."
     there = " > ".join(result.case.label for result in published)
     return f"Order at the end: {here}. Published: {there}."
+
+
+def _sign(better: Result, worse: Result) -> str:
+    """`>` where the difference at the end, seed by seed, is more than two standard errors."""
+    means = difference(better, worse)
+    # The error of one seed is NaN, which no comparison holds for.
+    return ">" if means and means[-1].value > 2 * means[-1].error else ALIKE
 
 
 def _published(result: Result) -> str:

@@ -21,6 +21,7 @@ from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
 from aclip.data.synthetic import synthetic_batch
 from aclip.errors import ConfigError
+from aclip.files import appearing, write_whole
 from aclip.nodes.hostfile import Host, environment_for_nodes, read_hostfile
 from aclip.nodes.node import Node
 from aclip.nodes.remote_shell import LOCAL, SSH, check_remote_shell
@@ -95,6 +96,11 @@ def benchmark_scaling(arguments: argparse.Namespace) -> int:
             )
         )
     print(format_table(rows))
+    if not torch.cuda.is_available():
+        print(
+            "On a CPU only memory that was written to is measured, so that buckets larger than the "
+            "model make the plan look too high; lower reduce_bucket_size in the ds_config."
+        )
     _write(Path(arguments.out), rows, {"recipe": name, "ds_config": arguments.ds_config})
     return 0
 
@@ -186,10 +192,9 @@ def _measure(hosts, ranks: int, batch_size: int, name, overrides, arguments) -> 
 
 def _write(folder: Path, rows: list[Measured], made_of: dict) -> None:
     """scaling.json, scaling.txt and scaling.png."""
-    folder.mkdir(parents=True, exist_ok=True)
     content = {**made_of, "rows": [asdict(row) for row in rows]}
-    (folder / "scaling.json").write_text(json.dumps(content, indent=2))
-    (folder / "scaling.txt").write_text(format_table(rows) + "\n")
+    write_whole(folder / "scaling.json", json.dumps(content, indent=2))
+    write_whole(folder / "scaling.txt", format_table(rows) + "\n")
     # Here, since matplotlib takes a second and nothing else needs it.
     from matplotlib.figure import Figure
 
@@ -207,5 +212,6 @@ def _write(folder: Path, rows: list[Measured], made_of: dict) -> None:
     memory.set(xlabel="ranks", ylabel="MiB a rank", ylim=(0, None), title="dotted: planned")
     for axes in (speed, memory):
         axes.legend()
-    figure.savefig(folder / "scaling.png", dpi=120)
+    with appearing(folder / "scaling.png") as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     print(f"{folder}/scaling.json, scaling.txt, scaling.png")

@@ -59,15 +59,22 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
         ConfigError: see load_recipe.
     """
     overrides = list(arguments.overrides)
+    if arguments.recipe == DEMO and _names_own_data(arguments):
+        # The built-in scenes go; what is given comes behind and wins.
+        overrides = ["data.train=[]", *overrides]
     if arguments.train:
         overrides.append(f"data.train={json.dumps(arguments.train)}")
-        if arguments.recipe == DEMO and not arguments.val:
-            overrides.append("data.val=[]")
     if arguments.val:
         overrides.append(f"data.val={json.dumps(arguments.val)}")
     if arguments.init:
         overrides.append(f"model.init={json.dumps(arguments.init)}")
     return load_recipe(arguments.recipe, overrides)
+
+
+def _names_own_data(arguments: argparse.Namespace) -> bool:
+    keys = ("data.train=", "data.sources=")
+    given = [word for word in arguments.overrides if word.startswith(keys)]
+    return bool(arguments.train) or any(word != f"data.train={DEMO}" for word in given)
 
 
 def run_folder(arguments: argparse.Namespace) -> Path:

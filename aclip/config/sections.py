@@ -168,7 +168,7 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0)
     """The seed of weights, order, views and masks."""
     log_every: int = Field(10, ge=1)
-    """Steps between two progress lines."""
+    """Steps between two progress lines; a short run shows ten."""
     checkpoint_every: int = Field(1_000_000, ge=1)
     """Samples between two checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -67,9 +67,11 @@ def print_headline(start: Start, trainer: Trainer) -> None:
     """Prints what is trained, from where, and with which weights."""
     recipe, ds_config = start.recipe, start.ds_config
     precision = str(ds_config.dtype).removeprefix("torch.")
+    on_gpu = trainer.device.type == "cuda"
+    device = torch.cuda.get_device_name(trainer.device) if on_gpu else "CPU"
     say(
         f"{recipe.description or 'recipe'}: {trainer.num_steps:,} steps of "
-        f"{recipe.train.global_batch_size} images on {world_size()} ranks (micro-batch "
+        f"{recipe.train.global_batch_size} images on {world_size()} ranks ({device}, micro-batch "
         f"{ds_config.micro_batch_size} x {ds_config.num_micro_steps}), ZeRO-{ds_config.stage}, "
         f"{precision}; run folder {start.run_folder}"
     )

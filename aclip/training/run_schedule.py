@@ -49,6 +49,12 @@ class RunSchedule:
         """Whether a multiple of `every` samples lies in the step; with 0 none does."""
         return every > 0 and self._samples(step) // every > self._samples(step - 1) // every
 
+    def is_logged(self, step: int) -> bool:
+        """Whether a progress line is due: after the first step, and every `train.log_every` steps
+        or, in a short run, every tenth of the run."""
+        every = min(self._recipe.train.log_every, max(1, self.num_steps // 10))
+        return step == 1 or step % every == 0
+
     def _samples(self, step: int) -> int:
         """Samples that the run has seen after so many steps."""
         return step * self._recipe.train.global_batch_size

@@ -163,7 +163,7 @@ class Trainer:
 
         train = self.recipe.train
         at_end = self.step == self.num_steps
-        if self.step % train.log_every == 0 or at_end:
+        if self.schedule.is_logged(self.step) or at_end:
             self._log(timer)
         if signal.SIGTERM in signals:
             return True
@@ -273,7 +273,9 @@ class Trainer:
                 raise
             say(f"{error}; the run goes on, and the checkpoint before is intact")
             return
-        say(f"checkpoint {folder.name} in {time.perf_counter() - start:.2f} s")
+        if self._saved is None or self._saved[0] != self.samples:
+            # The last one is written once more, with the evaluation that follows it.
+            say(f"checkpoint {folder.name} in {time.perf_counter() - start:.2f} s")
         if uploader is not None and uploads:
             uploader.put(folder)
         self._saved = self._moment

@@ -11,7 +11,7 @@ from ablation_runs import DATA, POINTS, cases_of, finished_runs, write_metrics
 from processes import still_running
 
 from aclip.ablation.report import write_report
-from aclip.ablation.results import Mean, difference, read_results
+from aclip.ablation.results import Mean, Result, difference, read_results
 from aclip.ablation.rows import choose_rows, make_cases
 from aclip.ablation.runs import Runner, make_runs
 from aclip.errors import ConfigError
@@ -117,6 +117,11 @@ def test_the_page_shows_the_table_the_differences_and_the_order(tmp_path):
     )
     order = "attentive, 2 x 50 % > random, 2 x 50 %"
     assert f"At the end the order is the published one: {order}." in text
+    one_seed = [Result(result.case, {0: result.outcomes[0]}) for result in results]
+    write_report(one_seed, gflops, "Ablation", tmp_path / "one seed")
+    text = (tmp_path / "one seed" / "ablation.md").read_text()
+    assert "is the published one" not in text
+    assert "attentive, 2 x 50 % ~ random, 2 x 50 % (~: less than two standard errors apart" in text
     assert (tmp_path / "accuracy-keep50.png").read_bytes()[1:4] == b"PNG"
     first = json.loads((tmp_path / "ablation.json").read_text())[0]
     assert first["seeds"]["1"]["points"] == POINTS["random_2x"][1]

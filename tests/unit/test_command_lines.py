@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from aclip.config.arguments import parser
+from aclip.config.arguments import parse as parse_words
+from aclip.config.arguments import parser, read_recipe
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 NEEDED = {
@@ -80,3 +81,20 @@ def test_converters_take_hyphens_and_underscores(parse, source, options, expecte
 def test_a_script_calls_the_function_of_its_own_name(script):
     text = (LAUNCH / f"{script}.py").read_text()
     assert re.search(rf"from aclip\.[\w.]+\.{script} import {script}\b", text)
+
+
+@pytest.mark.parametrize(
+    "words, train, val",
+    [
+        ([], "demo", []),
+        (["--train", "a.tar"], "a.tar", []),
+        (["data.train=a.tar"], "a.tar", []),
+        (["--train", "a.tar", "data.val=b.tar"], "a.tar", "b.tar"),
+        (["--train", "a.tar", "--val", "b.tar"], "a.tar", "b.tar"),
+        (["data.train=demo"], "demo", []),
+        (["data.sources=[{shards: a.tar, weight: 1}]"], [], []),
+    ],
+)
+def test_own_data_take_the_place_of_the_built_in_scenes(words, train, val):
+    data = read_recipe(parse_words(["--ds_config", "ds.json", *words])).data
+    assert (data.train, data.val) == (train, val)

@@ -219,14 +219,18 @@ def test_skipped_samples_appear_on_the_progress_line_once_there_are_some(tmp_pat
     )
     first, second = capsys.readouterr().out.splitlines()
     assert "skipped" not in first and "repeated" not in first
-    assert "skipped 3  repeated 2" in second
+    assert "skipped 3 (no_image 1, empty_caption 2)  repeated 2" in second
 
 
-def test_the_evaluation_line_shows_shares_as_percent_and_counts_as_they_are(tmp_path, capsys):
-    line = evaluation(100, "student", num_images=1675.0, image_to_text_r1=0.12345)
+@pytest.mark.parametrize("skipped, shown", [(0, ""), (12.0, "  12 images can't be used")])
+def test_the_evaluation_line_is_short_and_says_what_could_not_be_used(
+    tmp_path, capsys, skipped, shown
+):
+    shares = {"image_to_text_r1": 0.12345, "image_to_text_r5": 0.5, "zero_shot_mean_per_class": 0.1}
+    line = evaluation(100, "student", num_images=1675.0, num_skipped=skipped, **shares)
     MetricsLogger(tmp_path, 1000).log_evaluation(line)
     assert capsys.readouterr().out == (
-        "evaluation of student at 100 samples  num_images 1,675  image_to_text_r1 12.35 %\n"
+        f"evaluation of student at 100 samples  image_to_text_r1 12.35 %{shown}\n"
     )
 
 

@@ -34,3 +34,18 @@ def test_what_comes_every_so_many_samples_is_due_after_the_step_that_holds_them(
     assert due(25) == [3, 5, 8]
     assert due(10) == due(1) == list(range(1, 9))
     assert due(0) == []
+
+
+@pytest.mark.parametrize(
+    "log_every, epochs, logged",
+    [
+        (5, 12.5, [1, 5, 10, 15]),  # 100 steps
+        (60, 5, [1, 4, 8, 12, 16]),  # a tenth of 40 steps
+        (60, 1, list(range(1, 9))),  # 8 steps
+    ],
+)
+def test_a_short_run_shows_more_than_one_progress_line(log_every, epochs, logged):
+    overrides = [*VALUES, f"train.epochs={epochs}", f"train.log_every={log_every}"]
+    schedule = RunSchedule(load_recipe("demo", overrides), DATASET_SIZE)
+    last = min(16, schedule.num_steps)
+    assert [step for step in range(1, last + 1) if schedule.is_logged(step)] == logged

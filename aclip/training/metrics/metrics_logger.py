@@ -28,6 +28,8 @@ from aclip.training.metrics.wandb_tracker import WandbTracker
 
 RATE_WINDOW = 20
 """Progress lines that the remaining time is estimated from."""
+HEADLINES = ("_top1", "_r1", "object_patches_kept")
+"""How the names of the metrics end that are printed; metrics.jsonl and the report have all."""
 
 
 class MetricsLogger:
@@ -86,8 +88,11 @@ class MetricsLogger:
         self._append(asdict(line))
         self._plot({line.evaluation: line.metrics}, line.samples)
         self._tensorboard.flush()
-        shown = "  ".join(_show_metric(*pair) for pair in flatten(line.metrics))
-        say(f"evaluation of {line.evaluation} at {line.samples:,} samples  {shown}")
+        shares = ((name, line.metrics[name]) for name in line.metrics if name.endswith(HEADLINES))
+        shown = [f"{name} {100 * value:.2f} %" for name, value in shares if value is not None]
+        if line.metrics.get("num_skipped"):
+            shown.append(f"{line.metrics['num_skipped']:,.0f} images can't be used")
+        say("  ".join([f"evaluation of {line.evaluation} at {line.samples:,} samples", *shown]))
 
     def log_kept_patches(self, picture: np.ndarray, samples: int) -> None:
         """Writes the (H, W, 3) uint8 picture of kept patches, and adds it to TensorBoard."""
@@ -157,9 +162,9 @@ class MetricsLogger:
         ):
             if value is not None:
                 parts.append(form.format(value))
-        num_skipped = sum(line.skipped.values())
-        if num_skipped:
-            parts.append(f"skipped {num_skipped:,}")
+        if line.skipped:
+            kinds = ", ".join(f"{kind} {count:,}" for kind, count in line.skipped.items())
+            parts.append(f"skipped {sum(line.skipped.values()):,} ({kinds})")
         if line.repeated:
             parts.append(f"repeated {line.repeated:,}")
         return "  ".join([*parts, f"ETA {self._remaining(samples, line.images_per_second)}"])
@@ -193,7 +198,3 @@ def _plain(value: Any) -> Any:
 
 def _show(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
-
-
-def _show_metric(name: str, value: float) -> str:
-    return f"{name} {value:,.0f}" if name.startswith("num_") else f"{name} {100 * value:.2f} %"
