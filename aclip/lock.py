@@ -17,6 +17,8 @@ _HELD: dict[Path, int] = {}
 """The descriptors of the locks that this process holds: closing one gives its lock up."""
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 LOOK = 0.2
+PATIENCE_VARIABLE = "ACLIP_PATIENCE"
+"""Seconds that a start waits for another owner's end, from who restarts runs by itself."""
 
 
 def claim(folder: Path, option: str, doing: str, patience: float = 0.0) -> str | None:
