@@ -140,7 +140,11 @@ def remove_partial(root: Path) -> None:
 
 def complete(root: Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
-    return sorted(path for path in _own(root, "") if (path / MANIFEST).is_file())
+    return _complete(root, "")
+
+
+def _complete(root: Path, suffix: str) -> list[Path]:
+    return sorted(path for path in _own(root, suffix) if (path / MANIFEST).is_file())
 
 
 def _own(root: Path, suffix: str) -> list[Path]:
@@ -179,7 +183,8 @@ def _latest(root: Path) -> Path | None:
     folder = root / pointer.read_text().strip()
     if (folder / MANIFEST).is_file():
         return folder
-    folders = complete(root)
+    # A kill may have left one under the name that it had while it was replaced.
+    folders = sorted([*complete(root), *_complete(root, REPLACED)])
     return folders[-1] if folders else None
 
 

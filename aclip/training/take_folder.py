@@ -103,13 +103,13 @@ def find_beginning(run_folder: Path, resume: str) -> Beginning:
     if word == begun:
         say(f"--resume is {resume}, as when the run in {run_folder} began, so the run goes on")
         return on
-    holds = f"--resume is {resume}, but --output is {run_folder}, which holds a run already"
+    holds = f"--resume is {resume}, but --output is {run_folder}, which holds a run"
     advice = "give another --output, or leave --resume out to continue that run"
     if word == NONE:
-        raise ConfigError(f"{holds} (its latest checkpoint is {latest.name}); {advice}")
+        raise ConfigError(f"{holds} already (its latest checkpoint is {latest.name}); {advice}")
     found = checkpoint_folder.find(root, resume)
     if found.resolve().parent != root.resolve():
-        raise ConfigError(f"{holds}, which did not begin there; {advice}")
+        raise ConfigError(f"{holds} that did not begin there; {advice}")
     return Beginning(str(found), word, is_rewind=True)
 
 
@@ -132,14 +132,15 @@ def check_changes(
     try:
         then = load_recipe(str(recorded))
         changes = recipe_changes(then, recipe)
-        changes += ds_config_changes(_ds_values(run_folder, progress["samples"]), ds_config.values)
+        recorded = record_before(run_folder, DS_CONFIG_FILE, progress["samples"])
+        changes += ds_config_changes(_read_object(recorded), ds_config.values)
     except (OSError, ValueError) as error:
+        unread = f"{recorded}, which says what the run was trained with, can't be read ({error})"
         if allowed:
-            say(f"the settings are not compared with the run's: {error}")
+            say(f"{unread}; the settings are not compared")
             return False
         raise ConfigError(
-            f"the record of what the run in {run_folder} was trained with can't be read ({error}); "
-            "put it back, or add --allow_changes to continue without comparing"
+            f"{unread}; put it back, or add --allow_changes to continue without comparing"
         ) from None
     size = progress["data"]["samples"]
     steps, steps_then = (
@@ -181,12 +182,11 @@ def _begun_from(run_folder: Path) -> str:
         return AUTO
 
 
-def _ds_values(run_folder: Path, samples: int) -> dict:
-    path = record_before(run_folder, DS_CONFIG_FILE, samples)
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        raise ConfigError(f"{path} is no JSON object") from None
+def _read_object(path: Path) -> dict:
+    values = json.loads(path.read_text())
+    if not isinstance(values, dict):
+        raise ConfigError("it holds no JSON object")
+    return values
 
 
 def own_folder(run_folder: Path) -> None:
