@@ -1,4 +1,4 @@
-"""Starts in a run folder, as far as they go before the ranks meet, and checkpoints to start from."""
+"""Starts in a run folder, as far as they go before the ranks meet, and their checkpoints."""
 
 import json
 import os
