@@ -14,6 +14,7 @@ from pathlib import Path
 from aclip.ablation.rows import Case
 from aclip.errors import ConfigError
 from aclip.files import write_whole, writing
+from aclip.lock import PATIENCE
 from aclip.nodes.agent import PR_SET_PDEATHSIG
 
 STATE_FILE, LOG_FILE = "ablation.json", "log.txt"
@@ -140,7 +141,7 @@ class Runner:
         with log:
             process = subprocess.Popen(
                 [*command, f"train.seed={run.seed}"],
-                env=os.environ | device,
+                env=os.environ | PATIENCE | device,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

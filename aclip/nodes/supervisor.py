@@ -24,7 +24,7 @@ from aclip.cli import (
 from aclip.config.arguments import parse, run_folder
 from aclip.errors import ConfigError, NotWritten
 from aclip.files import append, make_folder
-from aclip.lock import PATIENCE_VARIABLE
+from aclip.lock import PATIENCE
 from aclip.nodes import agent, doctor
 from aclip.nodes.hostfile import Host, environment_for_nodes, read_hostfile
 from aclip.nodes.node import CONNECTION_LOST, Node
@@ -33,9 +33,6 @@ from aclip.run_folder import checkpoint_folder
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER, LOGS_FOLDER
 
 LOOK = 0.5
-PATIENCE = 120.0
-"""Seconds that a start waits for the end of the one before; a network file system takes up to 90 to
-give up the lock of a node that is gone."""
 SECONDS_TO_END = 15.0
 """When a node has failed, the others have this time to notice and end before they are killed."""
 LONGEST_BACKOFF = 300.0
@@ -56,8 +53,7 @@ class Supervisor:
     def __init__(self, options: argparse.Namespace, hosts: list[Host], output: Path):
         self.options, self.hosts, self.output = options, hosts, output
         self.remote_shell = options.rsh or SSH + ssh_options(options.lost_after)
-        # The processes of a start before may end late, or their node be lost.
-        self.environment = environment_for_nodes() | {PATIENCE_VARIABLE: f"{PATIENCE:g}"}
+        self.environment = environment_for_nodes() | PATIENCE
         self.logs = output / LOGS_FOLDER
         self.first_checkpoint = self._newest()
         self._signals: list[int] = []
