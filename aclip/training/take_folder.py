@@ -16,7 +16,7 @@ from aclip.config.ds_config import DsConfig
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
 from aclip.distributed import say
-from aclip.errors import ConfigError
+from aclip.errors import ConfigError, NotWritten
 from aclip.files import check_writable
 from aclip.lock import PATIENCE_VARIABLE, claim
 from aclip.method.schedules import count_steps
@@ -200,6 +200,8 @@ def own_folder(run_folder: Path) -> None:
     patience = float(os.environ.get(PATIENCE_VARIABLE, 0))
     try:
         note = claim(run_folder, "--output", "a run")
+    except NotWritten as error:
+        raise ConfigError(str(error)) from None  # no other start would find it writable
     except ConfigError as error:
         if not patience:
             raise

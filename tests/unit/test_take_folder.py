@@ -7,7 +7,7 @@ import sys
 import pytest
 from run_starts import at, save, start
 
-from aclip.errors import ConfigError
+from aclip.errors import ConfigError, NotWritten
 from aclip.lock import PATIENCE_VARIABLE, release
 from aclip.run_folder import checkpoint_folder
 from aclip.training.take_folder import own_folder
@@ -158,3 +158,10 @@ def test_metrics_that_are_a_folder_are_one_sentence(run):
     (run / "metrics.jsonl").mkdir(parents=True)
     with pytest.raises(ConfigError, match="metrics.jsonl is no file that can be written"):
         start(run)
+
+
+def test_owners_file_that_cannot_be_written_is_bad_input_and_not_tried_again(run):
+    (run / ".owner").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=".owner can't be written") as raised:
+        start(run)
+    assert not isinstance(raised.value, NotWritten)
