@@ -156,7 +156,7 @@ def check_changes(
             f"now): {listed}; nothing would be trained with these, so give another --output, or "
             "the settings of that run"
         )
-    if allowed and "model.init" in map(key_of, counts):
+    if allowed and recipe.model.init and "model.init" in map(key_of, counts):
         raise ConfigError(
             f"model.init is {recipe.model.init!r}, but the run in {run_folder} continues from its "
             "own checkpoint, so that no other weights would be read; give another --output"
@@ -197,7 +197,12 @@ def own_folder(run_folder: Path) -> None:
             it can't be written.
     """
     check_writable(run_folder, "--output")
-    patience = float(os.environ.get(PATIENCE_VARIABLE, 0))
+    try:
+        patience = float(os.environ.get(PATIENCE_VARIABLE) or 0)
+    except ValueError:
+        raise ConfigError(
+            f"{PATIENCE_VARIABLE} is {os.environ[PATIENCE_VARIABLE]}; give seconds, or unset it"
+        ) from None
     try:
         note = claim(run_folder, "--output", "a run")
     except NotWritten as error:

@@ -101,6 +101,9 @@ def test_weights_that_would_not_be_read_are_refused_or_said(run, capsys):
         start(run, overrides=init)
     with pytest.raises(ConfigError, match="model.init is 'timm:x', but the run in .* continues"):
         start(run, overrides=init, allow_changes=True)
+    given = run.with_name("given")
+    start(given, overrides=init, saves=[8])
+    assert start(given, allow_changes=True) == at(8)  # the weights may be gone by now
     start(run.with_name("new"), str(run), overrides=init)
     assert "so that model.init timm:x is not read" in capsys.readouterr().out
 

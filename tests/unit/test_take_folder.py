@@ -129,6 +129,12 @@ def test_second_start_by_hand_is_refused_at_once(run, owner):
         start(run)
 
 
+def test_patience_that_is_no_number_is_one_sentence(run, monkeypatch):
+    monkeypatch.setenv(PATIENCE_VARIABLE, "long")
+    with pytest.raises(ConfigError, match="ACLIP_PATIENCE is long; give seconds"):
+        start(run)
+
+
 def test_start_by_who_restarts_runs_waits_for_the_one_before(run, owner, monkeypatch, capsys):
     owner(0.5)
     monkeypatch.setenv(PATIENCE_VARIABLE, "30")
