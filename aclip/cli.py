@@ -119,6 +119,7 @@ def _let_other_ranks_report() -> None:
                 is_master=os.environ["RANK"] == "0",
                 timeout=WAIT_FOR_RANKS,
                 wait_for_workers=False,
+                multi_tenant=True,  # this process may serve the ranks already
             )
         deadline = time.monotonic() + WAIT_FOR_RANKS.total_seconds()
         store.add("ranks_in_error", 1)

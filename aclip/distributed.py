@@ -3,14 +3,31 @@
 Without an initialised process group everything is the identity, so that losses run in one process.
 """
 
+import json
 import os
 import socket
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aclip.errors import ConfigError, DataError, NotWritten
 from aclip.machine import usable_cores
+
+TASKS = (
+    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("mpiexec", "PMI_SIZE", "PMI_RANK"),
+)
+"""Who starts a command several times, and the variables that hold how often and which one it is."""
+WAIT_FOR_RANK_0 = timedelta(minutes=30)
+_stores: list[dist.TCPStore] = []
+"""This process's first store: rank 0's serves the other ranks as long as rank 0 lives."""
 
 
 def world_size() -> int:
@@ -104,8 +121,75 @@ def all_gather_rows(x: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
+def decided_by_rank_0(decide: Callable[[], Any], name: str) -> Any:
+    """What rank 0 finds out where the others can't or must not look, before the ranks have met.
+
+    Args:
+        decide: is called on rank 0 alone; its result is JSON-compatible.
+        name: tells this decision from others.
+
+    Raises:
+        ConfigError: what `decide` raises, with the same sentence on every rank; on the other ranks
+            also if rank 0 has ended without a word for them.
+    """
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        return decide()
+    is_first = os.environ["RANK"] == "0"
+    kinds = {kind.__name__: kind for kind in (ConfigError, DataError, NotWritten)}
+    try:
+        store = _store(is_first)
+        if not is_first:
+            answer = json.loads(store.get(f"decided/{name}"))
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"rank 0 can't be asked ({' '.join(str(error).split())[:200]}); read what it has said, "
+            "and check that this node reaches MASTER_ADDR"
+        ) from None
+    if not is_first:
+        if "error" in answer:
+            raise kinds[answer["kind"]](answer["error"])
+        return answer["value"]
+    try:
+        value = decide()
+    except ConfigError as error:
+        failure = {"error": str(error), "kind": type(error).__name__}
+        store.set(f"decided/{name}", json.dumps(failure))
+        raise
+    store.set(f"decided/{name}", json.dumps({"value": value}))
+    return value
+
+
+def _store(is_master: bool) -> dist.Store:
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    if not _stores:
+        # The process group's own store, at the same port, then shares this one's server.
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=is_master,
+            timeout=WAIT_FOR_RANK_0,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        _stores.append(store)
+    return _stores[0]
+
+
 def default_to_one_rank() -> None:
-    """Without a launcher the script is its own single rank."""
+    """Without a launcher the script is its own single rank.
+
+    Raises:
+        ConfigError: somebody has started it several times, but not as ranks that know each other.
+    """
+    for starter, size, number in TASKS:
+        if "RANK" not in os.environ and int(os.environ.get(size) or 1) > 1:
+            raise ConfigError(
+                f"{size} is {os.environ[size]}: {starter} has started this command as task "
+                f"{os.environ.get(number, 'unknown')} of {os.environ[size]}, but no task knows its "
+                "rank; under Slurm use sbatch with launch/slurm.sbatch, elsewhere start it once: "
+                f"deepspeed launch/{Path(sys.argv[0]).name}, or launch/multinode.sh"
+            )
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")

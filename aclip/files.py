@@ -2,10 +2,13 @@
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from aclip.errors import ConfigError, NotWritten
 
@@ -13,6 +16,8 @@ from aclip.errors import ConfigError, NotWritten
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns an OSError of the block into NotWritten; for what a library writes by itself.
+
+    So too an error of safetensors that an OSError has caused.
 
     An OSError that names a file outside `path` and its folder comes from reading and passes.
     """
@@ -23,6 +28,12 @@ def writing(path: Path) -> Iterator[None]:
         if named is not None and not _belongs(Path(os.fsdecode(named)), path):
             raise
         raise NotWritten(not_written(path, error)) from error
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        cause = OSError(int(number[1]), os.strerror(int(number[1])))
+        raise NotWritten(not_written(path, cause)) from error
 
 
 @contextmanager

@@ -17,6 +17,11 @@ _HELD: dict[Path, int] = {}
 """The descriptors of the locks that this process holds: closing one gives its lock up."""
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 LOOK = 0.2
+PATIENCE_VARIABLE = "ACLIP_PATIENCE"
+"""Seconds that a start waits for another owner's end; a start by hand doesn't wait."""
+PATIENCE = {PATIENCE_VARIABLE: "120"}
+"""What a program that starts runs again puts into their environment: processes of the start before
+may end late, and a network file system takes up to 90 s to give a lost node's lock up."""
 
 
 def claim(folder: Path, option: str, doing: str, patience: float = 0.0) -> str | None:

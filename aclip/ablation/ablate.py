@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
-from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from aclip.ablation.report import MARKDOWN, PAGE, write_report
+from aclip.ablation.report import MARKDOWN, PAGE, make_report, write_files, write_report
 from aclip.ablation.results import QUARTERS, read_results
 from aclip.ablation.rows import DECIDED_BY_ROWS, Case, choose_rows, make_cases
 from aclip.ablation.runs import Run, Runner, make_runs
@@ -21,6 +20,7 @@ from aclip.data.fingerprint import count_shards
 from aclip.data.synthetic import batch_of_mean_captions
 from aclip.errors import ConfigError, NotWritten
 from aclip.files import check_writable
+from aclip.lock import claim
 from aclip.machine import usable_cores
 from aclip.method.schedules import count_steps
 from aclip.nodes.probe import BUSY_MIB, gpus
@@ -48,28 +48,31 @@ def ablate(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: a wrong argument, a row that can't be made of the recipe, no data, no free
             device, an output folder that is in use, can't be written or holds other runs.
+        NotWritten: the report, which has been printed, or a run's folder could not be written.
     """
     _check(arguments)
     runs = _make_runs(arguments)
     output = Path(arguments.output)
     gflops = {run.case.name: _gflops(run.case) for run in runs if run.seed == 0}
 
+    title = f"Ablation {output.name}"
+
     def report() -> None:
         try:
-            write_report(read_results(runs), gflops, f"Ablation {output.name}", output)
-        except (OSError, NotWritten) as error:  # a full disk must not end the runs
+            write_report(read_results(runs), gflops, title, output)
+        except NotWritten as error:  # a full disk must not end the runs
             print(f"the report was not written: {error}", flush=True)
 
     command = [sys.executable, arguments.script, "--ds_config", arguments.ds_config]
     command += ["--recipe", arguments.recipe]
-    with _only_one(output):
-        num_left = sum(not run.is_finished for run in runs)
-        devices = _devices(arguments.processes, num_left) if num_left else []
-        failed, was_stopped = Runner(command, devices, report).run(runs)
-        if any(run.is_finished for run in runs):
-            report()
-            print((output / MARKDOWN).read_text(), end="")
-            print(f"wrote {output / PAGE} and {output / MARKDOWN}", flush=True)
+    num_left = sum(not run.is_finished for run in runs)
+    devices = _devices(arguments.processes, num_left) if num_left else []
+    failed, was_stopped = Runner(command, devices, report).run(runs)
+    if any(run.is_finished for run in runs):
+        files = make_report(read_results(runs), gflops, title)
+        print(files[MARKDOWN].decode(), end="", flush=True)  # before a write that can fail
+        write_files(files, output)
+        print(f"wrote {output / PAGE} and {output / MARKDOWN}", flush=True)
     if was_stopped:
         print("stopped; the same command continues", flush=True)
         return EXIT_STOPPED_BY_SIGNAL
@@ -91,6 +94,9 @@ def _make_runs(arguments: argparse.Namespace) -> list[Run]:
     train = recipe.train
     ds_config = read_ds_config(arguments.ds_config, train.global_batch_size, 1)
     check_writable(output, "--output")
+    note = claim(output, "--output", "an ablation")
+    if note is not None:
+        print(note, flush=True)
     shards, val_shards = find_data(recipe)
     if not val_shards:
         raise ConfigError(
@@ -170,14 +176,3 @@ def _devices(num_processes: int | None, num_runs: int) -> list[dict[str, str]]:
         )
     order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # the order in which nvidia-smi counts
     return [order | {"CUDA_VISIBLE_DEVICES": name} for name in free[:num_processes]]
-
-
-def _only_one(output: Path) -> AcquireReturnProxy:
-    """A lock on the folder, to be held while runs are started in it."""
-    try:
-        return FileLock(output / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(
-            f"--output is {output}, in which another ablation is running; wait for it, or give "
-            "another folder"
-        ) from None

@@ -46,7 +46,21 @@ LEGEND = (
 
 
 def write_report(results: list[Result], gflops: dict[str, float], title: str, out: Path) -> None:
-    """Writes ablation.html, .md, .json and the charts into `out`.
+    """Makes a report and writes it into `out`.
+
+    Raises:
+        NotWritten: that is not possible.
+    """
+    write_files(make_report(results, gflops, title), out)
+
+
+def write_files(files: dict[str, bytes], out: Path) -> None:
+    for name, content in files.items():
+        write_whole(out / name, content)
+
+
+def make_report(results: list[Result], gflops: dict[str, float], title: str) -> dict[str, bytes]:
+    """The charts, ablation.json, .html and .md, by their names.
 
     Args:
         results: at least one.
@@ -68,11 +82,12 @@ def write_report(results: list[Result], gflops: dict[str, float], title: str, ou
             blocks.append(differences)
         blocks.append(Gallery([chart], 480))
     blocks.append(Text(LEGEND))
-    for picture in pictures:
-        write_whole(out / picture.file, picture.content)
-    write_whole(out / FIGURES, _json(results, gflops))
-    write_whole(out / PAGE, to_html(title, blocks).encode())
-    write_whole(out / MARKDOWN, to_markdown(title, blocks).encode())
+    return {
+        **{picture.file: picture.content for picture in pictures},
+        FIGURES: _json(results, gflops),
+        PAGE: to_html(title, blocks).encode(),
+        MARKDOWN: to_markdown(title, blocks).encode(),
+    }
 
 
 def _by_keep_ratio(results: list[Result]) -> Iterator[tuple[str, list[Result]]]:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from aclip.ablation.rows import Case
 from aclip.errors import ConfigError
-from aclip.files import write_whole
+from aclip.files import write_whole, writing
+from aclip.lock import PATIENCE
 from aclip.nodes.agent import PR_SET_PDEATHSIG
 
 STATE_FILE, LOG_FILE = "ablation.json", "log.txt"
@@ -135,10 +136,12 @@ class Runner:
         run.note(finished=False)
         device = self._free.pop(0)
         command = [*self._command, "--output", str(run.folder), *run.case.overrides]
-        with open(run.folder / LOG_FILE, "ab") as log:
+        with writing(run.folder / LOG_FILE):
+            log = open(run.folder / LOG_FILE, "ab")  # noqa: SIM115 - closed below
+        with log:
             process = subprocess.Popen(
                 [*command, f"train.seed={run.seed}"],
-                env=os.environ | device,
+                env=os.environ | PATIENCE | device,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -19,6 +19,7 @@ from aclip.data.lanes.counts import resolve_lanes
 from aclip.data.lanes.mixing import deal_sources
 from aclip.data.lanes.order import LaneOrder, Span
 from aclip.errors import ConfigError
+from aclip.files import check_writable, write_whole
 
 SHUFFLE_BLOCK = 512
 UNEVEN = (600, 1000)
@@ -71,6 +72,8 @@ def benchmark_dealing(arguments: argparse.Namespace) -> int:
     numbers = (arguments.ranks, arguments.workers, arguments.epochs, arguments.batch_size or 1)
     if min(numbers) < 1:
         raise ConfigError("--ranks, --workers, --epochs or --batch_size is below 1; give 1 or more")
+    if arguments.json:
+        check_writable(Path(arguments.json).absolute().parent, "the folder of --json")
     sets = [read_sizes(text, arguments.batch_size or 4096) for text in arguments.sizes]
     rows = [
         deal(each, arguments.ranks * arguments.workers, arguments.epochs)
@@ -78,7 +81,7 @@ def benchmark_dealing(arguments: argparse.Namespace) -> int:
     ]
     print(format_table(rows, arguments.epochs))
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        write_whole(Path(arguments.json), json.dumps([asdict(row) for row in rows], indent=1))
     return 0
 
 

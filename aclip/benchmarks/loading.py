@@ -31,6 +31,7 @@ from aclip.data.members import IMAGE_SUFFIXES
 from aclip.data.shards.listing import index_shards, list_shards
 from aclip.data.tokenizer import build_tokenizer
 from aclip.errors import ConfigError
+from aclip.files import check_writable, write_whole
 from aclip.run_folder.layout import METRICS_FILE
 from aclip.run_folder.metrics_file import read_metrics
 
@@ -71,8 +72,8 @@ def benchmark_loading(arguments: argparse.Namespace) -> int:
     for name in ("rounds", "images", "gpu_rate"):
         if getattr(arguments, name) <= 0:
             raise ConfigError(f"--{name} is {getattr(arguments, name)}; give more than 0")
-    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json is {arguments.json}, whose folder is not there; make it first")
+    if arguments.json:
+        check_writable(Path(arguments.json).absolute().parent, "the folder of --json")
     waits = data_waits(Path(arguments.run)) if arguments.run else []
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
@@ -97,7 +98,7 @@ def benchmark_loading(arguments: argparse.Namespace) -> int:
         )
     if arguments.json:
         content = {"environment": environment, "rows": [asdict(row) for row in rows]}
-        Path(arguments.json).write_text(json.dumps({**content, "data_wait_percent": waits}))
+        write_whole(Path(arguments.json), json.dumps({**content, "data_wait_percent": waits}))
     return 0
 
 

@@ -21,7 +21,7 @@ from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
 from aclip.data.synthetic import synthetic_batch
 from aclip.errors import ConfigError
-from aclip.files import appearing, write_whole
+from aclip.files import appearing, check_writable, write_whole
 from aclip.nodes.hostfile import Host, environment_for_nodes, read_hostfile
 from aclip.nodes.node import Node
 from aclip.nodes.remote_shell import LOCAL, SSH, check_remote_shell
@@ -74,6 +74,7 @@ def benchmark_scaling(arguments: argparse.Namespace) -> int:
     overrides = [*arguments.set, "data.train=demo"]
     # Every case is read before the first one costs time.
     read = [_read(name, overrides, arguments.ds_config, n, size) for _, n, size in cases]
+    check_writable(Path(arguments.out), "--out")
     rows: list[Measured] = []
     for (mode, ranks, size), (recipe, ds_config) in zip(cases, read, strict=True):
         print(f"{mode}: {ranks} ranks, {size} images a step", flush=True)
@@ -212,6 +213,6 @@ def _write(folder: Path, rows: list[Measured], made_of: dict) -> None:
     memory.set(xlabel="ranks", ylabel="MiB a rank", ylim=(0, None), title="dotted: planned")
     for axes in (speed, memory):
         axes.legend()
-    with appearing(folder / "scaling.png") as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    with appearing(folder / "scaling.png") as partial:
+        figure.savefig(partial, dpi=120, format="png")
     print(f"{folder}/scaling.json, scaling.txt, scaling.png")

@@ -33,6 +33,7 @@ from aclip.distributed import default_to_one_rank
 from aclip.engine.optimizer import optimizer_bytes
 from aclip.engine.process_group import init_distributed
 from aclip.errors import ConfigError
+from aclip.files import check_writable, write_whole
 from aclip.planning.measure_step import measure_step
 from aclip.training.stepper import Stepper
 
@@ -80,8 +81,8 @@ def benchmark_steps(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} is {value}; give {least} or more")
-    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json is {arguments.json}, whose folder is not there; make it first")
+    if arguments.json:
+        check_writable(Path(arguments.json).absolute().parent, "the folder of --json")
     on_gpu = torch.cuda.is_available()
     batch_size = arguments.batch_size or (128 if on_gpu else 8)
     # Every recipe is read before the first one is built, which takes time.
@@ -109,7 +110,7 @@ def benchmark_steps(arguments: argparse.Namespace) -> int:
     print(format_table(rows, baselines, environment))
     if arguments.json:
         content = {"environment": environment, "rows": [asdict(row) for row in rows]}
-        Path(arguments.json).write_text(json.dumps(content, indent=2))
+        write_whole(Path(arguments.json), json.dumps(content, indent=2))
     return 0
 
 

@@ -26,7 +26,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume",
         default="auto",
-        help="auto: continue the run in --output; none: start new; or a checkpoint's path",
+        help="where a new run in --output begins: none for new weights, or a checkpoint's path; "
+        "with auto, and with the same word again, the run in --output continues",
+    )
+    parser.add_argument(
+        "--allow_changes",
+        action="store_true",
+        help="continue the run in --output with other settings than it was trained with",
     )
     parser.add_argument(
         "--init",

@@ -68,6 +68,25 @@ def list_lines(shards: list[Shard]) -> list[str]:
     return lines
 
 
+def check_progress(recipe: Recipe, shards: list[Shard], progress: dict, checkpoint: Path) -> None:
+    """Refuses to continue from a checkpoint where the stream of samples would not go on as it was.
+
+    Args:
+        progress: what the checkpoint's state.json holds.
+
+    Raises:
+        ConfigError: names the global batch, or what `check_continues` names.
+    """
+    batch_size = recipe.train.global_batch_size
+    if progress["samples"] != progress["step"] * batch_size:
+        raise ConfigError(
+            f"train.global_batch_size is {batch_size}, but {checkpoint} was trained with "
+            f"{progress['samples'] // progress['step']}; set it back, or use --resume none with "
+            "another --output"
+        )
+    check_continues(recipe, shards, progress["data"], checkpoint)
+
+
 def check_continues(recipe: Recipe, shards: list[Shard], then: dict, checkpoint: Path) -> None:
     """Refuses to continue where the stream of samples would not go on as it was.
 

@@ -22,7 +22,9 @@ from aclip.cli import (
     run_reporting_errors,
 )
 from aclip.config.arguments import parse, run_folder
-from aclip.errors import ConfigError
+from aclip.errors import ConfigError, NotWritten
+from aclip.files import append, make_folder
+from aclip.lock import PATIENCE
 from aclip.nodes import agent, doctor
 from aclip.nodes.hostfile import Host, environment_for_nodes, read_hostfile
 from aclip.nodes.node import CONNECTION_LOST, Node
@@ -51,7 +53,7 @@ class Supervisor:
     def __init__(self, options: argparse.Namespace, hosts: list[Host], output: Path):
         self.options, self.hosts, self.output = options, hosts, output
         self.remote_shell = options.rsh or SSH + ssh_options(options.lost_after)
-        self.environment = environment_for_nodes()
+        self.environment = environment_for_nodes() | PATIENCE
         self.logs = output / LOGS_FOLDER
         self.first_checkpoint = self._newest()
         self._signals: list[int] = []
@@ -95,7 +97,7 @@ class Supervisor:
 
     def _run_once(self, start: int) -> dict[Host, int]:
         """Starts every node and returns their statuses once all processes on them have ended."""
-        self.logs.mkdir(parents=True, exist_ok=True)
+        make_folder(self.logs)
         nodes = [self._start_node(index, host, start) for index, host in enumerate(self.hosts)]
         try:
             self._watch(nodes)
@@ -125,8 +127,7 @@ class Supervisor:
 
     def _start_node(self, index: int, host: Host, start: int) -> Node:
         log = self.logs / f"node-{index}-{host.name}.log"
-        with open(log, "a") as file:
-            file.write(f"=== start {start}, {datetime.now().isoformat(' ', 'seconds')}\n")
+        append(log, f"=== start {start}, {datetime.now().isoformat(' ', 'seconds')}\n".encode())
         world = json.dumps({each.name: list(range(each.slots)) for each in self.hosts})
         arguments = [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
         arguments += [
@@ -166,14 +167,24 @@ class Supervisor:
 
 
 class _Log:
-    """Appends lines to a file, and shows them here until nobody looks any more."""
+    """Appends lines to a file, and shows them here until nobody looks any more.
+
+    A full disk costs lines of the file. If it stopped the reading, the node would stop at its next
+    line.
+    """
 
     def __init__(self, path: Path, echo: bool):
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - as long as the node
-        self._echo = echo
+        self._path, self._echo = path, echo
+        self._is_full = False
 
     def __call__(self, line: bytes) -> None:
-        self._file.write(line)
+        try:
+            append(self._path, line)
+            self._is_full = False
+        except NotWritten as error:
+            if not self._is_full:
+                print(f"[supervisor] {error}; the run goes on, and the log lacks lines", flush=True)
+            self._is_full = True
         if self._echo:
             try:
                 sys.stdout.buffer.write(line)

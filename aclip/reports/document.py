@@ -2,12 +2,8 @@
 
 import base64
 import html
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-from aclip.errors import ConfigError
 
 STYLE = """
 :root { color-scheme: light }
@@ -86,25 +82,6 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
     """The page as text; images are links to their files."""
     return "\n\n".join([f"# {title}", *(_markdown(block) for block in blocks)]) + "\n"
-
-
-@contextmanager
-def writing_to(folder: Path, option: str) -> Iterator[None]:
-    """Turns a failure to write into what a user can change.
-
-    Args:
-        option: gave the folder, such as --out.
-
-    Raises:
-        ConfigError: the disk is full, or the folder is a file or not this user's.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"{option} is {folder}, which can't be written ({error.strerror or error}); "
-            "give another folder"
-        ) from None
 
 
 def _html(block: Block) -> str:

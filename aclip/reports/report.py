@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from aclip.errors import ConfigError
-from aclip.files import write_whole
+from aclip.files import check_writable, write_whole
 from aclip.reports.charts import Line, draw_chart
 from aclip.reports.document import (
     Block,
@@ -27,7 +27,6 @@ from aclip.reports.document import (
     Text,
     to_html,
     to_markdown,
-    writing_to,
 )
 from aclip.run_folder.layout import (
     METRICS_FILE,
@@ -88,8 +87,8 @@ def report(arguments: argparse.Namespace) -> None:
     folders = [Path(folder) for folder in arguments.runs]
     default = folders[0] if len(folders) == 1 else Path("comparison")
     out = Path(arguments.out) if arguments.out else default
-    with writing_to(out, "--out"):
-        write_report(folders, out)
+    check_writable(out, "--out")
+    write_report(folders, out)
     print(f"wrote {out / REPORT_PAGE} and {out / REPORT_MARKDOWN}", flush=True)
 
 
@@ -98,7 +97,7 @@ def write_report(folders: list[Path], out: Path) -> None:
 
     Raises:
         ConfigError: a folder holds no metrics or no recipe.
-        OSError: `out` can't be written.
+        NotWritten: `out` can't be written.
     """
     runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     charts = [

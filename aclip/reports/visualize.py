@@ -16,7 +16,7 @@ from aclip.data.shards.listing import Skip, list_shards, remote_shards
 from aclip.data.shards.remote import is_remote
 from aclip.data.shards.tar import RawSample, TarShard
 from aclip.errors import ConfigError
-from aclip.files import write_whole
+from aclip.files import check_writable, write_whole, writing
 from aclip.method.masks.attentive import ATTENTIVE
 from aclip.method.masks.policies import POLICIES
 from aclip.reports.document import (
@@ -28,7 +28,6 @@ from aclip.reports.document import (
     Text,
     to_html,
     to_markdown,
-    writing_to,
 )
 from aclip.reports.kept_patches import (
     PictureSet,
@@ -56,8 +55,7 @@ def visualize(arguments: argparse.Namespace) -> None:
     """
     weights = load_checkpoint_weights(arguments.checkpoint, None)
     out = Path(arguments.out or weights.folder.resolve().parent.parent / FIGURE_FOLDER)
-    with writing_to(out, "--out"):
-        out.mkdir(parents=True, exist_ok=True)
+    check_writable(out, "--out")
     samples = _raw_samples(arguments.images, weights.recipe)
     pictured = read_picture_set(weights.recipe, samples, NUM_MEASURED)
     if pictured is None:
@@ -73,15 +71,14 @@ def visualize(arguments: argparse.Namespace) -> None:
     overlap = _overlap(pictured, keep_ids)
     blocks = [*_explanation(weights), *overlap, *_rows(pictured, columns, keep_ids[shown])]
     page = to_html(f"Kept patches of {weights.folder}", blocks)
-    with writing_to(out, "--out"):
-        for number in range(MAX_SAMPLES):
+    for number in range(MAX_SAMPLES):
+        with writing(out / SAMPLE):
             (out / SAMPLE.format(number + 1)).unlink(missing_ok=True)  # of an earlier figure
-        for number, caption in enumerate(pictured.captions[:MAX_SAMPLES]):
-            row = [replace(column, pictures=[column.pictures[number]]) for column in columns]
-            content = encode(draw_figure(row, [caption]))
-            write_whole(out / SAMPLE.format(number + 1), content)
-        write_whole(out / FIGURE, encode(draw_figure(columns, pictured.captions)))
-        write_whole(out / PAGE, page.encode())
+    for number, caption in enumerate(pictured.captions[:MAX_SAMPLES]):
+        row = [replace(column, pictures=[column.pictures[number]]) for column in columns]
+        write_whole(out / SAMPLE.format(number + 1), encode(draw_figure(row, [caption])))
+    write_whole(out / FIGURE, encode(draw_figure(columns, pictured.captions)))
+    write_whole(out / PAGE, page)
     for kind, number in sorted(pictured.skipped.items()):
         print(f"skipped {number}: {kind}")
     print(to_markdown("Object's patches kept", overlap) if overlap else "", end="")

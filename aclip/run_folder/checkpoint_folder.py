@@ -6,17 +6,20 @@
 
 A checkpoint is written under a temporary name, synced and renamed, and `latest` moves last, so a
 reader never sees a half one and a kill at any moment leaves the previous one in place.
+A folder of any other name, such as a copy `samples-000000012288-best`, is the user's: it can be
+resumed from, and is never removed.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 from aclip.errors import ConfigError
-from aclip.files import remove_leftovers, sync, write_whole
+from aclip.files import remove_leftovers, sync, write_whole, writing
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER
 
 STUDENT, OPTIMIZER, TEACHER, RNG = (
@@ -26,6 +29,7 @@ STATE = "state.json"
 MANIFEST, LATEST = "manifest.json", "latest"
 REPLACED = "-replaced"
 PREFIX = "samples-"
+_OWN = re.compile(rf"{PREFIX}\d{{12}}")
 _HASH_CHUNK = 1 << 22
 
 
@@ -57,7 +61,17 @@ def locate(path: Path) -> Path | None:
 
 
 def publish(root: Path, partial: Path, folder: Path) -> None:
-    """Gives a written checkpoint its manifest and its name, and makes it the latest."""
+    """Gives a written checkpoint its manifest and its name, and makes it the latest.
+
+    Raises:
+        NotWritten: the disk is full, or the folder can't be written.
+    """
+    with writing(folder):
+        _give_name(root, partial, folder)
+    make_latest(root, folder)
+
+
+def _give_name(root: Path, partial: Path, folder: Path) -> None:
     files = sorted(path.name for path in partial.iterdir())
     manifest = {
         name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
@@ -73,11 +87,10 @@ def publish(root: Path, partial: Path, folder: Path) -> None:
         replaced = folder.with_name(f"{folder.name}{REPLACED}")
         os.rename(folder, replaced)
         os.rename(partial, folder)
-        shutil.rmtree(replaced)
+        _remove(replaced)
     else:
         os.rename(partial, folder)
     sync(root)
-    write_whole(root / LATEST, folder.name.encode())
 
 
 def prune(root: Path, newest: Path, keep: int, keep_every: int = 0, spared: Collection[Path] = ()):
@@ -89,7 +102,9 @@ def prune(root: Path, newest: Path, keep: int, keep_every: int = 0, spared: Coll
             for none.
         spared: folders that stay this time.
     """
-    older = [path for path in complete(root) if path.name <= newest.name]
+    # A link leads to where the user has moved a checkpoint.
+    ours = [path for path in complete(root) if not path.is_symlink()]
+    older = [path for path in ours if path.name <= newest.name]
     kept = {*older[-keep:], *spared, *(_milestones(older, keep_every) if keep_every else ())}
     for path in older:
         if path not in kept:
@@ -113,20 +128,52 @@ def remove_partial(root: Path) -> None:
     """Removes what a killed save left behind."""
     if root.is_dir():
         remove_leftovers(root)
-        for path in root.glob("samples-*.tmp"):
+        for path in _own(root, ".tmp"):
             shutil.rmtree(path)
-        for path in root.glob(f"samples-*{REPLACED}"):
+        for path in _own(root, REPLACED):
             original = path.with_name(path.name.removesuffix(REPLACED))
             if original.exists():
-                shutil.rmtree(path)
+                _remove(path)
             else:
                 os.rename(path, original)
 
 
 def complete(root: Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
-    folders = (path for path in root.glob("samples-*") if path.suffix != ".tmp")
-    return sorted(path for path in folders if (path / MANIFEST).is_file())
+    return _complete(root, "")
+
+
+def _complete(root: Path, suffix: str) -> list[Path]:
+    return sorted(path for path in _own(root, suffix) if (path / MANIFEST).is_file())
+
+
+def _own(root: Path, suffix: str) -> list[Path]:
+    """What bears a checkpoint's name and the suffix; a name that a user has made is none."""
+    named = root.glob(f"{PREFIX}*{suffix}")
+    return [path for path in named if _OWN.fullmatch(path.name.removesuffix(suffix))]
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint, or a user's link to where it lies now."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
+
+
+def read_progress(folder: Path) -> dict | None:
+    """A checkpoint's state.json, unverified; None for one that is damaged."""
+    try:
+        progress = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError):
+        return None
+    is_whole = isinstance(progress, dict) and {"samples", "step", "data"} <= progress.keys()
+    return progress if is_whole else None
+
+
+def make_latest(root: Path, folder: Path) -> None:
+    """Makes a checkpoint of `root` the one that the run goes on from."""
+    write_whole(root / LATEST, folder.name)
 
 
 def _latest(root: Path) -> Path | None:
@@ -136,7 +183,8 @@ def _latest(root: Path) -> Path | None:
     folder = root / pointer.read_text().strip()
     if (folder / MANIFEST).is_file():
         return folder
-    folders = complete(root)
+    # A kill may have left one under the name that it had while it was replaced.
+    folders = sorted([*complete(root), *_complete(root, REPLACED)])
     return folders[-1] if folders else None
 
 

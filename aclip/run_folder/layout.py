@@ -11,19 +11,22 @@ DS_CONFIG_FILE = "ds_config.json"
 ENVIRONMENT_FILE = "environment.json"
 INIT_REPORT_FILE = "init_report.json"
 SHARDS_FILE = "shards.json"
+START_FILE = "start.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
 TENSORBOARD_FOLDER = "tensorboard"
+PICTURES_FOLDER = "pictures"
 FIGURE_FOLDER = "figure"
 LOGS_FOLDER = "logs"
 REPORT_PAGE = "report.html"
 REPORT_MARKDOWN = "report.md"
 REPORT_CHARTS_FOLDER = "report"
+EARLIER_FOLDER = "earlier"
 
 
 def picture_path(run_folder: Path, samples: int) -> Path:
     """Where the picture of kept patches at so many samples lies."""
-    return run_folder / "pictures" / f"kept-patches-{samples:012d}.png"
+    return run_folder / PICTURES_FOLDER / f"kept-patches-{samples:012d}.png"
 
 
 def later_record(run_folder: Path, name: str, samples: int) -> Path:
@@ -36,6 +39,13 @@ def later_records(run_folder: Path, name: str) -> list[Path]:
     """The records after the first one of that name, oldest first."""
     first = run_folder / name
     return sorted(run_folder.glob(f"{first.stem}-samples-{'[0-9]' * 12}{first.suffix}"))
+
+
+def record_before(run_folder: Path, name: str, samples: int) -> Path:
+    """The record `name` that a checkpoint at so many samples was trained with."""
+    here = later_record(run_folder, name, samples)
+    earlier = [path for path in later_records(run_folder, name) if path < here]
+    return [run_folder / name, *earlier][-1]
 
 
 def latest_record(run_folder: Path, name: str) -> Path:

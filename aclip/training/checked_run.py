@@ -12,6 +12,8 @@ from aclip.data.loader import describe_rests
 from aclip.distributed import rank, say, world_size
 from aclip.engine.process_group import init_distributed, limit_engine_collectives
 from aclip.evaluation.during_training import Evaluator
+from aclip.run_folder.checkpoint_folder import make_latest
+from aclip.run_folder.earlier import set_aside
 from aclip.training.checkpoint import CheckpointError
 from aclip.training.run_record import record_run
 from aclip.training.start import Start
@@ -40,6 +42,9 @@ def build_trainer(start: Start, device: torch.device, watchdog: Watchdog) -> Tra
     Raises:
         ConfigError: the checkpoint, the starting weights or the place of the uploads can't be used.
     """
+    beginning = start.beginning
+    if rank() == 0 and beginning.is_first and (earlier := set_aside(start.run_folder)):
+        say(f"{start.run_folder} holds no checkpoint; what its earlier start told is in {earlier}")
     trainer = Trainer(
         start.recipe,
         start.ds_config,
@@ -51,7 +56,10 @@ def build_trainer(start: Start, device: torch.device, watchdog: Watchdog) -> Tra
         watchdog=watchdog,
     )
     limit_engine_collectives(_collective_timeout(watchdog))
-    if rank() == 0:
+    # A complete run is trained no more, so its records stay.
+    if rank() == 0 and not beginning.is_complete:
+        if beginning.is_rewind:
+            make_latest(trainer.checkpoints, start.resume_from)
         record_run(
             start.run_folder,
             start.recipe,
@@ -59,6 +67,8 @@ def build_trainer(start: Start, device: torch.device, watchdog: Watchdog) -> Tra
             trainer.stepper.init_report,
             shards=start.shards,
             samples=trainer.samples,
+            begun=beginning.record,
+            is_first=beginning.is_first,
         )
     return trainer
 

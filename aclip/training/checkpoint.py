@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aclip.distributed import rank, world_size
+from aclip.distributed import rank, say, world_size
 from aclip.engine.optimizer import ADAM
 from aclip.engine.sharded_state import MASTER, ShardedState, whole_shape
 from aclip.errors import ConfigError, NotWritten
+from aclip.files import writing
 from aclip.run_folder.checkpoint_folder import (
     OPTIMIZER,
     RNG,
@@ -84,26 +85,36 @@ def save(
     problem = None
     if rank() == 0:
         try:
-            remove_partial(root)
-            partial.mkdir(parents=True)
-            save_file(masters, partial / STUDENT)
-            described = {FAMILY: sharded.family, NUMBERS: json.dumps(numbers)}
-            save_file(optimizer, partial / OPTIMIZER, described)
-            if teacher is not None:
-                average = {name: t.cpu().contiguous() for name, t in teacher.state_dict().items()}
-                save_file(average, partial / TEACHER)
-            save_file(rng, partial / RNG)
-            (partial / STATE).write_text(json.dumps(state, indent=1))
+            with writing(folder):
+                remove_partial(root)
+                partial.mkdir(parents=True)
+                save_file(masters, partial / STUDENT)
+                described = {FAMILY: sharded.family, NUMBERS: json.dumps(numbers)}
+                save_file(optimizer, partial / OPTIMIZER, described)
+                if teacher is not None:
+                    average = {n: t.cpu().contiguous() for n, t in teacher.state_dict().items()}
+                    save_file(average, partial / TEACHER)
+                save_file(rng, partial / RNG)
+                (partial / STATE).write_text(json.dumps(state, indent=1))
             publish(root, partial, folder)
-            prune(root, folder, keep, keep_every, spared)
-        except (OSError, NotWritten, SafetensorError) as error:
-            problem = f"{type(error).__name__}: {error}"
+        except (NotWritten, SafetensorError) as error:
+            problem = str(error)
             # A full disk gets its room back.
             shutil.rmtree(partial, ignore_errors=True)
+        else:
+            _prune(root, folder, keep, keep_every, spared)
     problem = _from_rank_0(problem)
     if problem is not None:
         raise CheckpointError(f"checkpoint {folder} was not written: {problem}")
     return folder
+
+
+def _prune(root: Path, newest: Path, *keeps) -> None:
+    """Removes what no setting keeps; an old checkpoint that can't be removed must not end a run."""
+    try:
+        prune(root, newest, *keeps)
+    except OSError as error:
+        say(f"an older checkpoint can't be removed ({error}); the run goes on")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -115,7 +126,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     problem = _from_rank_0(verify(folder) if rank() == 0 else None)
     if problem is not None:
         others = [path.name for path in complete(folder.parent) if path != folder]
-        advice = f"--resume {folder.parent / others[-1]}" if others else "--resume none"
+        anew = "--resume none with another --output"
+        advice = f"--resume {folder.parent / others[-1]}" if others else anew
         raise ConfigError(f"checkpoint {folder} is damaged: {problem}; start with {advice}")
     return json.loads((folder / STATE).read_text())
 

@@ -10,14 +10,14 @@ from aclip.config.arguments import run_folder as choose_run_folder
 from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.recipe import Recipe
 from aclip.data.find_data import find_data
+from aclip.data.fingerprint import check_progress
 from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import Shard
-from aclip.distributed import default_to_one_rank, say
+from aclip.distributed import decided_by_rank_0, default_to_one_rank, say
 from aclip.errors import ConfigError
-from aclip.files import check_writable
-from aclip.run_folder import checkpoint_folder
-from aclip.run_folder.layout import CHECKPOINTS_FOLDER
+from aclip.run_folder.checkpoint_folder import read_progress
 from aclip.training.metrics.wandb_tracker import check_wandb
+from aclip.training.take_folder import Beginning, take_folder
 
 
 @dataclass(frozen=True)
@@ -28,24 +28,31 @@ class Start:
         recipe: what to train.
         ds_config: how the ranks share it.
         run_folder: the run's folder, which can be written.
-        resume_from: a checkpoint's folder; None for a new run.
+        beginning: where the run begins, or goes on.
         shards, val_shards: training and validation data; the latter may be empty.
     """
 
     recipe: Recipe
     ds_config: DsConfig
     run_folder: Path
-    resume_from: Path | None
+    beginning: Beginning
     shards: list[Shard]
     val_shards: list[Shard]
+
+    @property
+    def resume_from(self) -> Path | None:
+        """A checkpoint's folder; None for a new run."""
+        found = self.beginning.checkpoint
+        return None if found is None else Path(found)
 
 
 def check_start(arguments: argparse.Namespace) -> Start:
     """Checks all input that can be checked without the other ranks and without a tower.
 
     Raises:
-        ConfigError: a wrong argument, recipe or ds_config, a run folder that can't be written, no
-            such checkpoint, no data, or lanes, ranks and workers that do not fit.
+        ConfigError: a wrong argument, recipe or ds_config, a run folder that can't be written, is
+            in use or holds a run with other settings, no such checkpoint, no data, or lanes, ranks
+            and workers that do not fit.
     """
     default_to_one_rank()
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -53,13 +60,21 @@ def check_start(arguments: argparse.Namespace) -> Start:
     ds_config = read_ds_config(arguments.ds_config, recipe.train.global_batch_size, num_ranks)
     check_wandb(recipe.train.wandb, is_writer=rank == 0)
     run_folder = choose_run_folder(arguments)
-    check_writable(run_folder, "--output")
-    resume_from = checkpoint_folder.find(run_folder / CHECKPOINTS_FOLDER, arguments.resume)
+
+    def take() -> dict:
+        return take_folder(run_folder, arguments.resume, recipe, ds_config, arguments.allow_changes)
+
+    beginning = Beginning(**decided_by_rank_0(take, "beginning"))
     _give_hints(recipe)
     shards, val_shards = find_data(recipe)
     # Built once before anything costs time, since it checks lanes, ranks and workers.
     build_train_loader(recipe, shards, rank, num_ranks)
-    return Start(recipe, ds_config, run_folder, resume_from, shards, val_shards)
+    start = Start(recipe, ds_config, run_folder, beginning, shards, val_shards)
+    if start.resume_from is not None:
+        progress = read_progress(start.resume_from)
+        if progress is not None:  # else it is damaged, which is said when all of it is verified
+            check_progress(recipe, shards, progress, start.resume_from)
+    return start
 
 
 def _read_recipe(arguments: argparse.Namespace) -> Recipe:

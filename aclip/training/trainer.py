@@ -12,11 +12,10 @@ from torch import Tensor
 from aclip.config.ds_config import DsConfig
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
-from aclip.data.fingerprint import check_continues, fingerprint
+from aclip.data.fingerprint import check_progress, fingerprint
 from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import SKIP_KINDS, Shard
 from aclip.distributed import all_gather_rows, rank, say, world_size
-from aclip.errors import ConfigError
 from aclip.evaluation.during_training import Evaluator
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER
 from aclip.run_folder.metrics_file import EvaluationLine, StepLine
@@ -283,13 +282,7 @@ class Trainer:
     def _resume(self, folder: Path, shards: list[Shard]) -> Tensor:
         """Continues from a checkpoint; returns the cursors of all ranks' lanes."""
         state = checkpoint.read_state(folder)
-        batch_size = self.recipe.train.global_batch_size
-        if state["samples"] != state["step"] * batch_size:
-            raise ConfigError(
-                f"train.global_batch_size is {batch_size}, but {folder} was trained with "
-                f"{state['samples'] // state['step']}; set it back, or use --resume none"
-            )
-        check_continues(self.recipe, shards, state["data"], folder)
+        check_progress(self.recipe, shards, state, folder)
         self.stepper.load(folder, state["step"])
         self.step = state["step"]
         self.skipped.update(state["skipped"])
@@ -297,5 +290,6 @@ class Trainer:
         self.evaluations = state["evaluations"]
         if self.step < self.num_steps:
             self.evaluations.pop("end", None)  # of a shorter schedule
-        self.wandb_id = state.get("wandb_id", "")
+        if folder.resolve().parent == self.checkpoints.resolve():
+            self.wandb_id = state.get("wandb_id", "")  # that of another run stays that run's
         return torch.tensor(state["cursors"])

@@ -204,3 +204,44 @@ def test_resumed_run_keeps_its_wandb_id_and_a_report_that_fails_ends_no_run(
     ]
     folders = [path.name for path in (run / "wandb").glob("offline-run-*")]
     assert len(folders) == 2 and all(name.endswith(f"-{wandb_id}") for name in folders)
+
+
+def test_run_that_begins_from_another_ones_checkpoint_is_a_run_of_its_own(
+    run_distributed, shards, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    words = [
+        "--ds_config",
+        str(tmp_path / "ds.json"),
+        *RECIPE,
+        "data.val=[]",
+        "train.wandb=project",
+    ]
+    words += ["--train", str(Path(shards[0].url).parent / "*.tar")]
+    first, second = tmp_path / "first", tmp_path / "second"
+
+    def run(*more):
+        run_distributed(lambda: pretrain(parse([*words, *more])), 1)
+        latest = checkpoint_folder.find(Path(more[1]) / "checkpoints", "auto")
+        return checkpoint.read_state(latest)["wandb_id"]
+
+    first_id = run("--output", str(first), "train.epochs=1")
+    # Told by a crash before its first checkpoint, and not to be mixed with what follows.
+    second.mkdir()
+    (second / "metrics.jsonl").write_text('{"samples": 8, "step": 1, "terms": {"loss": 1.0}}\n')
+    (second / "recipe.yaml").write_text("of the crashed run")
+    words += ["train.epochs=2", "--resume", str(first)]
+    second_id = run("--output", str(second))
+    assert second_id != first_id
+    assert f"its earlier start told is in {second / 'earlier-1'}" in capfd.readouterr().out
+    assert [line.step for line in read_metrics(second).steps] == [6, 7, 8, 9, 10]
+    assert [line.step for line in read_metrics(second / "earlier-1").steps] == [1]
+    assert (second / "earlier-1" / "recipe.yaml").read_text() == "of the crashed run"
+    assert json.loads((second / "start.json").read_text()) == {
+        "resume": str(first),
+        "checkpoint": str(first / "checkpoints" / f"samples-{5 * BATCH:012d}"),
+    }
+    again = ["train.epochs=3", "--allow_changes"]
+    assert run("--output", str(second), *again) == second_id
+    assert "continuing from " + str(second) in capfd.readouterr().out

@@ -12,6 +12,7 @@ import pytest
 from processes import descendants, still_running
 
 from aclip.run_folder import checkpoint_folder
+from aclip.training.take_folder import find_beginning
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
@@ -35,6 +36,7 @@ def test_sigterm_even_twice_checkpoints_on_every_node_and_leaves_nothing(
 ):
     run = tmp_path / "run"
     words = ["--ds_config", str(ROOT / "ds_configs/zero0.json"), "--output", str(run), *small_run]
+    words += ["--resume", "none"]
     process = start(tmp_path, launcher, "hostfile", *words, "train.epochs=10000")
     try:
         while not (run / "metrics.jsonl").exists():
@@ -53,6 +55,7 @@ def test_sigterm_even_twice_checkpoints_on_every_node_and_leaves_nothing(
     latest = (run / "checkpoints" / "latest").read_text()
     state = json.loads((run / "checkpoints" / latest / "state.json").read_text())
     assert state["step"] > 0
+    assert find_beginning(run, "none").checkpoint == str(run / "checkpoints" / latest)
     assert checkpoint_folder.verify(run / "checkpoints" / latest) is None
     assert not still_running(started, 5)
     assert "stopped by SIGTERM" in (run / "logs" / "node-0-localhost.log").read_text()

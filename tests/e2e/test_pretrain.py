@@ -71,7 +71,7 @@ def test_shipped_ds_config_trains_the_demo(launcher, quick_evaluation, tmp_path,
     _assert_trained_the_demo(result, tmp_path)
 
 
-def test_complete_run_prints_its_table_again_and_refuses_another_shape(launcher, tmp_path):
+def test_complete_run_prints_its_table_again_and_refuses_other_settings(launcher, tmp_path):
     """On zero0.json, the shipped ds_config that the test above leaves out."""
     arguments = ["--ds_config", "ds_configs/zero0.json", "--output", str(tmp_path), *SHORT, *SMALL]
     first = launcher.run(*arguments)
@@ -94,8 +94,8 @@ def test_complete_run_prints_its_table_again_and_refuses_another_shape(launcher,
     other = launcher.run(*arguments, "model.embed_dim=64", launcher=False)
     assert other.status != 0 and other.seconds < 30
     assert "Traceback" not in other.output
-    assert other.output.count("error: --resume loads") == 2
-    assert "image_projection.weight is [96, 48], but the recipe builds [64, 48]" in other.output
+    assert other.output.count(f"error: --output is {tmp_path}, which holds a complete run") == 2
+    assert "model.embed_dim 96 -> 64" in other.output
 
 
 def test_run_killed_at_random_moments_equals_an_uninterrupted_one(
@@ -129,12 +129,17 @@ def test_run_killed_at_random_moments_equals_an_uninterrupted_one(
 
 
 def test_sigterm_saves_and_the_same_command_continues(launcher, quick_evaluation, tmp_path):
+    """With --resume none too; meanwhile the folder is nobody else's."""
     options = ["--ds_config", "ds_configs/zero0.json", *quick_evaluation, *SHORT, *SMALL]
+    options += ["--resume", "none"]
     arguments = [*options, "--output", str(tmp_path), "train.epochs=2"]
     process = launcher.start(*arguments, ranks=1)
     while not (tmp_path / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.05)
-    time.sleep(3)
+    second = launcher.run(*arguments, launcher=False)
+    assert second.status == 2, second.output
+    assert second.output.count(f"error: --output is {tmp_path}, which a run (process ") == 2
+    time.sleep(1)
     for _ in range(2):  # a second one while the first is acted upon changes nothing
         _rank_process(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -144,7 +149,10 @@ def test_sigterm_saves_and_the_same_command_continues(launcher, quick_evaluation
     epochs = f"train.epochs={(state['step'] + 2) * 48 / 7680}"
     # An evaluation that was due where the run was stopped is made up for.
     due = f"train.evaluate_every={state['samples']}"
-    result = launcher.run(*options, "--output", str(tmp_path), epochs, due, ranks=1, launcher=False)
+    shorter = [*options, "--output", str(tmp_path), epochs, due]
+    refused = launcher.run(*shorter, ranks=1, launcher=False)
+    assert refused.status == 2 and "train.epochs 2.0 -> " in refused.output
+    result = launcher.run(*shorter, "--allow_changes", ranks=1, launcher=False)
     assert result.status == 0, result.output
     assert f"evaluation of student at {state['samples']:,} samples" in result.output
     assert f"at {state['samples']:,} samples" in result.output

@@ -65,3 +65,15 @@ def test_the_command_prints_and_writes_its_rows(capsys, tmp_path):
 def test_other_sizes_are_refused(text):
     with pytest.raises(ConfigError, match="give shards x samples of each"):
         read_sizes(text, 4)
+
+
+def test_place_of_the_figures_is_checked_first_and_they_appear_whole(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    arguments = argparse.Namespace(ranks=1, workers=1, epochs=1, batch_size=4, sizes=["2x8"])
+    arguments.json = str(tmp_path / "file" / "x.json")
+    with pytest.raises(ConfigError, match="the folder of --json is .*file, which can't be written"):
+        benchmark_dealing(arguments)
+    assert capsys.readouterr().out == ""
+    arguments.json = str(tmp_path / "new" / "x.json")
+    assert benchmark_dealing(arguments) == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.json"]

@@ -4,6 +4,7 @@ import errno
 import os
 
 import pytest
+from safetensors import SafetensorError
 
 from aclip.errors import ConfigError, NotWritten
 from aclip.files import (
@@ -156,3 +157,12 @@ def test_line_that_does_not_fit_is_cut_off_again(tmp_path, monkeypatch):
     monkeypatch.undo()
     append(path, b"three\n")
     assert path.read_text() == "one\nthree\n"
+
+
+def test_full_disk_under_safetensors_is_a_failed_write_too(tmp_path):
+    """Its own error says so in words alone; another error of it is not about the disk."""
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(NotWritten, match="can't be written .No space left"), writing(path):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError), writing(path):
+        raise SafetensorError("InvalidHeaderLength")

@@ -52,6 +52,40 @@ def test_spared_checkpoint_stays_until_it_is_not_spared(tmp_path):
     assert _samples(tmp_path) == [48]
 
 
+@pytest.mark.parametrize("keep_every", [0, 16])
+def test_folder_of_another_name_is_the_users_and_takes_no_place(tmp_path, keep_every):
+    names = ["samples-000000000008-best", "samples-best", "samples-16", "samples-0000000000160"]
+    for name in names:
+        _make(tmp_path, 8).rename(tmp_path / name)
+    for samples in (16, 32, 48):
+        newest = _make(tmp_path, samples)
+        checkpoint_folder.remove_partial(tmp_path)
+        checkpoint_folder.prune(tmp_path, newest, keep=2, keep_every=keep_every)
+    left = {path.name for path in tmp_path.iterdir()}
+    kept = {f"samples-{n:012d}" for n in ((16, 32, 48) if keep_every else (32, 48))}
+    assert left == {*names, *kept, "latest"}
+    for name in names:
+        assert checkpoint_folder.find(tmp_path, str(tmp_path / name)) == tmp_path / name
+    # `latest` that names nothing: a copy does not stand in for the newest one.
+    (tmp_path / "latest").write_text("gone")
+    assert checkpoint_folder.find(tmp_path, "auto") == newest
+
+
+def test_link_to_where_a_checkpoint_was_moved_is_followed_and_not_removed(tmp_path):
+    root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    link = _make(root, 16)
+    link.rename(elsewhere)
+    link.symlink_to(elsewhere)
+    assert checkpoint_folder.find(root, "auto") == link
+    for samples in (32, 48):
+        newest = _make(root, samples)
+        checkpoint_folder.prune(root, newest, keep=1)
+    assert _samples(root) == [16, 48] and (elsewhere / "manifest.json").is_file()
+    # Reached again from an older one: the link goes, and what it leads to stays.
+    assert not _make(root, 16).is_symlink()
+    assert (elsewhere / "manifest.json").is_file()
+
+
 def test_what_a_kill_left_of_the_pointer_is_removed(tmp_path):
     folder = _make(tmp_path, 16)
     (tmp_path / "latest.4711.tmp").write_text("samples-0")

@@ -280,3 +280,23 @@ def test_time_before_a_reset_counts_for_no_step():
 )
 def test_durations_are_shown_in_two_units(seconds, text):
     assert show_duration(seconds) == text
+
+
+def test_tensorboard_that_cannot_begin_is_said_once_and_the_run_goes_on(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("in the way")
+    logger = MetricsLogger(tmp_path, 1000)
+    log_steps(logger, [1, 2])
+    logger.close()
+    assert capsys.readouterr().out.count("TensorBoard's file ends here") == 1
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2]
+
+
+def test_line_that_cannot_be_replaced_stays_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    logger = MetricsLogger(tmp_path, 1000)
+    logger.log_evaluation(EvaluationLine(100, "student", {"num_x": 1}))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+    logger.log_evaluation(EvaluationLine(100, "student", {"num_x": 2}))
+    monkeypatch.undo()
+    logger.close()
+    assert "metrics.jsonl can't be written (No space)" in capsys.readouterr().out
+    assert [line["metrics"]["num_x"] for line in read_lines(tmp_path)] == [1, 2]

@@ -5,8 +5,12 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pytest
+
 from aclip.config.recipe_file import load_recipe
 from aclip.data.shards.listing import Shard
+from aclip.distributed import default_to_one_rank
+from aclip.errors import ConfigError
 
 CODE = """
 import sys
@@ -49,3 +53,35 @@ def test_a_run_says_at_its_start_what_an_epoch_leaves_to_the_next(capsys):
     assert capsys.readouterr().out.splitlines()[-1:] == [
         "an epoch of 29 samples is 3 batches of 8; the 5 left over begin the next epoch"
     ]
+
+
+@pytest.fixture
+def no_rank(monkeypatch):
+    """An environment that names no rank, and gets none that outlives the test."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    "starter, size, number",
+    [
+        ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+        ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        ("mpiexec", "PMI_SIZE", "PMI_RANK"),
+    ],
+)
+def test_tasks_that_know_no_rank_are_pointed_to_the_launcher(no_rank, starter, size, number):
+    no_rank.setenv(size, "4")
+    no_rank.setenv(number, "3")
+    with pytest.raises(ConfigError) as raised:
+        default_to_one_rank()
+    words = str(raised.value)
+    assert words.startswith(f"{size} is 4: {starter} has started this command as task 3 of 4")
+    assert "launch/slurm.sbatch" in words and "deepspeed launch/" in words
+    no_rank.setenv("RANK", "3")  # DeepSpeed's launcher, started by them
+    default_to_one_rank()
+    no_rank.delenv("RANK")
+    no_rank.setenv(size, "1")  # one task, such as a shell in an allocation
+    default_to_one_rank()

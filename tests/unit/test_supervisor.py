@@ -4,11 +4,13 @@ import argparse
 import multiprocessing
 
 import pytest
+from run_starts import at, save, start
 
 from aclip.cli import EXIT_UNREADABLE_DATA, run_reporting_errors
+from aclip.config.arguments import parse
 from aclip.errors import ConfigError, DataError
 from aclip.nodes.hostfile import Host
-from aclip.nodes.supervisor import Supervisor, check_options
+from aclip.nodes.supervisor import Supervisor, _Log, check_options
 
 HOSTS = [Host("a", 1), Host("b", 1)]
 
@@ -87,6 +89,40 @@ def test_restart_resumes_the_runs_own_checkpoint_whatever_it_began_from(tmp_path
     run = Scripted(tmp_path, [(1, 1, 0), (1, 1, 16), (0, 0, 32)], arguments)
     assert run.supervise() == 0
     assert run.started_with == [arguments, arguments, [*arguments, "--resume", "auto"]]
+
+
+@pytest.mark.parametrize("resume", ["none", "auto", "PATH"])
+def test_restart_of_the_same_words_goes_on_before_and_after_a_checkpoint(tmp_path, resume):
+    """Also where its first checkpoint bears the name of the one that it began from."""
+    save(tmp_path / "other", 8)
+    words = ["--ds_config", "x.json", "--resume", resume.replace("PATH", str(tmp_path / "other"))]
+    run = Scripted(tmp_path, [(1, 1, 0), (1, 1, 0), (0, 0, 0)], words)
+    found = []
+
+    def start_and_save(number):
+        told = parse(run._run_arguments())
+        found.append(start(run.output, told.resume, saves=[8, 16][number - 2 : number - 1]))
+        return dict(zip(run.hosts, run.ends.pop(0)[:2], strict=True))
+
+    run._run_once = start_and_save
+    assert run.supervise() == 0
+    first = at(8) if resume == "PATH" else None
+    assert found == [first, first, at(8)]
+
+
+def test_start_waits_for_the_processes_of_the_one_before(tmp_path):
+    patience = float(Scripted(tmp_path, []).environment["ACLIP_PATIENCE"])
+    assert patience > 90  # what a network file system takes to give a lost node's lock up
+
+
+def test_full_disk_costs_lines_of_a_log_and_does_not_stop_its_node(tmp_path, capfd):
+    (tmp_path / "file").write_text("in the way")
+    log = _Log(tmp_path / "file" / "node.log", echo=True)
+    for line in (b"one\n", b"two\n"):
+        log(line)
+    said = capfd.readouterr().out
+    assert said.count("node.log can't be written") == 1 and "the log lacks lines" in said
+    assert "one\n" in said and "two\n" in said
 
 
 @pytest.mark.parametrize(

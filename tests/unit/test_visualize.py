@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aclip.errors import NotWritten
 from aclip.files import write_whole
 from aclip.reports import mask_pictures
 from aclip.reports.mask_pictures import draw_figure, encode, picture_columns
@@ -155,7 +156,7 @@ def test_a_failed_write_keeps_the_old_picture_and_leaves_nothing_behind(tmp_path
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(NotWritten, match="disk full"):
         write_whole(path, encode(np.ones((5, 7, 3), dtype=np.uint8)))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

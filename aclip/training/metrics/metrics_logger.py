@@ -18,7 +18,7 @@ from aclip import distributed
 from aclip.cli import show_duration
 from aclip.distributed import say
 from aclip.errors import NotWritten
-from aclip.files import append, write_whole
+from aclip.files import append, make_folder, write_whole
 from aclip.reports.mask_pictures import encode
 from aclip.reports.report import write_report
 from aclip.run_folder.layout import METRICS_FILE, TENSORBOARD_FOLDER, picture_path
@@ -60,7 +60,7 @@ class MetricsLogger:
         self._is_writer = distributed.rank() == 0
         if not self._is_writer:
             return
-        run_folder.mkdir(parents=True, exist_ok=True)
+        make_folder(run_folder)
         self._file = run_folder / METRICS_FILE
         # A new run evaluates at 0 samples; a resumed run does not evaluate at 0 again.
         purge_from = resumed_samples + 1 if resumed_samples else 0
@@ -84,7 +84,10 @@ class MetricsLogger:
             return
         line = EvaluationLine(**_plain(asdict(line)))
         place = {"samples": line.samples, "evaluation": line.evaluation}
-        self._keep(lambda written: not place.items() <= written.items())
+        try:
+            self._keep(lambda written: not place.items() <= written.items())
+        except NotWritten as error:  # the earlier one stays beside this one
+            say(f"{error}; the run goes on")
         self._append(asdict(line))
         self._plot({line.evaluation: line.metrics}, line.samples)
         self._tensorboard.flush()

@@ -21,7 +21,9 @@ class TensorBoard:
         # Here, because it takes seconds that other ranks need not wait for.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=purge_from)
+        self._writer: SummaryWriter | None = None
+        with self._ends_at_an_error():
+            self._writer = SummaryWriter(str(folder), purge_step=purge_from)
 
     def log(self, numbers: dict[str, float], samples: int) -> None:
         if self._writer is not None:

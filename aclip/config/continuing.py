@@ -1,0 +1,98 @@
+"""What may change between two starts of one run, and how two recipes or ds_configs differ."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from aclip.config.recipe import Recipe
+
+MAY_CHANGE = frozenset(
+    (
+        "description",
+        # Memory, speed and patience: what is computed stays the same.
+        "model.image.recompute",
+        "model.text.recompute",
+        "model.compile",
+        "data.workers",
+        "data.retries",
+        "data.cache",
+        "data.cache_gb",
+        "data.on_shard_error",
+        "train.hang_timeout",
+        # What a run tells of itself, and how often.
+        "data.val",
+        "train.evaluate_every",
+        "train.log_every",
+        "train.wandb",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.keep_every",
+        "train.upload_to",
+    )
+)
+"""Keys of the recipe that a start may change without being asked."""
+NEVER_CHANGE = frozenset(
+    (
+        "data.train",  # where the shards lie may change, the shards may not
+        "data.sources",
+        "data.lanes",
+        "data.shuffle_block",
+        "train.seed",
+        "train.global_batch_size",
+    )
+)
+"""Keys that decide which sample comes next: the checkpoint itself knows what they were, and
+data/fingerprint.py refuses another effect of them, whatever the start asks for."""
+DS_RESULT = {
+    "bf16.enabled": False,
+    "gradient_clipping": 0.0,
+    "communication_data_type": None,
+    "sparse_gradients": False,
+    "compression_training": None,
+    "curriculum_learning": None,
+    "data_efficiency": None,
+}
+"""Keys of the ds_config that change what is learned, with DeepSpeed's defaults; all others, such as
+ZeRO, micro-batch and buckets, say how it is computed, and may change."""
+
+
+def recipe_changes(then: Recipe, now: Recipe) -> list[str]:
+    """Each key that differs, as `optimizer.lr 0.001 -> 0.0005`."""
+    pairs = _differences(then.model_dump(mode="json"), now.model_dump(mode="json"), "")
+    return [f"{key} {_show(before)} -> {_show(after)}" for key, before, after in pairs]
+
+
+def ds_config_changes(then: dict, now: dict) -> list[str]:
+    """Each key of DS_RESULT that differs, written as `recipe_changes` does."""
+    changes = []
+    for key, default in DS_RESULT.items():
+        before, after = _value(then, key, default), _value(now, key, default)
+        if before != after:
+            changes.append(f"{key} {_show(before)} -> {_show(after)} (ds_config)")
+    return changes
+
+
+def key_of(change: str) -> str:
+    """The key that a change begins with."""
+    return change.partition(" ")[0]
+
+
+def _differences(then: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        for name in dict.fromkeys([*then, *now]):
+            inner = f"{key}.{name}" if key else name
+            yield from _differences(then.get(name), now.get(name), inner)
+    elif then != now:
+        yield key, then, now
+
+
+def _value(values: dict, key: str, default: Any) -> Any:
+    for name in key.split("."):
+        if not isinstance(values, dict) or name not in values:
+            return default
+        values = values[name]
+    return values
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,226 @@
+"""The run folder as a start finds it: taken over, and what of it goes on. Rank 0 alone looks."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from aclip.config.continuing import (
+    MAY_CHANGE,
+    NEVER_CHANGE,
+    ds_config_changes,
+    key_of,
+    recipe_changes,
+)
+from aclip.config.ds_config import DsConfig
+from aclip.config.recipe import Recipe
+from aclip.config.recipe_file import load_recipe
+from aclip.distributed import say
+from aclip.errors import ConfigError, NotWritten
+from aclip.files import check_writable
+from aclip.lock import PATIENCE_VARIABLE, claim
+from aclip.method.schedules import count_steps
+from aclip.run_folder import checkpoint_folder
+from aclip.run_folder.layout import (
+    CHECKPOINTS_FOLDER,
+    DS_CONFIG_FILE,
+    METRICS_FILE,
+    PICTURES_FOLDER,
+    RECIPE_FILE,
+    START_FILE,
+    TENSORBOARD_FOLDER,
+    latest_record,
+    record_before,
+)
+
+AUTO, NONE = "auto", "none"
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a start begins. JSON-compatible, as rank 0 hands it to the others.
+
+    Attributes:
+        checkpoint: the checkpoint's folder; None for a new run.
+        word: what --resume said when the folder's run began: auto, none, or a path in full.
+        is_first: whether the folder's run begins now, so that nothing in it goes on.
+        is_rewind: whether the run goes back to an older checkpoint of its own.
+        is_complete: whether the run was complete before.
+    """
+
+    checkpoint: str | None
+    word: str
+    is_first: bool = False
+    is_rewind: bool = False
+    is_complete: bool = False
+
+    @property
+    def record(self) -> dict | None:
+        """What start.json says of a start that begins something; None for one that goes on."""
+        if not self.is_first and not self.is_rewind:
+            return None
+        return {"resume": self.word, "checkpoint": self.checkpoint}
+
+
+def take_folder(
+    run_folder: Path, resume: str, recipe: Recipe, ds_config: DsConfig, allow_changes: bool
+) -> dict:
+    """Takes the run folder over; returns the Beginning as a dict.
+
+    Raises:
+        ConfigError: see `own_folder`, `find_beginning` and `check_changes`.
+    """
+    own_folder(run_folder)
+    beginning = find_beginning(run_folder, resume)
+    if beginning.checkpoint is not None and not beginning.is_first:
+        complete = check_changes(run_folder, beginning, recipe, ds_config, allow_changes)
+        beginning = replace(beginning, is_complete=complete)
+    elif beginning.checkpoint is not None and recipe.model.init:
+        say(f"--resume is {resume}, so that model.init {recipe.model.init} is not read")
+    return asdict(beginning)
+
+
+def find_beginning(run_folder: Path, resume: str) -> Beginning:
+    """What `--resume auto|none|PATH` means in this folder.
+
+    A run that has checkpoints goes on from its latest one, whatever it was begun from, if --resume
+    says that again, so that the same command always continues. A path to one of its older
+    checkpoints takes it back there, once.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or the folder holds another run already.
+    """
+    root = run_folder / CHECKPOINTS_FOLDER
+    latest = checkpoint_folder.find(root, AUTO)
+    word = resume if resume in (AUTO, NONE) else str(Path(resume).resolve())
+    if latest is None:
+        found = checkpoint_folder.find(root, resume)
+        return Beginning(None if found is None else str(found), word, is_first=True)
+    begun = _begun_from(run_folder)
+    on = Beginning(str(latest), begun)
+    if word == AUTO or Path(word) in (run_folder.resolve(), root.resolve()):
+        return on
+    if word == begun:
+        say(f"--resume is {resume}, as when the run in {run_folder} began, so the run goes on")
+        return on
+    holds = f"--resume is {resume}, but --output is {run_folder}, which holds a run"
+    advice = "give another --output, or leave --resume out to continue that run"
+    if word == NONE:
+        raise ConfigError(f"{holds} already (its latest checkpoint is {latest.name}); {advice}")
+    found = checkpoint_folder.find(root, resume)
+    if found.resolve().parent != root.resolve():
+        raise ConfigError(f"{holds} that did not begin there; {advice}")
+    return Beginning(str(found), word, is_rewind=True)
+
+
+def check_changes(
+    run_folder: Path, beginning: Beginning, recipe: Recipe, ds_config: DsConfig, allowed: bool
+) -> bool:
+    """Refuses to continue a run with other settings, unless that is `allowed`; returns whether it
+    is complete.
+
+    Raises:
+        ConfigError: names each key that differs, or the record that can't be read.
+    """
+    progress = checkpoint_folder.read_progress(Path(beginning.checkpoint))
+    if progress is None:
+        return False  # a damaged checkpoint is named when all of it is verified
+    recorded = record_before(run_folder, RECIPE_FILE, progress["samples"])
+    if not recorded.is_file():
+        say(f"{recorded} is missing, so nobody knows whether the settings are those of the run")
+        return False
+    try:
+        then = load_recipe(str(recorded))
+        changes = recipe_changes(then, recipe)
+        recorded = record_before(run_folder, DS_CONFIG_FILE, progress["samples"])
+        changes += ds_config_changes(_read_object(recorded), ds_config.values)
+    except (OSError, ValueError) as error:
+        unread = f"{recorded}, which says what the run was trained with, can't be read ({error})"
+        if allowed:
+            say(f"{unread}; the settings are not compared")
+            return False
+        raise ConfigError(
+            f"{unread}; put it back, or add --allow_changes to continue without comparing"
+        ) from None
+    size = progress["data"]["samples"]
+    steps, steps_then = (
+        count_steps(each.train.epochs, size, each.train.global_batch_size)
+        for each in (recipe, then)
+    )
+    is_complete = progress["step"] >= steps_then
+    counts = [each for each in changes if key_of(each) not in MAY_CHANGE | NEVER_CHANGE]
+    listed = ", ".join(each for each in changes if key_of(each) not in MAY_CHANGE)
+    if counts and is_complete and progress["step"] >= steps:
+        raise ConfigError(
+            f"--output is {run_folder}, which holds a complete run with other settings (then -> "
+            f"now): {listed}; nothing would be trained with these, so give another --output, or "
+            "the settings of that run"
+        )
+    if allowed and recipe.model.init and "model.init" in map(key_of, counts):
+        raise ConfigError(
+            f"model.init is {recipe.model.init!r}, but the run in {run_folder} continues from its "
+            "own checkpoint, so that no other weights would be read; give another --output"
+        )
+    if counts and not allowed:
+        raise ConfigError(
+            f"--output is {run_folder}, whose run was trained with other settings (then -> now): "
+            f"{listed}; give another --output to train anew, set them back, or add --allow_changes "
+            "to continue with them"
+        )
+    if counts:
+        say(f"the run continues with other settings (then -> now): {listed}")
+    elif changes and is_complete:
+        say(f"the run is complete, so these have no effect (then -> now): {', '.join(changes)}")
+    return is_complete and progress["step"] >= steps
+
+
+def _begun_from(run_folder: Path) -> str:
+    """What --resume said when the folder's run began; auto where nothing tells."""
+    try:
+        return str(json.loads(latest_record(run_folder, START_FILE).read_text())["resume"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return AUTO
+
+
+def _read_object(path: Path) -> dict:
+    values = json.loads(path.read_text())
+    if not isinstance(values, dict):
+        raise ConfigError("it holds no JSON object")
+    return values
+
+
+def own_folder(run_folder: Path) -> None:
+    """Makes this process the folder's owner, and checks that what lies in it can be written.
+
+    Raises:
+        ConfigError: another run owns it, also after the patience of who restarts runs; or a part of
+            it can't be written.
+    """
+    check_writable(run_folder, "--output")
+    try:
+        patience = float(os.environ.get(PATIENCE_VARIABLE) or 0)
+    except ValueError:
+        raise ConfigError(
+            f"{PATIENCE_VARIABLE} is {os.environ[PATIENCE_VARIABLE]}; give seconds, or unset it"
+        ) from None
+    try:
+        note = claim(run_folder, "--output", "a run")
+    except NotWritten as error:
+        raise ConfigError(str(error)) from None  # no other start would find it writable
+    except ConfigError as error:
+        if not patience:
+            raise
+        # A process of the start before may take a while to end, or its node to be given up.
+        say(f"{error}; this start waits for that, at most {patience:g} s")
+        note = claim(run_folder, "--output", "a run", patience)
+    if note is not None:
+        say(note)
+    for name in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, PICTURES_FOLDER):
+        if os.path.lexists(run_folder / name):
+            check_writable(run_folder / name, f"{name} of --output")
+    metrics = run_folder / METRICS_FILE
+    if metrics.exists() and not (metrics.is_file() and os.access(metrics, os.R_OK | os.W_OK)):
+        raise ConfigError(
+            f"--output is {run_folder}, where {METRICS_FILE} is no file that can be written; "
+            "remove it, or give another folder"
+        )
