@@ -35,8 +35,9 @@ class _Packing:
     def pad(self, packed: Tensor) -> Tensor:
         """(T, W) -> (B, L, W), zero at padding: causal attention to it must stay finite."""
         padded = packed.new_zeros(self.shape[0] * self.shape[1], packed.shape[1])
-        # Not index_copy, whose backward pass would keep `packed`.
-        return padded.index_put((self.real_ids,), packed).view(*self.shape, -1)
+        # Not index_copy_, whose backward pass would keep `packed`; in place, as nothing reads the
+        # zeros before.
+        return padded.index_put_((self.real_ids,), packed).view(*self.shape, -1)
 
     def pack(self, padded: Tensor) -> Tensor:
         """(B, L, W) -> (T, W)."""
