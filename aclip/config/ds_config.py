@@ -102,10 +102,24 @@ class DsConfig:
         offload = self.values.get("zero_optimization", {}).get("offload_optimizer", {})
         return offload.get("device", "none") != "none"
 
+    @property
+    def adds_up_in_fp32(self) -> bool:
+        """Whether gradients add up in fp32. With ZeRO-2 and one micro_step there is nothing to add
+        up, and DeepSpeed would run two more operations for each parameter to the same result."""
+        asked = self.values.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+        return asked and not (self.stage == 2 and self.num_micro_steps == 1)
+
     def engine_values(self) -> dict[str, Any]:
         """What DeepSpeed gets. aclip counts micro_steps itself, since a step of several runs one
-        backward pass more than it has micro_steps (aclip/training/stepper.py)."""
+        backward pass more than it has micro_steps (aclip/training/stepper.py), and it looks for
+        gradients that are not finite itself (aclip/engine/gradient_norm.py)."""
         values = copy.deepcopy(self.values)
+        if not self.adds_up_in_fp32:
+            values.get("data_types", {}).pop("grad_accum_dtype", None)
+        if self.dtype == torch.bfloat16:
+            values["bf16"].setdefault("check_grad_overflow", False)
+        if self.stage in (1, 2) and not (values["gradient_clipping"] or self.offloads_optimizer):
+            values["zero_optimization"].setdefault("compute_grad_norm", False)
         values.pop("train_batch_size")
         values["train_micro_batch_size_per_gpu"] = self.micro_batch_size
         values["gradient_accumulation_steps"] = 1

@@ -47,5 +47,30 @@ def build_engine(student: Student, config: OptimizerConfig, ds_config: DsConfig)
         # DeepSpeed copies all gradients into a buffer and back even to sum over one rank (0.19.8):
         # an eighth of a step on a CPU.
         engine.enable_backward_allreduce = False
+    if ds_config.stage in (1, 2) and not get_accelerator().resolves_data_dependency():
+        _wait_on_the_device(engine.optimizer)
     limit_engine_collectives(COLLECTIVE_TIMEOUT)
     return engine
+
+
+def _wait_on_the_device(optimizer) -> None:
+    """At the end of a backward pass lets the device wait for the reductions instead of the host.
+
+    With overlap_comm DeepSpeed stops the host there until the device has done all its work
+    (0.19.8), and the optimizer's step is then launched on an idle device. What follows runs on the
+    current stream, so it is enough that this stream waits for the one with the reductions.
+    """
+    epilogue = optimizer.independent_gradient_partition_epilogue
+    accelerator = get_accelerator()
+
+    def wait() -> None:
+        accelerator.current_stream().wait_stream(optimizer.reduction_stream)
+
+    def run() -> None:
+        accelerator.synchronize = wait
+        try:
+            epilogue()
+        finally:
+            del accelerator.synchronize
+
+    optimizer.independent_gradient_partition_epilogue = run

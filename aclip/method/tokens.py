@@ -3,6 +3,7 @@
 Only `clip_tokens` knows how CLIP's vocabulary marks a caption's end.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ from torch import Tensor
 VOCAB_SIZE = 49408
 START_ID = 49406
 END_ID = 49407
+COLUMNS = 8
+"""A batch of captions has a multiple of so many columns: on a GPU, attention plans anew for each
+number of columns, which stalls the first step that has it."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Tokens:
 
 def clip_tokens(ids: Tensor) -> Tokens:
     """(B, L) int64 of CLIP's vocabulary, in which the end token has the greatest id; cut behind the
-    longest caption."""
+    longest caption, to a multiple of COLUMNS."""
     lengths = ids.argmax(1) + 1
     longest = int(lengths.max()) if len(lengths) else 0
-    return Tokens(ids[:, :longest], lengths)
+    return Tokens(ids[:, : math.ceil(longest / COLUMNS) * COLUMNS], lengths)

@@ -139,6 +139,23 @@ class Student(nn.Module):
         of_terms = {term.name: term.encode(self, inputs) for term in self.terms}
         return features | _present(of_terms)
 
+    def encode_and_project(
+        self, inputs: StudentInput, before: list[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """`encode` of a step's last micro-batch and `project` of the whole local batch.
+
+        One call, since ZeRO-3 plans ahead what it gathers from one call of the student to the next.
+
+        Args:
+            inputs: the last micro-batch.
+            before: the features of those before it.
+        """
+        features = self.encode(inputs)
+        if before:
+            everything = [*before, features]
+            features = {name: torch.cat([part[name] for part in everything]) for name in features}
+        return self.project(features)
+
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Projections and the terms' heads over the whole local batch; see StudentOutput.of."""
         output = {

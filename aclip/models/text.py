@@ -35,8 +35,9 @@ class _Packing:
     def pad(self, packed: Tensor) -> Tensor:
         """(T, W) -> (B, L, W), zero at padding: causal attention to it must stay finite."""
         padded = packed.new_zeros(self.shape[0] * self.shape[1], packed.shape[1])
-        # Not index_copy, whose backward pass would keep `packed`.
-        return padded.index_put((self.real_ids,), packed).view(*self.shape, -1)
+        # Not index_copy_, whose backward pass would keep `packed`; in place, as nothing reads the
+        # zeros before.
+        return padded.index_put_((self.real_ids,), packed).view(*self.shape, -1)
 
     def pack(self, padded: Tensor) -> Tensor:
         """(B, L, W) -> (T, W)."""
@@ -161,10 +162,9 @@ def _packed_layer(
     """A whole layer on packed tokens: (T, W) -> (T, W)."""
     attn = layer.self_attn
     with applied(recompute, layer.layer_norm1, x) as normed:
-        q, k, v = (
-            packing.pad(linear(normed)).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
-            for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
-        )
+        qkv = [linear(normed) for linear in (attn.q_proj, attn.k_proj, attn.v_proj)]
+    heads = packing.pad(torch.cat(qkv, 1)).unflatten(2, (3, attn.num_heads, -1))
+    q, k, v = (part.transpose(1, 2) for part in heads.unbind(2))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, L, d)
     x = x + attn.out_proj(packing.pack(out.transpose(1, 2).flatten(2)))
     return x + _mlp(recompute, layer, x)

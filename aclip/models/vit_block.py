@@ -93,7 +93,8 @@ def _cls_query_keys_values(attn: Attention, normed: Tensor) -> tuple[Tensor, Ten
 def _split_heads(x: Tensor, attn: Attention, parts: int) -> tuple[Tensor, ...]:
     """(B, N, parts * H * d) to `parts` tensors (B, H, N, d), strided views."""
     heads = x.view(x.shape[0], x.shape[1], parts, attn.num_heads, attn.head_dim)
-    return heads.permute(2, 0, 3, 1, 4).unbind(0)
+    # Transposed part by part: the gradient of one permuted tensor would be copied twice.
+    return tuple(part.transpose(1, 2) for part in heads.unbind(2))
 
 
 def _attend(attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -178,11 +178,10 @@ def zero_settings(ds_config: DsConfig, num_ranks: int) -> ZeroSettings:
             f"zero_optimization.offload_param is set in {ds_config.path}, which a plan does not "
             "count; remove it for planning"
         )
-    accumulation = ds_config.values.get("data_types", {}).get("grad_accum_dtype")
     defaults = ZeroSettings(ds_config.stage, num_ranks, ds_config.dtype.itemsize, 0)
     return replace(
         defaults,
-        accumulation_bytes=FP32 if accumulation == "fp32" else ds_config.dtype.itemsize,
+        accumulation_bytes=FP32 if ds_config.adds_up_in_fp32 else ds_config.dtype.itemsize,
         offload=ds_config.offloads_optimizer,
         persistence_threshold=int(
             zero.get("stage3_param_persistence_threshold", defaults.persistence_threshold)

@@ -2,8 +2,9 @@
 
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,23 @@ class NonFiniteLoss(RuntimeError):
     """The loss or gradient of a step was not finite; names the step, the terms and the samples."""
 
 
+@dataclass(frozen=True)
+class WatchedStep:
+    """What all ranks together know of a step.
+
+    Attributes:
+        step: which one.
+        terms: its terms, mean over the ranks.
+        counts: what was counted in it, summed over the ranks.
+    """
+
+    step: int
+    terms: dict[str, float]
+    counts: list[int]
+
+
 class StepWatch:
-    """Joins the terms and signals of a step over the ranks, and reads them one step late.
+    """Joins terms, counts and signals of a step over the ranks, and reads them one step late.
 
     Reading at once would make the host wait for the device; whoever writes a checkpoint settles
     first, so that none holds the weights of an unread step.
@@ -31,6 +47,8 @@ class StepWatch:
         self._names: list[str] = []
         self._keys: list[str] = []
         self._sums: Tensor | None = None
+        self._on_host: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
         self._signals: set[int] = set()
 
     @contextmanager
@@ -47,38 +65,58 @@ class StepWatch:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def put(self, step: int, terms: dict[str, Tensor], keys: list[str]) -> None:
-        """Starts to watch a step: its scalar terms and its samples' keys on this rank."""
+    def put(
+        self, step: int, terms: dict[str, Tensor], keys: list[str], counts: Sequence[int] = ()
+    ) -> None:
+        """Starts to watch a step: its scalar terms, its samples' keys and counts on this rank."""
         received, self._received = self._received, set()
         self._step, self._names, self._keys = step, list(terms), keys
         sums = torch.stack([term.float() for term in terms.values()])
-        flags = torch.zeros(len(SIGNALS), device=sums.device)
-        for place, number in enumerate(SIGNALS):
-            if number in received:
-                flags[place] = 1  # not copied from the host, which would wait for the device
-        self._sums = torch.cat([sums, flags])
+        of_host = [float(number in received) for number in SIGNALS] + [float(n) for n in counts]
+        if any(of_host):
+            pinned = torch.tensor(of_host, pin_memory=sums.is_cuda)
+            of_host = pinned.to(sums.device, non_blocking=True)
+        else:
+            of_host = sums.new_zeros(len(of_host))
+        self._sums = torch.cat([sums, of_host])
         if world_size() > 1:
             dist.all_reduce(self._sums)
+        self._start_copy()
 
-    def mean_terms(self) -> dict[str, float]:
-        """The terms of the watched step, mean over the ranks."""
-        sums = self._sums[: len(self._names)].tolist()
-        return {name: total / world_size() for name, total in zip(self._names, sums, strict=True)}
+    def _start_copy(self) -> None:
+        """Copies the sums to the host behind what the device does by now, without waiting."""
+        if not self._sums.is_cuda:
+            self._on_host = self._sums
+            return
+        if self._on_host is None or self._on_host.shape != self._sums.shape:
+            self._on_host = torch.empty(self._sums.shape, pin_memory=True)
+            self._copied = torch.cuda.Event()
+        self._on_host.copy_(self._sums, non_blocking=True)
+        self._copied.record()
 
-    def settle(self) -> None:
-        """Reads the watched step, if there is one.
+    def settle(self) -> WatchedStep | None:
+        """Reads the watched step, if there is one that was not read.
 
         Raises:
             NonFiniteLoss: on every rank, if a term is not finite.
         """
         if self._sums is None:
-            return
-        terms = self.mean_terms()
+            return None
+        values = self._read()
+        self._sums = None
+        sums, values = values[: len(self._names)], values[len(self._names) :]
+        flags, counts = values[: len(SIGNALS)], values[len(SIGNALS) :]
+        terms = {name: total / world_size() for name, total in zip(self._names, sums, strict=True)}
         if not all(math.isfinite(value) for value in terms.values()):
             raise NonFiniteLoss(self._describe(terms))
-        flags = self._sums[len(self._names) :].tolist()
         self._signals |= {number for number, flag in zip(SIGNALS, flags, strict=True) if flag}
-        self._sums = None
+        return WatchedStep(self._step, terms, [round(count) for count in counts])
+
+    def _read(self) -> list[float]:
+        """The sums, once they are on the host; what the device got to do since may go on."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._on_host.tolist()
 
     def take_signals(self) -> set[int]:
         """The signals of settled steps that any rank received, each given once."""

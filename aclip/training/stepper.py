@@ -11,6 +11,7 @@ from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
 from aclip.distributed import rank
 from aclip.engine.build import build_engine
+from aclip.engine.gradient_norm import found_by_engine, gradient_norm
 from aclip.engine.sharded_state import MASTER, ShardedState
 from aclip.method.losses.term import StudentOutput, total
 from aclip.models.student import Student, build_student
@@ -53,6 +54,7 @@ class Stepper:
         )
         self.engine = build_engine(student, recipe.optimizer, ds_config)
         self._sharded_state = ShardedState(self.engine)
+        self._gradient_norm: Tensor | None = None
         self._exact_scalars = student.exact_scalars()
         for name, weights in exact.items():
             self._sharded_state.load(name, MASTER, weights)
@@ -99,13 +101,16 @@ class Stepper:
             partial(self.inputs.student, micro, of_teacher, statistics, progress)
             for micro, of_teacher in zip(micro_batches, taught, strict=True)
         ]
-        features, rng_states = self._encode(make_inputs)
-        joined = {name: torch.cat([part[name] for part in features]) for name in features[0]}
-        output = StudentOutput.of(self.engine("project", joined))
+        *first_inputs, make_last = make_inputs
+        features, rng_states = self._encode_first(first_inputs)
+        # Copies, since ZeRO-3's hooks put other tensors into the dictionaries that they are given.
+        before = [dict(part) for part in features]
+        output = StudentOutput.of(self.engine("encode_and_project", make_last(), before))
         targets = {} if self.teacher is None else self.teacher.targets(self.terms, taught)
         loss, terms = total(self.terms, output, targets)
-        self._backward(loss, last=len(micro_batches) == 1)
-        self._backward_through_towers(make_inputs, features, rng_states)
+        self._backward(loss, last=not first_inputs)
+        self._backward_through_towers(first_inputs, features, rng_states)
+        self._gradient_norm = gradient_norm(self.engine)
         self.engine.step()
         self._share_exact_scalars()
         if self.teacher is not None:
@@ -113,51 +118,44 @@ class Stepper:
         return {"loss": loss.detach(), **terms}
 
     @property
-    def logit_scale(self) -> float:
-        """The factor itself, from its fp32 master."""
-        return self.engine.module.logit_scale.exact.exp().item()
+    def logit_scale(self) -> Tensor:
+        """The factor itself, from its fp32 master, ()."""
+        return self.engine.module.logit_scale.exact.exp().squeeze()
 
-    def gradient_norm(self) -> Tensor | None:
-        """The norm of the last step's whole gradient before clipping, a scalar; None without ZeRO.
+    def gradient_norm(self) -> Tensor:
+        """The norm of the last step's whole gradient before clipping, () fp32."""
+        if self._gradient_norm is None:
+            self._gradient_norm = found_by_engine(self.engine)
+        return self._gradient_norm
 
-        Where it is not finite, DeepSpeed has skipped the update.
-        """
-        norm = self.engine.get_global_grad_norm()
-        if norm is not None and not torch.is_tensor(norm):
-            norm = torch.full((), norm, device=self.device)
-        return None if norm is None else norm.to(self.device)
+    def _encode_first(self, first_inputs) -> tuple[list[dict[str, Tensor]], list]:
+        """Features of each micro-batch but the last, see Student.encode, and the random state
+        before it.
 
-    def _encode(self, make_inputs) -> tuple[list[dict[str, Tensor]], list]:
-        """Features of each micro-batch, see Student.encode, and the random state before it.
-
-        Only the last keeps its graph; the others are leaves that collect a gradient. (ZeRO-3 takes
-        a step's first backward pass as the one that overwrites old gradients, so that pass must
-        reach every parameter.)
+        They are leaves that collect a gradient; only the last micro-batch keeps its graph. (ZeRO-3
+        takes a step's first backward pass as the one that overwrites old gradients, so that pass
+        must reach every parameter.)
         """
         features, rng_states = [], []
-        for make in make_inputs:
-            is_last = make is make_inputs[-1]
+        for make in first_inputs:
             rng_states.append(get_random_state())
-            with torch.set_grad_enabled(is_last):
+            with torch.no_grad():
                 parts = self.engine("encode", make())
-            if not is_last:
-                parts = {name: part.requires_grad_() for name, part in parts.items()}
-            features.append(parts)
+            features.append({name: part.requires_grad_() for name, part in parts.items()})
         return features, rng_states
 
-    def _backward_through_towers(self, make_inputs, features, rng_states) -> None:
+    def _backward_through_towers(self, first_inputs, features, rng_states) -> None:
         """Runs the towers again on all micro-batches but the last, with their gradients."""
-        num_again = len(make_inputs) - 1
         drawn_so_far = get_random_state()
-        for index in range(num_again):
+        for index, make in enumerate(first_inputs):
             # The same dropout as in the pass whose features the losses saw.
             set_random_state(rng_states[index])
-            parts = self.engine("encode", make_inputs[index]())
+            parts = self.engine("encode", make())
             surrogate = sum(
                 (part.float() * features[index][name].grad.float()).sum()
                 for name, part in parts.items()
             )
-            self._backward(surrogate, last=index == num_again - 1)
+            self._backward(surrogate, last=make is first_inputs[-1])
         set_random_state(drawn_so_far)
 
     def _backward(self, loss: Tensor, last: bool) -> None:

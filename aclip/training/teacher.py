@@ -11,8 +11,8 @@ from aclip.method.losses.term import LossTerm, Taught
 from aclip.method.tokens import Tokens
 from aclip.models.student import Student
 
-# Parameters that ZeRO-3 gathers at once: bounds the memory of an update.
-GATHER_CHUNK = 16
+CHUNK_ELEMENTS = 1 << 25
+"""Weights that an update copies to fp32 at once, and that ZeRO-3 gathers at once."""
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Teacher:
         self.model.keep_parts(student.averaged_parts)
         self.model.requires_grad_(False).eval().to(device)
         self._average = {name: p.detach().float() for name, p in self.model.named_parameters()}
+        self._chunks = None
         self.model.to(dtype)
         self._compute = dict(self.model.named_parameters())
 
@@ -80,18 +81,32 @@ class Teacher:
                 rank must call.
             momentum: the average's share, in [0, 1].
         """
-        pairs = [
-            (name, parameter)
-            for name, parameter in student.named_parameters()
-            if name in self._average and parameter.requires_grad
-        ]
-        for start in range(0, len(pairs), GATHER_CHUNK):
-            chunk = pairs[start : start + GATHER_CHUNK]
-            with gathered([parameter for _, parameter in chunk]):
-                averages = [self._average[name] for name, _ in chunk]
-                weights = [parameter.detach().float() for _, parameter in chunk]
+        if self._chunks is None:
+            self._chunks = self._make_chunks(student)
+        for averages, parameters in self._chunks:
+            with gathered(parameters):
+                weights = [parameter.detach() for parameter in parameters]
+                if weights[0].dtype != torch.float32:
+                    copies = _views_of_one_buffer(averages)
+                    torch._foreach_copy_(copies, weights)
+                    weights = copies
                 torch._foreach_lerp_(averages, weights, 1 - momentum)
         self._refresh_compute_weights()
+
+    def _make_chunks(self, student: nn.Module) -> list[tuple[list[Tensor], list[nn.Parameter]]]:
+        """(averages, the student's parameters) that are updated together."""
+        chunks, room = [], 0
+        for name, parameter in student.named_parameters():
+            if name not in self._average or not parameter.requires_grad:
+                continue
+            average = self._average[name]
+            if average.numel() > room or parameter.dtype != chunks[-1][1][0].dtype:
+                chunks.append(([], []))
+                room = max(CHUNK_ELEMENTS, average.numel())
+            chunks[-1][0].append(average)
+            chunks[-1][1].append(parameter)
+            room -= average.numel()
+        return chunks
 
     def state_dict(self) -> dict[str, Tensor]:
         """The fp32 average by parameter name."""
@@ -110,3 +125,10 @@ class Teacher:
                 [self._compute[name].data for name in names],
                 [self._average[name] for name in names],
             )
+
+
+def _views_of_one_buffer(like: list[Tensor]) -> list[Tensor]:
+    """Uninitialised tensors of the same shapes, in one allocation."""
+    sizes = [tensor.numel() for tensor in like]
+    parts = like[0].new_empty(sum(sizes)).split(sizes)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

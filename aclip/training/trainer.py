@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from aclip.config.ds_config import DsConfig
@@ -25,12 +24,13 @@ from aclip.training.metrics.metrics_logger import MetricsLogger, peak_memory_gib
 from aclip.training.metrics.step_timer import StepTimer
 from aclip.training.metrics.wandb_tracker import WandbTracker
 from aclip.training.run_schedule import RunSchedule
-from aclip.training.step_watch import StepWatch
+from aclip.training.step_watch import StepWatch, WatchedStep
 from aclip.training.stepper import Stepper
 from aclip.training.upload import Uploader
 from aclip.training.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
 
-GRADIENT_NORM = "gradient_norm"
+GRADIENT_NORM, LOGIT_SCALE = "gradient_norm", "logit_scale"
+"""What is watched and logged beside the terms."""
 
 
 class Trainer:
@@ -77,8 +77,7 @@ class Trainer:
         self._fingerprint = fingerprint(recipe, shards)
         cursors = None if resume_from is None else self._resume(resume_from, shards)
         self._saved = None if resume_from is None else self._moment
-        self._recent_skips = Counter()
-        self._recent_repeats = 0
+        self._timer = StepTimer()
         self.watch = StepWatch()
         self.loader = build_train_loader(recipe, shards, rank(), world_size(), cursors)
         self._cursors = self.loader.cursors
@@ -112,20 +111,20 @@ class Trainer:
                 self._evaluate("before")
             elif self._evaluation_is_due():  # a signal ended the run before it
                 self._evaluate(self._place)
-            timer = StepTimer()
+            self._timer.reset()
             batches = iter(self.loader)
             while self.step < self.num_steps:
                 self.watchdog.enter(LOADING, self.step + 1)
-                with timer.waiting():
+                with self._timer.waiting():
                     batch = next(batches)
                 self.watchdog.enter(COMPUTING, self.step + 1)
                 terms = self.train_step(batch)
-                timer.step(self.recipe.train.global_batch_size)
-                stop = self._after_step(batch, terms, timer)
+                self._timer.step(self.recipe.train.global_batch_size)
+                stop = self._after_step(batch, terms)
                 if stop:
                     self._save(required=True)
                     return False
-            self.watch.settle()
+            self._settle()
             if "end" not in self.evaluations:
                 # What was trained is saved first, since an evaluation can fail.
                 self._save(required=True, uploads=self.evaluator is None)
@@ -148,31 +147,29 @@ class Trainer:
         self.step += 1
         return terms
 
-    def _after_step(self, batch: Batch, terms: dict[str, Tensor], timer: StepTimer) -> bool:
+    def _after_step(self, batch: Batch, terms: dict[str, Tensor]) -> bool:
         """Logs, evaluates and saves what is due; returns whether a signal asks to stop."""
-        self.watch.settle()
+        self._settle()
         signals = self.watch.take_signals()
-        gradient_norm = self.stepper.gradient_norm()
-        if gradient_norm is not None:
-            terms = {**terms, GRADIENT_NORM: gradient_norm}
-        self.watch.put(self.step, terms, batch.keys)
+        watched = {
+            GRADIENT_NORM: self.stepper.gradient_norm(),
+            LOGIT_SCALE: self.stepper.logit_scale,
+        }
+        counts = [*(batch.skipped.get(kind, 0) for kind in SKIP_KINDS), batch.repeated]
+        self.watch.put(self.step, terms | watched, batch.keys, counts)
         self._cursors = batch.cursors
-        self._recent_skips.update(batch.skipped)
-        self._recent_repeats += batch.repeated
 
         train = self.recipe.train
         at_end = self.step == self.num_steps
-        if self.schedule.is_logged(self.step) or at_end:
-            self._log(timer)
         if signal.SIGTERM in signals:
             return True
         if self._evaluation_is_due():
             self._evaluate(self._place)
-            timer.reset()
+            self._timer.reset()
         is_due = not at_end and self.schedule.is_due(train.checkpoint_every, self.step)
         if signal.SIGUSR1 in signals or is_due:
             self._save()
-            timer.reset()
+            self._timer.reset()
         return False
 
     def _evaluation_is_due(self) -> bool:
@@ -180,43 +177,44 @@ class Trainer:
             return False
         return self.schedule.is_due(self.recipe.train.evaluate_every, self.step)
 
-    def _log(self, timer: StepTimer) -> None:
-        self._join_skips()
-        terms = self.watch.mean_terms()
-        gradient_norm = terms.pop(GRADIENT_NORM, None)
+    def _settle(self) -> None:
+        """Reads the last step that was not read yet: counts its samples, and logs it if that is
+        due.
+
+        Raises:
+            NonFiniteLoss: on every rank, see StepWatch.settle.
+        """
+        watched = self.watch.settle()
+        if watched is None:
+            return
+        *skips, repeats = watched.counts
+        self.skipped.update({k: n for k, n in zip(SKIP_KINDS, skips, strict=True) if n})
+        self.repeated += repeats
+        if self.schedule.is_logged(watched.step) or watched.step == self.num_steps:
+            self._log(watched)
+
+    def _log(self, watched: WatchedStep) -> None:
+        terms, step = dict(watched.terms), watched.step
+        gradient_norm, logit_scale = terms.pop(GRADIENT_NORM), terms.pop(LOGIT_SCALE)
         line = StepLine(
-            self.samples,
-            self.step,
+            step * self.recipe.train.global_batch_size,
+            step,
             terms,
             memory_gib=peak_memory_gib(),
-            learning_rate=self.schedule.learning_rate(self.step),
-            momentum=self.schedule.momentum(self.step),
-            logit_scale=self.stepper.logit_scale,
+            learning_rate=self.schedule.learning_rate(step),
+            momentum=self.schedule.momentum(step),
+            logit_scale=logit_scale,
             gradient_norm=gradient_norm,
             skipped=dict(self.skipped),
             repeated=self.repeated,
-            images_per_second=timer.images_per_second,
-            data_wait_percent=timer.data_wait_percent,
+            images_per_second=self._timer.images_per_second,
+            data_wait_percent=self._timer.data_wait_percent,
         )
         self.logger.log(line)
 
-    def _join_skips(self) -> None:
-        """Adds the samples skipped and repeated since the last call, of all ranks, to the run's
-        totals."""
-        recent = [*(self._recent_skips[kind] for kind in SKIP_KINDS), self._recent_repeats]
-        counts = torch.tensor(recent, device=self.device)
-        if world_size() > 1:
-            dist.all_reduce(counts)
-        *skips, repeats = counts.tolist()
-        for kind, count in zip(SKIP_KINDS, skips, strict=True):
-            if count:
-                self.skipped[kind] += count
-        self.repeated += repeats
-        self._recent_skips.clear()
-        self._recent_repeats = 0
-
     def _evaluate(self, when: str) -> None:
         self.watchdog.enter(EVALUATING, self.step)
+        self._settle()
         if self.evaluator is not None:
             self.stepper.engine.eval()
             models, scores = evaluated_models(self.stepper), teacher_scores(self.stepper)
@@ -242,8 +240,7 @@ class Trainer:
         if self._saved == self._moment:
             return
         self.watchdog.enter(SAVING, self.step)
-        self.watch.settle()
-        self._join_skips()
+        self._settle()
         state = {
             "samples": self.samples,
             "step": self.step,

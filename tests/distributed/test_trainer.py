@@ -12,7 +12,8 @@ from trainer_run import BATCH, SHARD_SIZE, STEPS, read_losses, run_trainer, trai
 
 from aclip.data.find_data import check_same_shards
 from aclip.errors import ConfigError
-from aclip.training import stepper
+from aclip.models.student import Student
+from aclip.run_folder.metrics_file import read_metrics
 
 pytestmark = pytest.mark.distributed
 
@@ -49,14 +50,15 @@ def test_losses_are_equal_for_every_stage_rank_count_and_accumulation(
         run_distributed(train_in(tmp_path / name, shards, **options), ranks, timeout=300)
         losses = read_losses(tmp_path / name)
         assert len(losses) == STEPS
-        return losses
+        return losses, [line.gradient_norm for line in read_metrics(tmp_path / name).steps]
 
-    expected = run("reference", 1)
+    expected, expected_norms = run("reference", 1)
     assert expected[-1] < expected[0]
     different = [run("accumulated", 1, micro_batch=4), run("two", 2)]
     different += [run(f"two-{stage}", 2, stage=stage, micro_batch=4) for stage in STAGES]
-    for losses in different:
+    for losses, norms in different:
         assert losses == pytest.approx(expected, rel=1e-4)
+        assert norms == pytest.approx(expected_norms, rel=1e-2)
 
 
 MASKCLIP = ["mask.policy=none", "loss.simclr=0", "loss.byol=0", "loss.distill=1", "loss.mlm=0.2"]
@@ -140,13 +142,13 @@ def test_killed_run_continues_at_the_exact_next_sample(
 
 def test_dropout_never_repeats_its_random_numbers(run_distributed, shards, tmp_path):
     def draw():
-        states, get = [], stepper.get_random_state
+        states, encode = [], Student.encode
 
-        def remember():
-            states.append(get()["cpu"])
-            return get()
+        def remember(student, inputs):
+            states.append(bytes(torch.get_rng_state().numpy()))
+            return encode(student, inputs)
 
-        stepper.get_random_state = remember
+        Student.encode = remember
         dropping = (
             "model.image.kwargs={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2, "
             "proj_drop_rate: 0.1}"
@@ -158,10 +160,11 @@ def test_dropout_never_repeats_its_random_numbers(run_distributed, shards, tmp_p
             micro_batch=4,
             overrides=[dropping],
             stop_at=1,
-            on_step=lambda step: after.append(torch.get_rng_state()),
+            on_step=lambda step: after.append(bytes(torch.get_rng_state().numpy())),
         )
-        before_micro_batches = states[: BATCH // 2 // 4]
-        assert len({bytes(state.numpy()) for state in [*before_micro_batches, *after]}) == 3
+        first, last, first_again = states
+        assert first == first_again, "the gradient is that of the features which the losses saw"
+        assert len({first, last, *after}) == 3
         return torch.initial_seed()
 
     assert run_distributed(draw, 2) == [0, 1], "ranks drop different places"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -109,7 +110,7 @@ class Overflow(torch.autograd.Function):
         return gradient * float("inf")
 
 
-@pytest.mark.parametrize("stage", ["1", "3"])
+@pytest.mark.parametrize("stage", ["0", "1", "3"])
 def test_gradient_that_is_not_finite_stops_every_rank_too(run_distributed, shards, tmp_path, stage):
     run = tmp_path / "run"
 
@@ -127,7 +128,8 @@ def test_gradient_that_is_not_finite_stops_every_rank_too(run_distributed, shard
         return str(caught.value)
 
     for message in run_distributed(overflow_in_step_3, 2):
-        assert "gradient of step 3" in message and "gradient_norm inf" in message
+        assert "gradient of step 3" in message
+        assert re.search("gradient_norm (inf|nan)", message)
     folder = checkpoint_folder.find(run / "checkpoints", "auto")
     assert checkpoint.read_state(folder)["step"] == 2
 

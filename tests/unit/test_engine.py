@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from aclip.engine import process_group
+from aclip.engine.gradient_norm import found_by_engine, gradient_norm
 from aclip.engine.optimizer import MOMENTS, optimizer_bytes
 from aclip.engine.sharded_state import ShardedState
 from aclip.errors import ConfigError
@@ -116,3 +117,19 @@ def test_scalar_that_differs_between_parameters_is_refused():
 def test_optimizer_bytes_are_two_moments_and_a_master_of_bf16_weights():
     assert optimizer_bytes(10, torch.float32) == 80
     assert optimizer_bytes(10, torch.bfloat16) == 120
+
+
+def test_norm_of_the_gradient_is_that_of_all_parameters_together():
+    model = nn.Linear(2, 2)
+    model.weight.grad, model.bias.grad = torch.tensor([[1.0, -2.0], [4.0, 0.0]]), None
+    engine = SimpleNamespace(
+        module=model, device=torch.device("cpu"), zero_optimization_stage=lambda: 0
+    )
+    assert gradient_norm(engine).item() == pytest.approx(21**0.5)
+    model.bias.grad = torch.tensor([2.0, 0.0], dtype=torch.float32)
+    assert gradient_norm(engine).item() == pytest.approx(5)
+    model.bias.grad[1] = float("inf")
+    assert gradient_norm(engine).item() == float("inf")
+    model.bias.grad[1] = float("nan")
+    assert gradient_norm(engine).isnan()
+    assert found_by_engine(engine) is None

@@ -3,9 +3,10 @@
 import os
 import signal
 
+import pytest
 import torch
 
-from aclip.training.step_watch import StepWatch
+from aclip.training.step_watch import NonFiniteLoss, StepWatch, WatchedStep
 
 
 def test_two_signals_in_one_step_are_both_heard():
@@ -19,3 +20,14 @@ def test_two_signals_in_one_step_are_both_heard():
         watch.put(2, {"loss": torch.tensor(1.0)}, ["a"])
         watch.settle()
         assert watch.take_signals() == set()
+
+
+def test_a_step_is_read_once_with_its_terms_and_counts():
+    watch = StepWatch()
+    assert watch.settle() is None
+    watch.put(3, {"loss": torch.tensor(1.5), "byol": torch.tensor(0.5)}, ["a"], [0, 7, 2])
+    assert watch.settle() == WatchedStep(3, {"loss": 1.5, "byol": 0.5}, [0, 7, 2])
+    assert watch.settle() is None
+    watch.put(4, {"loss": torch.tensor(float("nan"))}, ["shard/key"], [0, 0, 0])
+    with pytest.raises(NonFiniteLoss, match=r"step 4 is not finite \(loss nan\).*: shard/key$"):
+        watch.settle()

@@ -1,5 +1,6 @@
 """Colour augmentation: parameters are drawn per sample in the workers, applied on the device."""
 
+import functools
 import math
 
 import numpy as np
@@ -62,6 +63,7 @@ def augment(
     return augment_views(views, params, mean, std, dtype)
 
 
+@functools.cache
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     """(3,) fp32, filled on the device: a copy from plain memory would wait for what runs there."""
     return torch.stack([torch.full((), value, device=device) for value in values])

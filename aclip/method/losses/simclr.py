@@ -66,7 +66,8 @@ def simclr(embeds: Tensor, temperature: float) -> Tensor:
     all_first, all_second = all_embeds.unbind(1)  # (N, D) each
     # The columns of the gathered batch that hold this rank's rows.
     labels = torch.arange(len(first), device=first.device) + rank() * len(first)
-    itself = F.one_hot(labels, len(all_first)).bool()  # (B, N)
+    columns = torch.arange(len(all_first), device=first.device)
+    itself = labels.unsqueeze(1) == columns  # (B, N)
 
     def one_side(query: Tensor, same_view: Tensor, other_view: Tensor) -> Tensor:
         across = query @ other_view.T / temperature
