@@ -21,6 +21,9 @@ def init_distributed(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> torch.
     avoid_shared_memory_build()
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
+        # Each batch has its own number of text tokens, which would scatter fixed segments.
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         # Else this rank's first tensors would lie on the node's first device: the engine, which
         # chooses the device too, is built last.
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))

@@ -10,18 +10,30 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from aclip.config.sections import Recompute
 
 
-def run_block(recompute: Recompute, function: Callable, *args) -> Tensor:
-    """function(*args); with `blocks` only its arguments are kept for the backward pass."""
+def run_block(
+    recompute: Recompute, function: Callable, *args, draws_random: bool = False
+) -> Tensor:
+    """function(*args); with `blocks` only its arguments are kept for the backward pass.
+
+    Args:
+        draws_random: whether the function draws random numbers, which are then drawn again alike.
+    """
     if recompute == "blocks" and torch.is_grad_enabled():
-        return checkpoint(function, *args, use_reentrant=False)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=draws_random)
     return function(*args)
+
+
+def drops_values(module: nn.Module) -> bool:
+    """Whether a module drops values or paths at random in training."""
+    rates = ("p", "drop_prob")
+    return any(getattr(part, rate, 0.0) for part in module.modules() for rate in rates)
 
 
 def applied(

@@ -19,7 +19,7 @@ from aclip.config.sections import Recompute
 from aclip.errors import ConfigError
 from aclip.kernels.attentive_pack import attentive_pack
 from aclip.method.masks.policy import Selection
-from aclip.models.recompute import run_block
+from aclip.models.recompute import drops_values, run_block
 from aclip.models.vit_block import cls_only_block, full_block
 
 
@@ -57,6 +57,7 @@ class ImageTower(nn.Module):
         self.patch_size = self.vit.patch_embed.patch_size[0]
         self.width = self.vit.embed_dim
         self.num_heads = self.vit.blocks[0].attn.num_heads
+        self._drops_values = drops_values(self.vit)
         if freeze_patch_embed:
             self.vit.patch_embed.requires_grad_(False)
 
@@ -159,7 +160,8 @@ class ImageTower(nn.Module):
         return torch.cat([cls, tokens], dim=1) + positions
 
     def _run(self, function: Callable, *args) -> Tensor:
-        return run_block(self.recompute, function, self.recompute, *args)
+        random = self._drops_values
+        return run_block(self.recompute, function, self.recompute, *args, draws_random=random)
 
 
 def _build_vit(name: str, resolution: int, kwargs: dict[str, Any]) -> VisionTransformer:

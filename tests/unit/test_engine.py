@@ -1,5 +1,6 @@
 """What depends on a GPU in building the engine, seen without one."""
 
+import os
 from types import SimpleNamespace
 
 import deepspeed
@@ -36,6 +37,8 @@ class TwoGpus:
 def test_each_rank_takes_its_own_device_before_anything_is_made(monkeypatch):
     accelerator, at_start = TwoGpus(), []
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # set here, so that it is taken back
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     monkeypatch.setattr(process_group, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(
         process_group.deepspeed,
@@ -44,6 +47,7 @@ def test_each_rank_takes_its_own_device_before_anything_is_made(monkeypatch):
     )
     assert process_group.init_distributed() == torch.device("cuda:1")
     assert at_start == [1]
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
 def sharded_state(model, optimizer):
