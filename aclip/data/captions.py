@@ -5,6 +5,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from aclip.data.shards.listing import Skip
@@ -29,6 +30,9 @@ NOTE_KINDS = {
 
 LINE_END = re.compile(r"\r\n|\n|\r")  # not splitlines, which also splits at characters of prose
 FIELDS = ("captions", "caption")
+TEXT_SUFFIXES = (".txt", ".caption")
+CAPTION_SUFFIXES = (*TEXT_SUFFIXES, ".json")
+"""Of the files beside NAME.jpg that hold its captions, in the order in which they are read."""
 # As browsers read Windows-1252: the five bytes that it leaves free are control characters.
 CP1252 = {byte: bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(128, 160)}
 WIDE_MARKS = {
@@ -86,6 +90,23 @@ def captions_of(texts: Sequence[bytes], facts: bytes | None) -> Captions | Skip:
     if found:
         return Captions(found, notes - {None})
     return Skip("empty_caption" if texts or has_blank else "no_caption")
+
+
+def captions_beside(image: Path) -> Captions | Skip:
+    """The captions in the files beside an image that have its name.
+
+    Raises:
+        OSError: a file can't be read.
+    """
+    texts, facts = [], None
+    for suffix in CAPTION_SUFFIXES:
+        for path in sorted(image.parent.iterdir()):
+            if path.stem == image.stem and path.suffix.lower() == suffix and path.is_file():
+                if suffix in TEXT_SUFFIXES:
+                    texts.append(path.read_bytes())
+                else:
+                    facts = facts or path.read_bytes()
+    return captions_of(texts, facts)
 
 
 def decode_text(content: bytes, may_be_wide: bool = True) -> tuple[str, str | None]:

@@ -5,7 +5,9 @@ IMAGE_SUFFIXES = frozenset(
 ) | frozenset((".ppm", ".pgm", ".pbm", ".pnm"))
 """Suffixes in lower case, with their dot. What a file holds is seen when it is decoded."""
 
-LITTER_FOLDERS = frozenset(("__macosx", "@eadir", ".ipynb_checkpoints", "$recycle.bin"))
+LITTER_FOLDERS = frozenset(
+    ("__macosx", "@eadir", ".ipynb_checkpoints", "$recycle.bin", "lost+found")
+)
 LITTER_FILES = frozenset(("thumbs.db", "desktop.ini", ".ds_store"))
 
 

@@ -5,15 +5,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from aclip.data.captions import CAPTION_SUFFIXES, TEXT_SUFFIXES
 from aclip.data.convert.entries import Entry, Note, Rejected, Source, make_key
 from aclip.data.convert.other_formats import SUFFIXES as OTHER_FORMATS
 from aclip.data.convert.sources.text_files import existing_folder
 from aclip.data.images.suffixes import IMAGE_SUFFIXES, is_litter
 from aclip.errors import ConfigError
 
-TEXT_SUFFIXES = (".txt", ".caption")
-CAPTION_SUFFIXES = (*TEXT_SUFFIXES, ".json")
-"""In the order in which they are read, see captions_of."""
 OWN_NAMES = (".conversion", ".owner")
 """What a conversion leaves in --out until its end; the folder may hold it."""
 LONGEST_SUFFIX = 10
