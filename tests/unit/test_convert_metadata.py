@@ -7,10 +7,12 @@ import pytest
 
 from aclip.data.convert.entries import Entry, Note, Rejected
 from aclip.data.convert.plan import ConversionPlan, shard_bounds, write_plan
+from aclip.data.convert.sources.coco import coco_source
 from aclip.data.convert.sources.conceptual import conceptual_source
 from aclip.data.convert.sources.img2dataset import index_in_place
 from aclip.data.convert.sources.json_stream import iterate_objects
 from aclip.data.convert.sources.redcaps import redcaps_source
+from aclip.data.convert.sources.yfcc import yfcc_source
 from aclip.data.shards.listing import index_shards
 from aclip.errors import ConfigError
 
@@ -100,8 +102,50 @@ def test_img2datasets_shards_are_indexed_where_they_lie(tmp_path, write_tar):
     assert "1 samples have no image" in table and "2 samples have no caption" in table
 
 
+def test_shards_are_found_by_suffix_in_any_case_and_litter_is_none(tmp_path, write_tar):
+    for name in ("A.TAR", "._A.TAR"):
+        write_tar(name, [("a.jpg", b"x"), ("a.txt", b"c")])
+    assert "1 samples in 1 shards" in index_in_place(str(tmp_path), processes=1)
+    assert json.loads((tmp_path / "sizes.json").read_text()) == {"A.TAR": 1}
+
+
+def test_a_malformed_annotation_costs_that_one_and_a_list_is_several_captions(tmp_path):
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": 2}, {"id": 3, "file_name": "c.jpg"}]
+    annotations = [
+        {"image_id": 1, "caption": ["one", None]},
+        {"image_id": 1, "caption": "two"},
+        {"id": 9, "image_id": 1, "caption": None},
+        {"image_id": 3, "caption": " "},
+    ]
+    content = {"images": images, "annotations": annotations}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    source = coco_source(str(tmp_path / "x.json"), str(tmp_path))
+    malformed_image, malformed, *entries = source.entries()
+    assert (malformed_image.kind, malformed_image.key) == ("malformed_row", "image 2")
+    assert (malformed.kind, malformed.key) == ("malformed_row", "annotation 9")
+    assert entries == [Entry("a", "a.jpg", ("one", "two")), Entry("c", "c.jpg", ())]
+
+
+def test_lines_of_another_encoding_are_noted_for_every_kind_of_list(tmp_path):
+    line = "caf\xe9\thttp://x.org/1.jpg\n".encode("cp1252")
+    (tmp_path / "cc.tsv").write_bytes(b"caption\turl\n" + line)
+    note, entry = conceptual_source("cc3m", str(tmp_path / "cc.tsv"), str(tmp_path), None).entries()
+    assert (note.kind, note.key) == ("decoded_as_cp1252", "line 2")
+    assert entry.captions == ("caf\xe9",)
+    row = {"id": 7, "title": "caf\xe9", "description": ""}
+    line = json.dumps(row, ensure_ascii=False).encode("cp1252")
+    (tmp_path / "y.jsonl").write_bytes(line)
+    note, entry = yfcc_source(str(tmp_path / "y.jsonl"), str(tmp_path)).entries()
+    assert (note.kind, entry.captions) == ("decoded_as_cp1252", ("caf\xe9", ""))
+
+
 def test_a_folder_without_shards_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"FOLDER is .*no \.tar"):
+    for name in ("0.parquet", "1.parquet", "stats.json"):
+        (tmp_path / name).touch()
+    words = r"FOLDER is .*no \.tar but 2 \.parquet, 1 \.json; give img2dataset's output"
+    with pytest.raises(ConfigError, match=words):
         index_in_place(str(tmp_path), processes=1)
+    with pytest.raises(ConfigError, match=r"FOLDER is .*stats\.json, which is a file; give the"):
+        index_in_place(str(tmp_path / "stats.json"), processes=1)
     with pytest.raises(ConfigError, match=r"FOLDER is /nowhere, but there is no such folder"):
         index_in_place("/nowhere", processes=1)
