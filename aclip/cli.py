@@ -4,6 +4,7 @@ on a signal."""
 import argparse
 import datetime
 import faulthandler
+import io
 import os
 import signal
 import sys
@@ -78,6 +79,7 @@ def run_reporting_errors(main: Callable[[], int | None]) -> None:
     `os._exit` ends the process at once after a ConfigError: data workers, collectives or a peer
     that has failed already must not keep a rank alive that has nothing left to do.
     """
+    print_any_name()
     try:
         status = main()
     except ConfigError as error:
@@ -90,6 +92,14 @@ def run_reporting_errors(main: Callable[[], int | None]) -> None:
         _let_other_ranks_report()
         os._exit(_status(error))
     sys.exit(status or 0)
+
+
+def print_any_name() -> None:
+    """From now on a file's name whose bytes are no text is printed with escapes, where Python by
+    itself would end with a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _status(error: ConfigError) -> int:

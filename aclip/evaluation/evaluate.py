@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from aclip import distributed
+from aclip.data.captions import NOTE_KINDS
 from aclip.distributed import default_to_one_rank, say
 from aclip.errors import ConfigError
 from aclip.evaluation.class_cache import ClassCache
@@ -108,6 +109,7 @@ def _report(
     facts = [
         f"{task.title}: {int(metrics['num_images']):,} images of {task.source}, "
         f"{int(metrics['num_skipped'])} unusable"
+        + "".join(f", {k} {metrics[f'num_{k}']:,.0f}" for k in NOTE_KINDS if f"num_{k}" in metrics)
         + ("" if task.prompts is None else f"; prompts: {task.prompts.source}")
         for task, metrics in results
     ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from aclip.config.ds_config import DsConfig
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
+from aclip.data.captions import NOTE_KINDS
 from aclip.data.fingerprint import check_progress, fingerprint
 from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import SKIP_KINDS, Shard
@@ -31,6 +32,7 @@ from aclip.training.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watc
 
 GRADIENT_NORM, LOGIT_SCALE = "gradient_norm", "logit_scale"
 """What is watched and logged beside the terms."""
+COUNTED_KINDS = (*SKIP_KINDS, *NOTE_KINDS)
 
 
 class Trainer:
@@ -70,7 +72,7 @@ class Trainer:
         init = recipe.model.init if resume_from is None else ""
         self.stepper = Stepper(recipe, ds_config, device, init)
         self.step = 0
-        self.skipped = Counter()
+        self.counts = Counter()  # samples by the kinds of SKIP_KINDS and NOTE_KINDS
         self.repeated = 0
         self.evaluations: dict[str, dict] = {}
         self.wandb_id = ""
@@ -155,7 +157,8 @@ class Trainer:
             GRADIENT_NORM: self.stepper.gradient_norm(),
             LOGIT_SCALE: self.stepper.logit_scale,
         }
-        counts = [*(batch.skipped.get(kind, 0) for kind in SKIP_KINDS), batch.repeated]
+        counted = batch.skipped | batch.noted
+        counts = [*(counted.get(kind, 0) for kind in COUNTED_KINDS), batch.repeated]
         self.watch.put(self.step, terms | watched, batch.keys, counts)
         self._cursors = batch.cursors
 
@@ -187,8 +190,8 @@ class Trainer:
         watched = self.watch.settle()
         if watched is None:
             return
-        *skips, repeats = watched.counts
-        self.skipped.update({k: n for k, n in zip(SKIP_KINDS, skips, strict=True) if n})
+        *counts, repeats = watched.counts
+        self.counts.update(dict(zip(COUNTED_KINDS, counts, strict=True)))
         self.repeated += repeats
         if self.schedule.is_logged(watched.step) or watched.step == self.num_steps:
             self._log(watched)
@@ -205,8 +208,9 @@ class Trainer:
             momentum=self.schedule.momentum(step),
             logit_scale=logit_scale,
             gradient_norm=gradient_norm,
-            skipped=dict(self.skipped),
+            skipped={kind: self.counts[kind] for kind in SKIP_KINDS if self.counts[kind]},
             repeated=self.repeated,
+            noted={kind: self.counts[kind] for kind in NOTE_KINDS if self.counts[kind]},
             images_per_second=self._timer.images_per_second,
             data_wait_percent=self._timer.data_wait_percent,
         )
@@ -246,7 +250,7 @@ class Trainer:
             "step": self.step,
             "world_size": world_size(),
             "cursors": all_gather_rows(self._cursors.to(self.device)).tolist(),
-            "skipped": dict(self.skipped),
+            "skipped": dict(+self.counts),
             "repeated": self.repeated,
             "evaluations": self.evaluations,
             "data": self._fingerprint,
@@ -282,7 +286,7 @@ class Trainer:
         check_progress(self.recipe, shards, state, folder)
         self.stepper.load(folder, state["step"])
         self.step = state["step"]
-        self.skipped.update(state["skipped"])
+        self.counts.update(state["skipped"])
         self.repeated = state["repeated"]
         self.evaluations = state["evaluations"]
         if self.step < self.num_steps:

@@ -118,6 +118,8 @@ def test_bad_samples_are_skipped_counted_and_named(launcher, tmp_path):
         for index in range(20):
             add(tar, f"good{index}.jpg", jpeg())
             add(tar, f"good{index}.txt", b"good")
+        add(tar, "latin.jpg", jpeg())
+        add(tar, "latin.txt", b"caf\xe9\nna\xefve")
         add(tar, "corrupt.jpg", b"\xff\xd8 this is no picture")
         add(tar, "corrupt.txt", b"corrupt")
         add(tar, "empty.jpg", jpeg())
@@ -143,4 +145,6 @@ def test_bad_samples_are_skipped_counted_and_named(launcher, tmp_path):
     skipped = last["skipped"]
     kinds = {"unreadable_image", "empty_caption", "image_too_small", "truncated_shard"}
     assert kinds <= set(skipped)
+    assert last["noted"].keys() == {"decoded_as_cp1252"}
+    assert f"decoded_as_cp1252 {last['noted']['decoded_as_cp1252']}" in result.output
     assert "3.tar" in result.output, "a shard with nothing usable is named"

@@ -1,6 +1,20 @@
-"""How the launch scripts speak: their tables."""
+"""How the launch scripts speak: their tables, and names of any bytes."""
 
-from aclip.cli import text_table
+import io
+import sys
+
+import pytest
+
+from aclip.cli import run_reporting_errors, text_table
+
+
+def test_a_name_that_is_no_text_is_printed_with_escapes(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8", write_through=True))
+    with pytest.raises(SystemExit) as end:
+        run_reporting_errors(lambda: print("wrote é\udcff.tar"))
+    assert end.value.code == 0
+    assert written.getvalue() == "wrote é\\udcff.tar\n".encode()
 
 
 def test_table_is_aligned_left_in_the_first_column_and_right_in_the_others():

@@ -4,11 +4,14 @@ import importlib.util
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from aclip.config.sections import DataConfig
+from aclip.data.convert import progress
 from aclip.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +130,39 @@ def test_the_commands_of_the_readme_are_understood(script, monkeypatch):
         sources.add(script.parse_arguments().source)
     assert sources >= {"yfcc15m", "cc3m", "cc12m", "coco", "redcaps", "folder", "table"}
     assert sources >= {"img2dataset", "yfcc-list"}
+
+
+@pytest.mark.parametrize("option", ["--shard", "--short", "--ou", "--proc", "--imag"])
+def test_an_abbreviation_is_no_option(script, monkeypatch, capsys, option):
+    words = ["table", "t.csv", "--out", "o", option, "8"]
+    monkeypatch.setattr(sys, "argv", ["convert.py", *words])
+    with pytest.raises(SystemExit):
+        script.parse_arguments()
+    assert f"unrecognized arguments: {option} 8" in capsys.readouterr().err
+
+
+def test_a_log_gets_no_bar_and_a_line_only_after_a_while(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.05)
+    with progress.progress_bar(total=200, desc="writing", unit=" entries") as bar:
+        bar.update(20)  # at once: nothing is said
+        for _ in range(6):
+            time.sleep(0.02)
+            bar.update(30)
+    errors = capsys.readouterr().err
+    assert "\r" not in errors and not re.search("[^ -~\n]", errors)
+    lines = errors.splitlines()
+    assert 1 <= len(lines) <= 6
+    assert all(re.match(r"writing: \d+ of 200 entries, ", line) for line in lines)
+
+
+def test_a_quick_conversion_prints_no_progress_into_a_log(tmp_path, convert, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "pairs").mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "pairs" / f"{name}.png")
+        (tmp_path / "pairs" / f"{name}.txt").write_text("text")
+    convert("folder", str(tmp_path / "pairs"), "--out", str(tmp_path / "o"), "--processes", "1")
+    captured = capsys.readouterr()
+    assert captured.err == "" and "samples     2" in captured.out
 
 
 def test_what_is_too_small_is_what_the_loader_finds_too_small(script, monkeypatch):

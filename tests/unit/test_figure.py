@@ -78,6 +78,22 @@ def test_any_recipe_gives_pictures_and_a_page(
         assert figure.width > num_columns * 192
 
 
+def test_captions_beside_image_files_are_those_that_a_conversion_takes(
+    write_run, tmp_path, encode_image
+):
+    run, *_ = write_run(load_recipe("demo", [*TINY, AT_32]))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("A.JPG", "b.jpeg", "c.jpg", "d\udcff.jpg", "._A.JPG"):
+        (folder / name).write_bytes(encode_image(50, 40))
+    (folder / "A.TXT").write_bytes(b"caf\xe9")
+    (folder / "b.txt").write_bytes("naïve".encode("utf-16"))
+    (folder / "c.json").write_text('{"captions": [null, "of the json"]}')
+    run_visualize(run, folder)
+    page = (run / "figure" / "figure.html").read_text()
+    assert re.findall("<h2>(.*?)</h2>", page) == ["café", "naïve", "of the json", "d\ufffd"]
+
+
 def test_attention_is_the_teachers_of_the_checkpoint(write_run, photos, monkeypatch):
     seen = {}
     monkeypatch.setattr(

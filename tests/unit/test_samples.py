@@ -5,9 +5,13 @@ import pytest
 import torch
 
 from aclip.config.recipe_file import load_recipe
+from aclip.data.batch import collate, join
+from aclip.data.images.views import draw_boxes
+from aclip.data.lanes.order import sample_rng
 from aclip.data.samples import SampleMaker
 from aclip.data.shards.listing import Shard
 from aclip.data.shards.tar import TarShard
+from aclip.data.tokenizer import Tokenizer
 
 HALF_TEACHER = ["model.image.resolution=32", "teacher.resolution=16"]
 NO_TEACHER = ["model.image.resolution=32", "teacher=null", "mask.policy=none"]
@@ -15,11 +19,11 @@ NO_TEACHER = ["model.image.resolution=32", "teacher=null", "mask.policy=none"]
 
 @pytest.fixture
 def make_sample(write_tar, encode_image):
-    def make(overrides):
-        shard = write_tar("0.tar", [("0.jpg", encode_image(50, 40)), ("0.txt", b"a thing")])
+    def make(overrides, text=b"a thing", epoch=0):
+        shard = write_tar("0.tar", [("0.jpg", encode_image(50, 40)), ("0.txt", text)])
         (raw,) = TarShard(shard).walk()
         maker = SampleMaker(load_recipe("demo", overrides), [Shard("0.tar", 1)])
-        return maker.make(0, 0, raw, 0, 0)
+        return maker.make(0, 0, raw, epoch, 0)
 
     return make
 
@@ -60,6 +64,28 @@ def test_noise_is_drawn_for_the_policy_and_the_terms_that_read_it(make_sample):
         [*NO_TEACHER, "mask.policy=random", "loss.distill=1", "distill.targets=pixels"]
     )
     np.testing.assert_array_equal(alone.term_noise["distill"], sample.term_noise["distill"])
+
+
+def test_of_several_lines_one_is_drawn_an_epoch_and_a_single_one_draws_nothing(make_sample):
+    five = b"one\ntwo\n\nthree\nfour\nfive\n"
+    drawn = {make_sample(NO_TEACHER, five, epoch).caption for epoch in range(40)}
+    assert drawn == {"one", "two", "three", "four", "five"}
+    alone, ended = make_sample(NO_TEACHER, b"a thing"), make_sample(NO_TEACHER, b"a thing\n\n")
+    assert ended.caption == alone.caption == "a thing"
+    # What comes after the caption's draw is as it was when a text was never split.
+    rng = sample_rng(load_recipe("demo", NO_TEACHER).train.seed, 0, 0, 0, 0)
+    rng.integers(1)
+    boxes, _ = draw_boxes(rng, 40, 50, 2, load_recipe("demo", NO_TEACHER).views.scale)
+    np.testing.assert_array_equal(alone.student_boxes, boxes)
+
+
+def test_a_batch_counts_the_samples_whose_text_was_guessed(make_sample):
+    samples = [make_sample(NO_TEACHER, text) for text in (b"plain", b"caf\xe9", b"na\xefve")]
+    assert [sample.caption for sample in samples] == ["plain", "café", "naïve"]
+    batch = collate(samples, Tokenizer(16), np.zeros((1, 3), dtype=np.int64), {})
+    assert batch.noted == {"decoded_as_cp1252": 2}
+    assert [part.noted for part in batch.split(2)] == [{"decoded_as_cp1252": 2}, {}]
+    assert join([batch, batch]).noted == {"decoded_as_cp1252": 4}
 
 
 def test_views_turn_into_tensors_without_a_warning(make_sample, recwarn):

@@ -222,6 +222,27 @@ def test_a_set_without_captions_gives_no_retrieval_and_without_class_files_no_ze
     assert not [name for name in evaluate_here(captioned) if name.startswith("zero_shot")]
 
 
+def test_lines_of_a_txt_are_captions_in_validation_and_guessed_text_is_counted(tmp_path):
+    samples = [
+        {"png": png(10), "txt": b"number 12\n\nnumber 30\n"},
+        {"png": png(40), "txt": b"number\xa044"},  # no UTF-8: a space of Windows-1252
+        {"png": png(80), "txt": b"number 90", "json": b'{"caption": "old", "captions": [null]}'},
+    ]
+    metrics = evaluate_here(index(write_shard(tmp_path / "0.tar", samples)))
+    assert metrics["num_captions"] == 4
+    assert metrics["num_decoded_as_cp1252"] == 1
+    assert metrics["num_txt_before_json"] == 1 and metrics["num_no_text_in_json"] == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
+def test_class_names_may_be_of_any_encoding_and_a_guess_is_said(tmp_path, encoding, capsys):
+    (tmp_path / "classnames.txt").write_bytes("café\nthé\n".encode(encoding))
+    assert find_class_prompts(tmp_path).names == [["café"], ["thé"]]
+    assert ("classnames.txt: text that is no UTF-8" in capsys.readouterr().out) == (
+        encoding == "cp1252"
+    )
+
+
 def test_a_label_without_a_class_is_refused(tmp_path):
     shards = index(write_shard(tmp_path / "0.tar", [{"png": png(1), "cls": b"2"}]))
     (tmp_path / "classnames.txt").write_text("number 0\nnumber 60")

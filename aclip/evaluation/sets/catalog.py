@@ -127,7 +127,7 @@ def _find_retrieval(name: str, where: Where) -> Task:
     entry, folder = catalog()[name], where.data / name
     shards = list_tars(folder / "test")
     if shards:
-        dataset = ShardSet(index_shards(shards), caption_lines=True)
+        dataset = ShardSet(index_shards(shards))
     elif (folder / entry["captions"]).is_file():
         dataset = karpathy_set(folder / entry["captions"], folder / entry["images"])
     else:

@@ -72,7 +72,7 @@ def _shards(name: str, title: str, folder: Path) -> Task | None:
         return None
     kind_file = folder / DATASET_TYPE_FILE
     if kind_file.is_file() and kind_file.read_text().strip().lower() == RETRIEVAL:
-        dataset = ShardSet(index_shards(shards), caption_lines=True)
+        dataset = ShardSet(index_shards(shards))
         return retrieval_task(name, title, dataset, folder)
     train = list_tars(folder / "train")
     return Task(

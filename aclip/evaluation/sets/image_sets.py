@@ -166,7 +166,7 @@ def karpathy_set(file: Path, images: Path) -> FileSet:
         ConfigError: the file is not of that format, has no test split, or an image is missing.
     """
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))["images"]
+        entries = json.loads(file.read_bytes())["images"]
         entries = [entry for entry in entries if entry["split"] == "test"]
         paths = [images / entry.get("filepath", "") / entry["filename"] for entry in entries]
         captions = [[sentence["raw"] for sentence in entry["sentences"]] for entry in entries]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from aclip.data.captions import NOTE_KINDS, decode_text
+from aclip.distributed import say
 from aclip.errors import ConfigError
 
 CLASS_NAMES_FILE = "classnames.txt"
@@ -173,7 +175,10 @@ def _read(names_file: Path, templates_file: Path) -> ClassPrompts:
 
 
 def _lines(path: Path) -> list[str]:
-    text = path.read_text(encoding="utf-8").strip()
+    text, note = decode_text(path.read_bytes())
+    if note is not None:
+        say(f"{path}: {NOTE_KINDS[note]}")
+    text = text.strip()
     if not text:
         raise ConfigError(f"{path} is empty; fill it or remove it")
     return [line.strip() for line in text.split("\n")]
