@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from aclip.machine import own_device_index
+
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -26,7 +28,7 @@ def init_distributed(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> torch.
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         # Else this rank's first tensors would lie on the node's first device: the engine, which
         # chooses the device too, is built last.
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        accelerator.set_device(own_device_index(accelerator.device_count()))
     # DeepSpeed 0.19.8 calls torch's collectives by names that torch 2.14 warns about at every call.
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     deepspeed.init_distributed(

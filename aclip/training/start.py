@@ -11,10 +11,11 @@ from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.recipe import Recipe
 from aclip.data.find_data import find_data
 from aclip.data.fingerprint import check_progress
-from aclip.data.loader import build_train_loader
+from aclip.data.loader import build_train_loader, shared_bytes
 from aclip.data.shards.listing import Shard
 from aclip.distributed import decided_by_rank_0, default_to_one_rank, say
 from aclip.errors import ConfigError
+from aclip.machine import check_gpus, check_shared_memory
 from aclip.run_folder.checkpoint_folder import read_progress
 from aclip.training.metrics.wandb_tracker import check_wandb
 from aclip.training.take_folder import Beginning, take_folder
@@ -55,6 +56,7 @@ def check_start(arguments: argparse.Namespace) -> Start:
             and workers that do not fit.
     """
     default_to_one_rank()
+    check_gpus()
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     recipe = _read_recipe(arguments)
     ds_config = read_ds_config(arguments.ds_config, recipe.train.global_batch_size, num_ranks)
@@ -68,7 +70,11 @@ def check_start(arguments: argparse.Namespace) -> Start:
     _give_hints(recipe)
     shards, val_shards = find_data(recipe)
     # Built once before anything costs time, since it checks lanes, ranks and workers.
-    build_train_loader(recipe, shards, rank, num_ranks)
+    loader = build_train_loader(recipe, shards, rank, num_ranks)
+    if loader.num_workers:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        needed = ranks_here * shared_bytes(recipe, recipe.train.global_batch_size // num_ranks)
+        check_shared_memory(needed, f"the data workers of {ranks_here} ranks")
     start = Start(recipe, ds_config, run_folder, beginning, shards, val_shards)
     if start.resume_from is not None:
         progress = read_progress(start.resume_from)

@@ -27,6 +27,9 @@ class TwoGpus:
     def communication_backend_name(self):
         return "nccl"
 
+    def device_count(self):
+        return 2
+
     def set_device(self, index):
         self.current = index
 

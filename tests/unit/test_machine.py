@@ -1,11 +1,13 @@
-"""How many cores a process may use: the affinity, and the quota of control groups."""
+"""What a process may use: cores by affinity and quota, GPUs, shared memory."""
 
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from aclip import machine
+from aclip.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -43,3 +45,113 @@ def test_usable_cores(tmp_path, monkeypatch, groups, files, cores):
         lambda self: groups + "\n" if str(self) == "/proc/self/cgroup" else read(self),
     )
     assert machine.usable_cores() == cores
+
+
+class FakeCuda:
+    def __init__(self, devices):
+        self.devices = devices
+
+    def is_available(self):
+        return self.devices > 0
+
+    def device_count(self):
+        return self.devices
+
+
+@pytest.fixture
+def on_machine(tmp_path, monkeypatch):
+    """on_machine(files, devices, smi, **environment): a machine with these device files in /dev,
+    on which torch sees so many GPUs and nvidia-smi prints `smi`."""
+    monkeypatch.setattr(machine, "DEVICE_FILES", tmp_path / "dev")
+    monkeypatch.setattr(machine, "DRIVER_FILE", tmp_path / "version")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "bin").mkdir()
+
+    def set_up(files=(), devices=0, smi=None, **environment):
+        for name in files:
+            (tmp_path / "dev" / name).touch()
+        if smi is not None:
+            (tmp_path / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\necho '{smi}'\n")
+            (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+        for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "LOCAL_RANK", "CC"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch, "cuda", FakeCuda(devices))
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    return set_up
+
+
+NVIDIA = ["nvidia0", "nvidiactl"]
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {"files": ["nvidiactl", "nvidia-uvm"]},  # the driver without a GPU
+        {"smi": "No devices were found"},
+        {"files": NVIDIA, "CUDA_VISIBLE_DEVICES": ""},
+        {"files": NVIDIA, "CUDA_VISIBLE_DEVICES": "-1"},
+        {"files": NVIDIA, "DS_ACCELERATOR": "cpu"},
+        {"files": NVIDIA, "devices": 4, "LOCAL_RANK": "3"},
+        {"files": NVIDIA, "devices": 1, "LOCAL_RANK": "3"},  # a GPU of its own for each task
+    ],
+)
+def test_machine_that_can_be_used_as_it_is(on_machine, facts):
+    on_machine(**facts)
+    machine.check_gpus()
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"files": NVIDIA}, ["CUDA 13.0", "the driver 535.129.03", "version 580", "cu126"]),
+        (
+            {"smi": "GPU 0: NVIDIA H100"},
+            ["VISIBLE_DEVICES= to run on the CPU"],
+        ),
+        (
+            {"files": NVIDIA, "CUDA_VISIBLE_DEVICES": "7"},
+            ["CUDA_VISIBLE_DEVICES is 7, which may name none of them"],
+        ),
+        (
+            {"files": NVIDIA, "devices": 2, "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"},
+            ["rank 2 of this machine's 4", "only 2 are visible"],
+        ),
+    ],
+)
+def test_gpu_that_can_not_be_used_is_refused(on_machine, tmp_path, facts, words):
+    on_machine(**facts)
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64  535.129.03  Thu Oct 19\n")
+    with pytest.raises(ConfigError) as raised:
+        machine.check_gpus()
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_gpu_without_a_compiler_is_refused(on_machine, tmp_path, monkeypatch):
+    on_machine(files=NVIDIA, devices=1)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(machine.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(ConfigError, match="no C compiler is found.*Python.h is missing"):
+        machine.check_gpus()
+
+
+@pytest.mark.parametrize(("num_devices", "rank", "index"), [(8, "3", 3), (1, "3", 0), (1, "0", 0)])
+def test_own_device(monkeypatch, num_devices, rank, index):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert machine.own_device_index(num_devices) == index
+
+
+def test_shared_memory_that_is_too_small_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path)
+    machine.check_shared_memory(1, "the data workers of 8 ranks")
+    with pytest.raises(ConfigError) as raised:
+        machine.check_shared_memory(2**60, "the data workers of 8 ranks")
+    assert f"{tmp_path} has " in str(raised.value)
+    assert "the data workers of 8 ranks put up to 1073741824.00 GiB there" in str(raised.value)
+    assert "--shm-size=1073741825g" in str(raised.value)
+    monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path / "absent")
+    machine.check_shared_memory(2**60, "")

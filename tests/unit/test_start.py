@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.shards.listing import Shard
@@ -48,7 +49,9 @@ def test_a_run_says_at_its_start_what_an_epoch_leaves_to_the_next(capsys):
         run_folder="runs/x",
         resume_from=None,
     )
-    trainer = SimpleNamespace(num_steps=7, stepper=SimpleNamespace(init_report=None))
+    trainer = SimpleNamespace(
+        num_steps=7, device=torch.device("cpu"), stepper=SimpleNamespace(init_report=None)
+    )
     print_headline(start, trainer)
     assert capsys.readouterr().out.splitlines()[-1:] == [
         "an epoch of 29 samples is 3 batches of 8; the 5 left over begin the next epoch"
