@@ -42,11 +42,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    # Imported here so that --help answers at once.
+    # Imported here so that --help answers at once, and wrong input before the towers' packages.
+    from aclip.planning.plan_input import read_input
+
+    given = read_input(arguments)
     from aclip.planning.plan import plan
     from aclip.planning.plan_report import report
 
-    print(report(plan(arguments)))
+    print(report(plan(given)))
 
 
 if __name__ == "__main__":

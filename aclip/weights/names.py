@@ -1,8 +1,12 @@
 """Parameters' names that other formats know too, and what no shape tells of a model."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from aclip.models.student import Student
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aclip.models.student import Student
 
 LOGIT_SCALE = "logit_scale.log_logit_scale"
 LOGIT_BIAS = "logit_bias.logit_bias"

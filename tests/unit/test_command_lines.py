@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -80,3 +81,23 @@ def test_converters_take_hyphens_and_underscores(parse, source, options, expecte
 def test_a_script_calls_the_function_of_its_own_name(script):
     text = (LAUNCH / f"{script}.py").read_text()
     assert re.search(rf"from aclip\.[\w.]+\.{script} import {script}\b", text)
+
+
+def test_what_checks_the_input_imports_neither_towers_nor_deepspeed():
+    """Their packages take seconds, so wrong input would be refused later than it could be."""
+    modules = (
+        "ablation.ablate",
+        "benchmarks.loading",
+        "benchmarks.scaling",
+        "benchmarks.step_input",
+        "nodes.doctor",
+        "planning.plan_input",
+        "reports.visualize",
+        "training.start",
+        "weights.export",
+    )
+    code = f"import sys, {', '.join(f'aclip.{name}' for name in modules)}\n"
+    code += "print(*{'timm', 'transformers', 'torchvision', 'deepspeed'} & sys.modules.keys())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == []
