@@ -21,12 +21,13 @@ def read_image_bytes(sample: RawSample) -> bytes | Skip:
 
 
 def read_captions(sample: RawSample) -> list[str] | Skip:
-    """The captions that are not blank: json's `captions`, else json's `caption`, else the txt."""
+    """The captions that are not blank: json's `captions`, else json's `caption`, else the lines of
+    the txt."""
     captions = None
     if _has_text(sample, "json"):
         captions = _captions_of_json(sample.read("json"))
     if captions is None and _has_text(sample, "txt"):
-        captions = [sample.read("txt").decode("utf-8", errors="replace")]
+        captions = sample.read("txt").decode("utf-8", errors="replace").splitlines()
     if captions is None:
         return Skip("no_caption")
     return [caption for caption in captions if caption.strip()] or Skip("empty_caption")

@@ -15,8 +15,8 @@ from aclip.data.shards.listing import Skip
 JPEG_START = b"\xff\xd8\xff"
 
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""What a member called jpg, png or webp may hold; Pillow's other decoders are not offered bytes."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What a file of an image's suffix may hold; Pillow's other decoders are not offered bytes."""
 
 
 # What Pillow's decoders raise on damaged bytes.

@@ -45,10 +45,12 @@ class EvaluationSet(Protocol):
     Attributes:
         name: what messages call the set.
         num_samples: the number of all samples, also of those that can't be used.
+        notes: sentences about what was found, for reports.
     """
 
     name: str
     num_samples: int
+    notes: list[str]
 
     def read(self, rank: int, world_size: int) -> Iterator[tuple[int, Callable]]:
         """This rank's samples in order: the place in the set, and what loads the sample there.
@@ -81,15 +83,13 @@ class ShardSet:
 
     Args:
         shards: the shards in their order.
-        caption_lines: each line of a `.txt` is a caption of its own, as in clip_benchmark's
-            retrieval sets.
     """
 
-    def __init__(self, shards: list[Shard], caption_lines: bool = False):
+    def __init__(self, shards: list[Shard]):
         self.name = f"{shards[0].url} ..."
         self.num_samples = sum(shard.num_samples for shard in shards)
+        self.notes: list[str] = []
         self._shards = shards
-        self._caption_lines = caption_lines
 
     def read(self, rank: int, world_size: int) -> Iterator[tuple[int, Callable]]:
         first = 0
@@ -119,11 +119,7 @@ class ShardSet:
         image = decode_image(encoded, MIN_SIDE)
         if isinstance(image, Skip):
             return image
-        captions = captions if has_captions else []
-        if self._caption_lines:
-            lines = [line for caption in captions for line in caption.splitlines()]
-            captions = [line for line in lines if line.strip()]
-        return Example(image, label, captions)
+        return Example(image, label, captions if has_captions else [])
 
 
 def read_validation(

@@ -11,6 +11,8 @@ from aclip.errors import ConfigError
 CLASS_NAMES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 DEFAULT_TEMPLATE = "a photo of a {c}."
+OPEN_CLIP = "open_clip, 7 templates"
+"""The source of ImageNet's prompts."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def find_class_prompts(folder: Path) -> ClassPrompts | None:
         DEFAULT_TEMPLATE.
 
     Raises:
-        ConfigError: a file is empty, a class has no name, or a template lacks {c}.
+        ConfigError: a file is empty or not in UTF-8, a class has no name, or a template lacks {c}.
     """
     folder = folder.absolute()
     for candidate in (folder, folder.parent):
@@ -128,7 +130,7 @@ def _imagenet() -> ClassPrompts:
 
     templates: list[Callable[[str], str]] = SIMPLE_IMAGENET_TEMPLATES
     return ClassPrompts(
-        "open_clip, 7 templates",
+        OPEN_CLIP,
         [[name] for name in IMAGENET_CLASSNAMES],
         [template("{c}") for template in templates],
     )
@@ -173,7 +175,15 @@ def _read(names_file: Path, templates_file: Path) -> ClassPrompts:
 
 
 def _lines(path: Path) -> list[str]:
-    text = path.read_text(encoding="utf-8").strip()
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig").rstrip()
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"{path} is not written in UTF-8 (line {line} holds the byte "
+            f"0x{content[error.start]:02x}); save it in this encoding"
+        ) from None
     if not text:
         raise ConfigError(f"{path} is empty; fill it or remove it")
     return [line.strip() for line in text.split("\n")]
