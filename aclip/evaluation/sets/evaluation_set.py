@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from aclip.data.images.views import center_crop
 from aclip.data.members import read_captions, read_image_bytes
 from aclip.data.shards.listing import Shard, Skip, read_shard
 from aclip.data.shards.tar import RawSample
+from aclip.errors import ConfigError, DataError
 
 DECODE_THREADS = 4
 MIN_SIDE = 8
@@ -73,6 +74,8 @@ class ValidationBatch:
     """M lists, each maybe empty."""
     skipped: Counter
     """Samples of this batch that could not be used, by kind."""
+    error: DataError | None = None
+    """Why this rank can't read on; the set can't be scored then."""
 
 
 class ShardSet:
@@ -133,6 +136,8 @@ def read_validation(
     """Yields this rank's samples in order, centre-cropped; batches are equally many on every rank.
 
     What can't be used is counted. The next batch is decoded while the caller works on this one.
+    Where reading fails, the batches stay equally many, empty from there on, and hold the error: the
+    caller, who works together with other ranks, raises it when they meet.
 
     Args:
         dataset: a set of at least one sample.
@@ -153,15 +158,29 @@ def read_validation(
             return example
         return center_crop(example.image, resolution, resample), example.label, example.captions
 
+    error: DataError | None = None
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        ahead = None
-        for _ in range(num_batches):
-            chunk = islice(mine, batch_size)
-            submitted = [(index, pool.submit(load, loader)) for index, loader in chunk]
-            if ahead is not None:
-                yield _assemble(ahead, resolution, batch_size)
-            ahead = submitted
-        yield _assemble(ahead, resolution, batch_size)
+
+        def submit() -> list[tuple[int, Future]]:
+            nonlocal error
+            try:
+                chunk = [] if error else list(islice(mine, batch_size))
+            except ConfigError as failure:  # a shard, or its server
+                chunk, error = [], DataError(str(failure))
+            return [(index, pool.submit(load, loader)) for index, loader in chunk]
+
+        def assemble(loading: list[tuple[int, Future]]) -> ValidationBatch:
+            nonlocal error
+            try:
+                batch = _assemble(loading, resolution, batch_size)
+            except DataError as failure:  # what holds the images
+                batch, error = _assemble([], resolution, batch_size), failure
+            return replace(batch, error=error)
+
+        ahead = submit()
+        for number in range(1, num_batches + 1):
+            loading, ahead = ahead, submit() if number < num_batches else []
+            yield assemble(loading)
 
 
 def _assemble(
