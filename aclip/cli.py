@@ -14,7 +14,7 @@ from itertools import zip_longest
 from aclip.errors import ConfigError, DataError, NotWritten
 
 EXIT_FAILED_RUNS = 1
-"""Some of an ablation's runs have failed."""
+"""Some of an ablation's runs, or of an evaluation's sets, have failed."""
 EXIT_BAD_INPUT = 2
 """Also a node that is not fit for a run. Nothing restarts after this status or the next one."""
 EXIT_NON_FINITE = 3

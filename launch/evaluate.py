@@ -45,19 +45,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output",
         "--out",
-        default="runs/evaluation",
-        help="folder for results.json and results.md (default: runs/evaluation)",
+        help="folder for results.json and results.md (default: for a run or checkpoint, one in "
+        "evaluation/ of the run's folder; else runs/evaluation/NAME)",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse_arguments()
     # Imported here so that --help answers at once.
     from aclip.evaluation.evaluate import evaluate
 
-    evaluate(arguments)
+    return evaluate(arguments)
 
 
 if __name__ == "__main__":

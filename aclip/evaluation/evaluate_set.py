@@ -4,7 +4,7 @@ Used during training and by launch/evaluate.py. The metrics are in metrics/.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,14 +20,13 @@ from aclip.evaluation.sets.evaluation_set import (
     read_validation,
 )
 from aclip.evaluation.sets.prompts import CLASS_NAMES_FILE, ClassPrompts
+from aclip.evaluation.skips import SKIPPED, show_kinds
 from aclip.evaluation.texts import embed_captions, embed_classes
 from aclip.evaluation.together import count_together, raise_together
 from aclip.evaluation.towers import Progress, Towers, image_embedder
 
 CAPTIONS_PER_IMAGE = 2**20
 """More captions than any image has."""
-SKIPPED = "num_skipped_"
-"""In front of the kind of samples that can't be used."""
 
 
 def check_scored(metrics: dict[str, float], field: str, where: str) -> None:
@@ -46,16 +45,6 @@ def check_scored(metrics: dict[str, float], field: str, where: str) -> None:
             f"captions nor labels with names; write {CLASS_NAMES_FILE} beside the shards or one "
             "folder up"
         )
-
-
-def show_kinds(skipped: Mapping[str, float]) -> str:
-    """`bad_label 2, no_image 1`."""
-    return ", ".join(f"{kind} {number:,.0f}" for kind, number in sorted(skipped.items()))
-
-
-def skipped_kinds(metrics: dict[str, float]) -> dict[str, float]:
-    """The numbers of unusable samples in the metrics of `evaluate_set`, by kind."""
-    return {n.removeprefix(SKIPPED): v for n, v in metrics.items() if n.startswith(SKIPPED)}
 
 
 @torch.no_grad()

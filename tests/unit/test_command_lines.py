@@ -90,6 +90,7 @@ def test_what_checks_the_input_imports_neither_towers_nor_deepspeed():
         "benchmarks.loading",
         "benchmarks.scaling",
         "benchmarks.step_input",
+        "evaluation.evaluate",
         "nodes.doctor",
         "planning.plan_input",
         "reports.visualize",

@@ -65,27 +65,29 @@ def find_tasks(
 
     Raises:
         ConfigError: a name means nothing, a named set is not there or malformed, or of the suite
-            `paper` nothing is there.
+            `paper` nothing is there. It tells of all such names.
     """
     if data is None and any(name == PAPER or name in catalog() for name in suite):
         raise ConfigError(
             f"--suite is {' '.join(suite)}, whose sets are looked for in --data; give that folder"
         )
     where = Where(data or Path(), download)
-    tasks, missing = [], []
+    tasks, missing, problems = [], [], []
+
+    def find(name: str) -> Task:
+        if name in catalog():
+            return _find_paper(name, where, slip_checkout)
+        return _scenes() if name == SCENES else find_folder(name, _folder(name, where.data))
+
     for name in suite:
-        if name == PAPER:
-            for member in catalog():
-                try:
-                    tasks.append(_find_paper(member, where, slip_checkout))
-                except Unavailable as error:
-                    missing.append(str(error))
-        elif name in catalog():
-            tasks.append(_find_paper(name, where, slip_checkout))
-        elif name == SCENES:
-            tasks.append(_scenes())
-        else:
-            tasks.append(find_folder(name, _folder(name, where.data)))
+        for member in catalog() if name == PAPER else [name]:
+            try:
+                tasks.append(find(member))
+            except ConfigError as error:
+                is_optional = name == PAPER and isinstance(error, Unavailable)
+                (missing if is_optional else problems).append(str(error))
+    if problems:
+        raise ConfigError("; ".join(problems))
     if not tasks:
         raise ConfigError(
             f"--data is {data}, which holds none of the {len(catalog())} sets of --suite "
