@@ -93,6 +93,10 @@ def _score(
     try:
         metrics = evaluate_set(towers, task.dataset, task.prompts, size, cache.embed, progress)
         check_scored(metrics, "--suite", f"{task.name} ({task.source})")
+        if metrics.get("num_classes") == 1:
+            task.dataset.notes.append("there is one class alone, so any model names it")
+        if metrics["num_images"] == 1 and "num_captions" in metrics:
+            task.dataset.notes.append("there is one image alone, so any model finds it")
     except Exception as error:  # see _fail
         _fail(task.name, error, folder)
         return None

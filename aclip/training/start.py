@@ -14,6 +14,7 @@ from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import Shard
 from aclip.distributed import default_to_one_rank, say
 from aclip.errors import ConfigError
+from aclip.evaluation.sets.validation_check import check_validation
 from aclip.files import check_writable
 from aclip.run_folder import checkpoint_folder
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER
@@ -45,7 +46,8 @@ def check_start(arguments: argparse.Namespace) -> Start:
 
     Raises:
         ConfigError: a wrong argument, recipe or ds_config, a run folder that can't be written, no
-            such checkpoint, no data, or lanes, ranks and workers that do not fit.
+            such checkpoint, no data, a validation set that can't be scored, or lanes, ranks and
+            workers that do not fit.
     """
     default_to_one_rank()
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -57,6 +59,8 @@ def check_start(arguments: argparse.Namespace) -> Start:
     resume_from = checkpoint_folder.find(run_folder / CHECKPOINTS_FOLDER, arguments.resume)
     _give_hints(recipe)
     shards, val_shards = find_data(recipe)
+    for sentence in check_validation(val_shards) if val_shards else []:
+        say(sentence)
     # Built once before anything costs time, since it checks lanes, ranks and workers.
     build_train_loader(recipe, shards, rank, num_ranks)
     return Start(recipe, ds_config, run_folder, resume_from, shards, val_shards)

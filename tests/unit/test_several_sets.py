@@ -183,3 +183,23 @@ def test_two_evaluations_at_a_time_need_two_folders(arguments, tmp_path, monkeyp
         os.wait()
     assert evaluate(arguments(suite=["first"])) == 0
     release(Path(tmp_path / "out"))
+
+
+def test_one_image_one_class_and_one_caption_are_scored_with_a_word(arguments, tmp_path, capsys):
+    write_tar(tmp_path / "one" / "0.tar", [{"png": png(1), "cls": b"0", "txt": b"a"}])
+    (tmp_path / "one" / "classnames.txt").write_text("thing")
+    assert evaluate(arguments(suite=["one"])) == 0
+    metrics = read(tmp_path)["sets"]["one"]["metrics"]
+    assert metrics["zero_shot_top1"] == metrics["text_to_image_r1"] == 1.0
+    output = capsys.readouterr().out
+    assert "one: there is one class alone" in output and "one: there is one image alone" in output
+
+
+def test_nothing_at_all_is_refused(arguments, tmp_path):
+    (tmp_path / "empty").mkdir()
+    write_tar(tmp_path / "no_sample" / "0.tar", [])
+    (tmp_path / "no_image" / "cat").mkdir(parents=True)
+    words = "empty, a folder of no known layout .it is empty.*no shard holds a sample.*"
+    words += "no_image holds no image in a folder of its class, of which there are 1 .cat"
+    with pytest.raises(ConfigError, match=words):
+        evaluate(arguments(suite=["empty", "no_sample", "no_image"]))

@@ -28,6 +28,8 @@ DECODE_THREADS = 4
 MIN_SIDE = 8
 """Images with a shorter side, pixels, are skipped: a long strip scaled up would fill memory."""
 NO_LABEL = -1
+BAD_LABEL = "bad_label"
+"""The kind of a .cls that holds no class number."""
 MAX_LABEL_DIGITS = 9
 
 
@@ -111,18 +113,25 @@ class ShardSet:
             return encoded
         captions = read_captions(sample)
         has_captions = not isinstance(captions, Skip)
-        label = NO_LABEL
-        if "cls" in sample.members:
-            text = sample.read("cls").strip()
-            if not text.isdigit() or len(text) > MAX_LABEL_DIGITS:
-                return Skip("bad_label")
-            label = int(text)
-        elif not has_captions:
+        label = read_label(sample)
+        if isinstance(label, Skip):
+            return label
+        if label == NO_LABEL and not has_captions:
             return captions
         image = decode_image(encoded, MIN_SIDE)
         if isinstance(image, Skip):
             return image
         return Example(image, label, captions if has_captions else [])
+
+
+def read_label(sample: RawSample) -> int | Skip:
+    """The class number of a sample, or NO_LABEL where there is no .cls."""
+    if "cls" not in sample.members:
+        return NO_LABEL
+    text = sample.read("cls").strip()
+    if not text.isdigit() or len(text) > MAX_LABEL_DIGITS:
+        return Skip(BAD_LABEL)
+    return int(text)
 
 
 def read_validation(
