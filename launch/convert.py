@@ -6,16 +6,20 @@ from aclip.cli import run_reporting_errors
 
 
 def parse_arguments() -> argparse.Namespace:
+    # Without abbreviations: --shard or --ou must not become an option that was not meant.
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="Write WebDataset shards and their index from a data set as it is downloaded. "
-        "A conversion that was stopped is continued by the same command."
+        "A conversion that was stopped is continued by the same command.",
     )
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     processes, shards = _common_arguments()
 
     def add(name: str, text: str, common: argparse.ArgumentParser | None):
         parents = [] if common is None else [common]
-        return sources.add_parser(name, help=text, description=text, parents=parents)
+        return sources.add_parser(
+            name, help=text, description=text, parents=parents, allow_abbrev=False
+        )
 
     source = add("yfcc15m", "YFCC100M as SLIP lays it out", shards)
     source.add_argument("metadata", help="yfcc15m.pkl, or the .jsonl that yfcc-list writes")
@@ -35,9 +39,9 @@ def parse_arguments() -> argparse.Namespace:
     source = add("redcaps", "RedCaps", shards)
     source.add_argument("annotations", help="folder of the annotation files, or one of them")
     _add_images(source, "folder that redcaps-downloader wrote")
-    source = add("folder", "a folder of images with NAME.txt beside NAME.jpg", shards)
+    source = add("folder", "a folder of images with NAME.txt or .json beside NAME.jpg", shards)
     source.add_argument("folder")
-    source = add("table", "a csv, tsv or parquet of image paths and captions", shards)
+    source = add("table", "a csv, tsv, jsonl or parquet of image paths and captions", shards)
     source.add_argument("table")
     source.add_argument("--images", help="folder that paths start from (default: the table's)")
     source.add_argument(
@@ -51,6 +55,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     source.add_argument(
         "--no-quotes", "--no_quotes", action="store_true", help="the file does not quote fields"
+    )
+    source.add_argument(
+        "--separator",
+        help="a character, or comma, tab, semicolon, pipe (default: found from the header)",
     )
     source = add("img2dataset", "img2dataset's shards: writes their sizes.json only", processes)
     source.add_argument("folder")

@@ -47,6 +47,8 @@ class Batch:
     """Unusable samples met since the previous batch, by kind"""
     repeated: int = 0
     """Number of this batch's samples that stand in for unusable ones, see LaneStream"""
+    noted: dict[str, int] = field(default_factory=dict)
+    """Samples of this batch whose captions' text was guessed or left out in part, by kind"""
     whole_images: WholeImages | None = None
     """Whole images, from which the views are still to be cut"""
 
@@ -60,6 +62,7 @@ class Batch:
                 self,
                 skipped=self.skipped if start == 0 else {},
                 repeated=self.repeated if start == 0 else 0,
+                noted=self.noted if start == 0 else {},
                 **{
                     name: _rows(getattr(self, name), slice(start, start + size))
                     for name in PER_SAMPLE
@@ -69,12 +72,12 @@ class Batch:
         ]
 
 
-OF_ALL = ("cursors", "skipped", "repeated")
+OF_ALL = ("cursors", "skipped", "repeated", "noted")
 PER_SAMPLE = tuple(part.name for part in fields(Batch) if part.name not in OF_ALL)
 STACKED = tuple(
     part.name
     for part in fields(Sample)
-    if part.name not in ("key", "caption", "term_noise", "whole_image")
+    if part.name not in ("key", "caption", "term_noise", "whole_image", "notes")
 )
 
 
@@ -105,6 +108,7 @@ def collate(
         cursors=torch.from_numpy(cursors),
         skipped=skipped,
         repeated=repeated,
+        noted=dict(Counter(kind for sample in samples for kind in sample.notes)),
         whole_images=stack_images([sample.whole_image for sample in samples], buffer),
     )
 
@@ -118,6 +122,7 @@ def join(parts: list[Batch], pin: bool = False) -> Batch:
         cursors=torch.cat([part.cursors for part in parts]),
         skipped=dict(sum((Counter(part.skipped) for part in parts), Counter())),
         repeated=sum(part.repeated for part in parts),
+        noted=dict(sum((Counter(part.noted) for part in parts), Counter())),
     )
 
 

@@ -1,7 +1,6 @@
 """What a sample's members mean: its image and its captions."""
 
-import json
-
+from aclip.data.captions import Captions, captions_of
 from aclip.data.shards.listing import Skip
 from aclip.data.shards.tar import RawSample
 
@@ -20,36 +19,11 @@ def read_image_bytes(sample: RawSample) -> bytes | Skip:
     return Skip("no_image")
 
 
-def read_captions(sample: RawSample) -> list[str] | Skip:
-    """The captions that are not blank: json's `captions`, else json's `caption`, else the lines of
-    the txt."""
-    captions = None
-    if _has_text(sample, "json"):
-        captions = _captions_of_json(sample.read("json"))
-    if captions is None and _has_text(sample, "txt"):
-        captions = sample.read("txt").decode("utf-8", errors="replace").splitlines()
-    if captions is None:
-        return Skip("no_caption")
-    return [caption for caption in captions if caption.strip()] or Skip("empty_caption")
+def read_captions(sample: RawSample) -> Captions | Skip:
+    """The captions of a sample's txt and json, see captions_of."""
+    texts = [sample.read("txt")] if _has_text(sample, "txt") else []
+    return captions_of(texts, sample.read("json") if _has_text(sample, "json") else None)
 
 
 def _has_text(sample: RawSample, suffix: str) -> bool:
     return suffix in sample.members and sample.size(suffix) <= MAX_TEXT_BYTES
-
-
-def _captions_of_json(content: bytes) -> list[str] | None:
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(values, dict):
-        return None
-    captions = values.get("captions")
-    if isinstance(captions, list) and captions and all(isinstance(text, str) for text in captions):
-        return [_valid(text) for text in captions]
-    return [_valid(values["caption"])] if isinstance(values.get("caption"), str) else None
-
-
-def _valid(text: str) -> str:
-    """The text without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")

@@ -34,6 +34,8 @@ class Sample:
     teacher_view: np.ndarray | None = None
     ssl_views: np.ndarray | None = None
     whole_image: WholeImage | None = None
+    notes: frozenset[str] = frozenset()
+    """What is counted about its captions, kinds of NOTE_KINDS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class SampleMaker:
             mask_noise=draws.mask_noise,
             ssl_params=draws.ssl_params,
             term_noise=draws.term_noise,
+            notes=captions.notes,
         )
         return self._with_pixels(sample, image, draws)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aclip import distributed
+from aclip.data.captions import NOTE_KINDS
 from aclip.errors import ConfigError
 from aclip.evaluation.metrics import zero_shot
 from aclip.evaluation.metrics.retrieval import retrieval_recall
@@ -74,7 +75,8 @@ def evaluate_set(
         image_to_text_r{1,5,10} and text_to_image_r{1,5,10}, zero_shot_top{1,5},
         zero_shot_mean_per_class, with two classes zero_shot_roc_auc unless only one of them has
         images: shares in [0, 1]; and counts: num_images, num_skipped and num_skipped_KIND, with
-        captions num_captions, with classes num_classes.
+        captions num_captions, with classes num_classes, and num_ and a kind of NOTE_KINDS where
+        there are such samples.
 
     Raises:
         ConfigError: no sample can be used, or a label has no class.
@@ -100,8 +102,9 @@ def evaluate_set(
 
     raise_together(error)
     counts = [images.num_images, len(images.captions), images.num_skipped, images.num_labelled]
+    counts += [images.noted[kind] for kind in NOTE_KINDS]
     counts = distributed.all_gather_rows(torch.tensor([counts], device=towers.device)).sum(0)
-    num_images, num_captions, num_skipped, num_labelled = counts.tolist()
+    num_images, num_captions, num_skipped, num_labelled, *noted = counts.tolist()
     skipped = count_together(skipped)
     if not num_images:
         raise ConfigError(
@@ -110,6 +113,7 @@ def evaluate_set(
         )
     metrics = {"num_images": num_images, "num_skipped": num_skipped}
     metrics |= {f"{SKIPPED}{kind}": number for kind, number in sorted(skipped.items())}
+    metrics |= {f"num_{k}": number for k, number in zip(NOTE_KINDS, noted, strict=True) if number}
     if num_captions:
         metrics |= _retrieval(images, towers, batch_size, progress)
     if prompts is not None and num_labelled:
@@ -130,6 +134,7 @@ class _Images:
 
     def __init__(self, class_embeds: Tensor | None, num_samples: int):
         self.num_images = self.num_skipped = self.num_labelled = 0
+        self.noted: Counter[str] = Counter()
         self.captions: list[str] = []
         self.caption_keys: list[int] = []
         """Sorts the captions of all ranks: image's place * CAPTIONS_PER_IMAGE + number."""
@@ -143,6 +148,7 @@ class _Images:
         """embeds: (M, E) fp32 of the batch's M samples."""
         self.num_images += len(batch.indices)
         self.num_skipped += batch.skipped.total()
+        self.noted += batch.noted
         has_captions = torch.tensor([bool(own) for own in batch.captions], dtype=torch.bool)
         if has_captions.any() or not self._embeds:
             self._embeds.append(embeds[has_captions.to(embeds.device)])

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from aclip.data.captions import NOTE_KINDS
 from aclip.distributed import say
 from aclip.errors import ConfigError, NotWritten
 from aclip.evaluation.results import Row, make_rows, markdown, to_json
@@ -125,6 +126,9 @@ def _facts(entry: dict[str, Any]) -> list[str]:
     words = (
         f"{entry['title']}: {metrics['num_images']:,.0f} images of {entry['source']}, "
         f"{metrics['num_skipped']:,.0f} unusable" + (f" ({show_kinds(kinds)})" if kinds else "")
+    )
+    words += "".join(
+        f", {kind} {metrics[f'num_{kind}']:,.0f}" for kind in NOTE_KINDS if f"num_{kind}" in metrics
     )
     if entry["prompts"] is not None:
         words += f"; prompts: {entry['prompts']}"

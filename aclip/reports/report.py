@@ -164,8 +164,8 @@ def _latest_values(run: RunRecord) -> dict[str, str]:
             number = getattr(last, name)
             if number is not None:
                 values[title] = form.format(number)
-        unusable = {"skipped": last.skipped, "repeated": last.repeated or None}
-        values |= {name: f"{number:,}" for name, number in flatten(unusable)}
+        counts = {"skipped": last.skipped, "repeated": last.repeated or None, "noted": last.noted}
+        values |= {name: f"{number:,}" for name, number in flatten(counts)}
     for line in run.evaluations:
         if line.samples == run.evaluations[-1].samples:
             for metric, value in line.metrics.items():

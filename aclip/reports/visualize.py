@@ -1,6 +1,7 @@
 """The figure of a checkpoint, as files and as a page: the work behind launch/visualize.py."""
 
 import argparse
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from aclip.config.recipe import Recipe
+from aclip.data.captions import captions_beside
 from aclip.data.demo import ensure_demo_data
 from aclip.data.images.augment import augment
-from aclip.data.members import IMAGE_SUFFIXES
+from aclip.data.images.suffixes import IMAGE_SUFFIXES, is_litter
 from aclip.data.shards.listing import Skip, list_shards, remote_shards
 from aclip.data.shards.remote import is_remote
 from aclip.data.shards.tar import RawSample, TarShard
@@ -125,8 +127,8 @@ def _raw_samples(paths: list[str], recipe: Recipe) -> Iterator[RawSample | Skip]
         if entry.endswith(".tar") or is_remote(entry):
             yield from _of_shards(list_shards(entry, "IMAGES"), recipe)
         elif path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.suffix.lower()[1:] in IMAGE_SUFFIXES)
-            yield from (_of_file(file) for file in files)
+            files = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
+            yield from (_of_file(p) for p in sorted(files) if not is_litter(p.name))
         else:
             yield _of_file(path)
 
@@ -140,16 +142,18 @@ def _of_shards(urls: list[str], recipe: Recipe) -> Iterator[RawSample | Skip]:
 
 
 def _of_file(path: Path) -> RawSample:
-    """An image file; its caption lies beside it as .txt, or is its name."""
-    beside = path.with_suffix(".txt")
+    """An image file; its captions lie beside it as .txt or .json, or its name is one."""
     try:
-        caption = beside.read_text(errors="replace") if beside.is_file() else path.stem
-        return loose_sample(path.name, path.read_bytes(), caption if caption.strip() else path.stem)
+        image = path.read_bytes()
+        captions = captions_beside(path)
     except OSError as error:
         raise ConfigError(
             f"IMAGES is {path}, which can't be read ({error.strerror}); give image files, folders "
             "of them, or .tar shards"
         ) from None
+    if isinstance(captions, Skip):
+        captions = [os.fsencode(path.stem).decode(errors="replace")]
+    return loose_sample(path.name, image, "\n".join(" ".join(text.split()) for text in captions))
 
 
 def _explanation(weights: CheckpointWeights) -> list[Block]:

@@ -26,6 +26,8 @@ class StepLine:
         gradient_norm: the norm of the gradient before clipping.
         skipped: samples that could not be used so far, by kind.
         repeated: samples so far that came once more in their epoch, in place of skipped ones.
+        noted: samples so far whose captions' text was guessed or left out in part, by kind; the
+            file holds it where there are any.
         images_per_second: images of all ranks, mean over the last steps.
         data_wait_percent: the part of the host's time that waits for data, over the last steps.
     """
@@ -40,6 +42,7 @@ class StepLine:
     gradient_norm: float | None = None
     skipped: dict[str, int] = field(default_factory=dict)
     repeated: int = 0
+    noted: dict[str, int] = field(default_factory=dict)
     images_per_second: float | None = None
     data_wait_percent: float | None = None
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from aclip.config.ds_config import DsConfig
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
+from aclip.data.captions import NOTE_KINDS
 from aclip.data.fingerprint import check_continues, fingerprint
 from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import SKIP_KINDS, Shard
@@ -71,14 +72,14 @@ class Trainer:
         init = recipe.model.init if resume_from is None else ""
         self.stepper = Stepper(recipe, ds_config, device, init)
         self.step = 0
-        self.skipped = Counter()
+        self.counts = Counter()  # samples by the kinds of SKIP_KINDS and NOTE_KINDS
         self.repeated = 0
         self.evaluations: dict[str, dict] = {}
         self.wandb_id = ""
         self._fingerprint = fingerprint(recipe, shards)
         cursors = None if resume_from is None else self._resume(resume_from, shards)
         self._saved = None if resume_from is None else self._moment
-        self._recent_skips = Counter()
+        self._recent_counts = Counter()
         self._recent_repeats = 0
         self.watch = StepWatch()
         self.loader = build_train_loader(recipe, shards, rank(), world_size(), cursors)
@@ -158,7 +159,7 @@ class Trainer:
             terms = {**terms, GRADIENT_NORM: gradient_norm}
         self.watch.put(self.step, terms, batch.keys)
         self._cursors = batch.cursors
-        self._recent_skips.update(batch.skipped)
+        self._recent_counts.update(batch.skipped | batch.noted)
         self._recent_repeats += batch.repeated
 
         train = self.recipe.train
@@ -194,26 +195,25 @@ class Trainer:
             momentum=self.schedule.momentum(self.step),
             logit_scale=self.stepper.logit_scale,
             gradient_norm=gradient_norm,
-            skipped=dict(self.skipped),
+            skipped={kind: self.counts[kind] for kind in SKIP_KINDS if self.counts[kind]},
             repeated=self.repeated,
+            noted={kind: self.counts[kind] for kind in NOTE_KINDS if self.counts[kind]},
             images_per_second=timer.images_per_second,
             data_wait_percent=timer.data_wait_percent,
         )
         self.logger.log(line)
 
     def _join_skips(self) -> None:
-        """Adds the samples skipped and repeated since the last call, of all ranks, to the run's
-        totals."""
-        recent = [*(self._recent_skips[kind] for kind in SKIP_KINDS), self._recent_repeats]
+        """Adds the samples skipped, noted and repeated since the last call, of all ranks."""
+        kinds = (*SKIP_KINDS, *NOTE_KINDS)
+        recent = [*(self._recent_counts[kind] for kind in kinds), self._recent_repeats]
         counts = torch.tensor(recent, device=self.device)
         if world_size() > 1:
             dist.all_reduce(counts)
-        *skips, repeats = counts.tolist()
-        for kind, count in zip(SKIP_KINDS, skips, strict=True):
-            if count:
-                self.skipped[kind] += count
+        *counts, repeats = counts.tolist()
+        self.counts.update(dict(zip(kinds, counts, strict=True)))
         self.repeated += repeats
-        self._recent_skips.clear()
+        self._recent_counts.clear()
         self._recent_repeats = 0
 
     def _evaluate(self, when: str) -> None:
@@ -250,7 +250,7 @@ class Trainer:
             "step": self.step,
             "world_size": world_size(),
             "cursors": all_gather_rows(self._cursors.to(self.device)).tolist(),
-            "skipped": dict(self.skipped),
+            "skipped": dict(+self.counts),
             "repeated": self.repeated,
             "evaluations": self.evaluations,
             "data": self._fingerprint,
@@ -290,7 +290,7 @@ class Trainer:
         check_continues(self.recipe, shards, state["data"], folder)
         self.stepper.load(folder, state["step"])
         self.step = state["step"]
-        self.skipped.update(state["skipped"])
+        self.counts.update(state["skipped"])
         self.repeated = state["repeated"]
         self.evaluations = state["evaluations"]
         if self.step < self.num_steps:

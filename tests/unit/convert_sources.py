@@ -90,8 +90,10 @@ def make_yfcc(root: Path):
         if name in GOOD:
             expected[digits] = captions_of(name, 2)
     rows.append((ids[1], "another title", ""))
+    expected[f"{ids[1]:08d}"].append("another title")
     (root / "yfcc15m.pkl").write_bytes(pickle.dumps(rows))
-    return yfcc_source(str(root / "yfcc15m.pkl"), str(root / "images")), expected, SKIPPED
+    source = yfcc_source(str(root / "yfcc15m.pkl"), str(root / "images"))
+    return source, expected, SKIPPED - Counter(["duplicate_key"])
 
 
 def make_cc3m(root: Path):
@@ -138,10 +140,12 @@ def make_coco(root: Path):
     images += [{"id": 77, "file_name": images[1]["file_name"]}, {"id": 78, "file_name": "78.jpg"}]
     annotations.sort(key=lambda annotation: annotation["id"])  # those of an image lie apart
     annotations += [{"image_id": 77, "caption": "again"}, {"image_id": 99, "caption": "lost"}]
+    expected[f"{1:012d}"].append("again")  # the image has two ids
     content = {"info": {"annotations": []}, "images": images, "annotations": annotations}
     write_file(root / "captions_train2017.json", json.dumps(content).encode())
     source = coco_source(str(root / "captions_train2017.json"), str(root / "train2017"))
-    return source, expected, SKIPPED + Counter(["no_caption", "no_image"])
+    skipped = SKIPPED - Counter(["duplicate_key"])
+    return source, expected, skipped + Counter(["no_caption", "no_image"])
 
 
 def make_redcaps(root: Path, in_one_file: bool = False):

@@ -61,6 +61,13 @@ KINDS = {
     "webp": (encode(quarters(), "WEBP"), "webp", "original"),
     "gif": (encode(quarters(), "GIF"), "png", "reencoded"),
     "bmp": (encode(quarters(), "BMP"), "png", "reencoded"),
+    "tiff": (encode(quarters(), "TIFF"), "png", "reencoded"),
+    "ppm": (encode(quarters(), "PPM"), "png", "reencoded"),
+    "animated gif": (
+        encode(quarters(), "GIF", save_all=True, append_images=[Image.new("RGB", (200, 100))]),
+        "png",
+        "reencoded",
+    ),
 }
 
 
@@ -89,6 +96,29 @@ def test_16_bit_grayscale_keeps_its_gradations(rule):
     pixels = np.asarray(loaded(stored))
     expected = np.tile(np.arange(256)[None, :, None], (64, 1, 3))
     assert np.abs(pixels - expected).max() <= (0 if rule is KEEP else 3)
+
+
+@pytest.mark.parametrize("image_format", ["PPM", "TIFF"])
+def test_16_bits_of_other_formats_keep_their_gradations_too(image_format):
+    # Pillow reads such a PPM into 32 bits, where its own conversion would clip to white.
+    ramp = np.tile(np.arange(256, dtype=np.uint16) * 257, (64, 1))
+    content = encode(Image.fromarray(ramp), image_format)
+    pixels = np.asarray(loaded(prepare_image("k", content, KEEP)))
+    assert np.array_equal(pixels, np.tile(np.arange(256)[None, :, None], (64, 1, 3)))
+    assert np.array_equal(np.asarray(decode_image(content)), pixels)
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (b"\0\0\0\x18ftypheic" + b"x" * 99, "HEIC"),
+        (b"\0\0\0\x18ftypavif" + b"x" * 99, "AVIF"),
+        (b"8BPS\0\1" + b"x" * 99, "PSD"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+    ],
+)
+def test_formats_that_are_not_decoded_are_named_by_their_bytes(content, name):
+    assert prepare_image("k", content, KEEP).kind == f"unsupported_format ({name})"
 
 
 # What EXIF says of the first row and column (its specification, tag 274), worked out by hand: where
@@ -153,11 +183,11 @@ def test_quality_decides_the_size():
         (KINDS["png"][0][:200], "unreadable_image", ""),
         (b"", "unreadable_image", "none of JPEG"),
         (b"<html>", "unreadable_image", "none of JPEG"),
-        (encode(quarters(), "TIFF"), "unreadable_image", "none of JPEG"),
+        (encode(quarters().convert("L").convert("F"), "TIFF"), "unreadable_image", "32 bits"),
         (encode(Image.new("L", (15, 900)), "PNG"), "image_too_small", "15 x 900"),
         (encode(Image.new("1", (20000, 20000)), "PNG"), "unreadable_image", "bomb"),
     ],
-    ids=["half a jpeg", "half a png", "empty", "page", "tiff", "small", "bomb"],
+    ids=["half a jpeg", "half a png", "empty", "page", "float tiff", "small", "bomb"],
 )
 @pytest.mark.parametrize("rule", [KEEP, SMALL], ids=["keep", "small"])
 def test_unusable_images_are_rejected_with_the_reason(content, kind, why, rule):

@@ -2,39 +2,44 @@
 
 import json
 import os
-from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from aclip.data.convert.entries import Entry, Rejected
+from aclip.data.convert.entries import Entry, Note, Rejected
 from aclip.data.convert.plan import ConversionPlan, shard_bounds, write_plan
 from aclip.data.convert.sources.conceptual import conceptual_source
 from aclip.data.convert.sources.img2dataset import index_in_place
 from aclip.data.convert.sources.json_stream import iterate_objects
 from aclip.data.convert.sources.redcaps import redcaps_source
-from aclip.data.convert.sources.table import table_source
 from aclip.data.shards.listing import index_shards
 from aclip.errors import ConfigError
 
 
-def test_the_first_entry_of_a_key_counts_and_blank_ones_do_not_take_it(tmp_path):
+def test_entries_of_one_image_become_one_with_all_captions_and_blank_ones_do_not_take_the_key(
+    tmp_path,
+):
     entries = [
-        Entry("a", "1.jpg", ("", "  ")),
+        Entry("a", "2.jpg", ("", "  ")),
         Entry("a", "2.jpg", ("first", " ", "second")),
-        Entry("a", "3.jpg", ("late",)),
+        Entry("a", "3.jpg", ("of another image",)),
+        Entry("a", "2.jpg", ("second", "third")),
+        Entry("a", "2.jpg", ("first",)),
         Rejected("r", "malformed_row", "why"),
+        Note("n", "decoded_as_cp1252", "why"),
         Entry("b", "4.jpg", ("half a pair: \ud83d",)),
+        Entry("z/1", "z.zip", ("one",), member="1.jpg"),
+        Entry("z/1", "z.zip", ("other member",), member="2.jpg"),
     ]
     write_plan(tmp_path / "plan.sqlite", entries, lambda _: None)
     plan = ConversionPlan(tmp_path / "plan.sqlite")
     assert plan.read(0, 9) == [
-        Entry("a", "2.jpg", ("first", "second")),
+        Entry("a", "2.jpg", ("first", "second", "third")),
         Entry("b", "4.jpg", ("half a pair: ?",)),
+        Entry("z/1", "z.zip", ("one",), member="1.jpg"),
     ]
-    assert plan.num_seen == 5
-    expected = Counter(["empty_caption", "duplicate_key", "malformed_row"])
-    assert plan.rejections.counts == expected
+    assert plan.num_seen == 9
+    assert plan.rejections.counts == {"empty_caption": 1, "duplicate_key": 3, "malformed_row": 1}
+    assert plan.notes.counts == {"further_caption": 1, "decoded_as_cp1252": 1}
 
 
 @pytest.mark.parametrize(
@@ -69,44 +74,6 @@ def test_the_columns_of_the_other_release_are_noticed(tmp_path):
         list(source.entries())
     with pytest.raises(ConfigError, match=r"--name is \{line\}\.jpg"):
         conceptual_source("cc12m", str(tmp_path / "cc.tsv"), str(tmp_path), "{line}.jpg")
-
-
-def open_table(path: Path, **changes):
-    arguments = {"image_column": "filepath", "caption_columns": ["caption"]} | changes
-    return table_source(str(path), None, **arguments)
-
-
-def test_a_table_of_another_form_is_refused_by_name(tmp_path):
-    (tmp_path / "x.csv").write_text("path,caption\na.jpg,c\n")
-    with pytest.raises(ConfigError, match=r"--image-column is filepath, but .*path, caption"):
-        open_table(tmp_path / "x.csv")
-    with pytest.raises(ConfigError, match=r"--caption-column is title"):
-        open_table(tmp_path / "x.csv", image_column="path", caption_columns=["title"])
-    (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"TABLE is .*x\.json, which is no"):
-        open_table(tmp_path / "x.json")
-    (tmp_path / "x.parquet").write_text("no parquet")
-    with pytest.raises(ConfigError, match=r"x\.parquet can't be read"):
-        open_table(tmp_path / "x.parquet")
-
-
-def test_rows_with_other_columns_are_counted_and_open_quotes_refused(tmp_path):
-    path = tmp_path / "x.tsv"
-    path.write_text('filepath\tcaption\na.jpg\tone\nb.jpg\n\nc.jpg\t"x" and y\n')
-    source = open_table(path)
-    with pytest.raises(ConfigError, match=r"x\.tsv line 5 is malformed.*--no-quotes"):
-        list(source.entries())
-    entries = list(open_table(path, has_quotes=False).entries())
-    assert [entry.captions for entry in entries if isinstance(entry, Entry)] == [
-        ("one",),
-        ('"x" and y',),
-    ]
-    assert [entry.kind for entry in entries if isinstance(entry, Rejected)] == ["malformed_row"]
-
-
-def test_a_table_from_a_spreadsheet_has_a_byte_order_mark(tmp_path):
-    (tmp_path / "x.csv").write_bytes("\ufefffilepath,caption\r\na.jpg,c\r\n".encode())
-    assert list(open_table(tmp_path / "x.csv").entries()) == [Entry("a", "a.jpg", ("c",))]
 
 
 def test_img2datasets_shards_are_indexed_where_they_lie(tmp_path, write_tar):

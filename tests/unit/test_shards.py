@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from aclip.data.members import read_captions, read_image_bytes
+from aclip.data.members import read_image_bytes
 from aclip.data.shards.listing import (
     Shard,
     Skip,
@@ -18,7 +18,6 @@ from aclip.data.shards.listing import (
     read_shard,
     shard_names,
 )
-from aclip.data.shards.tar import RawSample
 from aclip.errors import ConfigError
 
 
@@ -226,27 +225,6 @@ def test_pax_and_gnu_long_names_are_read(tmp_path):
         with tarfile.open(url, "w", format=tar_format) as archive:
             archive.addfile(tarfile.TarInfo("k" * 300 + ".txt"))
         assert describe(Shard(url, 1)) == [(0, "k" * 300)]
-
-
-@pytest.mark.parametrize(
-    ("members", "expected"),
-    [
-        ({"json": b'{"captions": ["a", " ", "b"], "caption": "c"}', "txt": b"d"}, ["a", "b"]),
-        ({"json": b'{"captions": [], "caption": "c"}', "txt": b"d"}, ["c"]),
-        ({"json": b'{"captions": ["a", 1]}', "txt": b"d"}, ["d"]),
-        ({"json": b"not json", "txt": b"d"}, ["d"]),
-        ({"json": b"[1]", "txt": b"d"}, ["d"]),
-        ({"txt": "é".encode("latin-1")}, ["\ufffd"]),
-        ({"txt": b" \n"}, Skip("empty_caption")),
-        ({"json": b'{"captions": ["", " "]}'}, Skip("empty_caption")),
-        ({"json": b'{"url": "x"}'}, Skip("no_caption")),
-        ({"jpg": b"x"}, Skip("no_caption")),
-    ],
-)
-def test_captions_come_from_json_first_and_from_txt_last(write_tar, members, expected):
-    url = write_tar("x.tar", [(f"0.{suffix}", content) for suffix, content in members.items()])
-    ((_, sample),) = read_shard(Shard(url, 1))
-    assert isinstance(sample, RawSample) and read_captions(sample) == expected
 
 
 def test_the_image_is_a_member_with_an_image_suffix(write_tar):

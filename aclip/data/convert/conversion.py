@@ -4,9 +4,7 @@
 report.json. Until then .conversion/ holds the plan and a line for each finished shard.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -15,21 +13,34 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-from tqdm import tqdm
-
-from aclip.data.convert.entries import Entry, Source
+from aclip.data.convert.entries import Source
+from aclip.data.convert.identity import differences, stamps
 from aclip.data.convert.images import ImageRule
 from aclip.data.convert.plan import ConversionPlan, shard_bounds, write_plan
 from aclip.data.convert.pool import ShardTask, write_shards
-from aclip.data.convert.report import REPORT_FILE, make_report, write_json
+from aclip.data.convert.progress import progress_bar
+from aclip.data.convert.report import (
+    REPORT_FILE,
+    format_report,
+    make_report,
+    say_nothing_was_usable,
+    write_json,
+)
 from aclip.data.convert.shard_writer import ShardRecord
 from aclip.data.shards.counts import SIZES_FILE
-from aclip.errors import ConfigError
-from aclip.files import remove_leftovers, write_whole
+from aclip.errors import ConfigError, NotWritten
+from aclip.files import (
+    append,
+    check_writable,
+    remove_leftovers,
+    sync,
+    write_whole,
+    writing,
+)
+from aclip.lock import LOCK_FILE, claim, release
 
-STATE_FOLDER = ".conversion"
-FORMAT_VERSION = 1
+STATE_FOLDER, IDENTITY_FILE = ".conversion", "conversion.json"
+FORMAT_VERSION = 2
 """The version of the shards' format; a conversion that another version began is not continued."""
 
 
@@ -62,7 +73,7 @@ class Job:
             "arguments": self.arguments,
             "images": asdict(self.rule) | {"folder": str(self.source.images.absolute())},
             "shard_size": self.shard_size,
-            "files": _stamps(self.source),
+            "files": stamps(self.source),
         }
 
 
@@ -73,114 +84,137 @@ def run(job: Job, processes: int) -> dict[str, Any]:
         The report.
 
     Raises:
-        ConfigError: --out holds something else, is being written by another conversion, or can't be
-            written; the source is malformed; or no sample of it can be used.
+        ConfigError: --out holds something else, or is being written by another conversion; the
+            source is malformed; or no sample of it can be used, after the reasons were printed.
+        NotWritten: --out can't be written.
     """
     identity = job.identity()
+    _check_place(job.out)
     report = _finished_report(job.out, identity)
     if report is not None:
-        print(
-            f"{job.out} is already finished, so nothing was read; give another --out, or delete "
-            "the folder, to convert again",
-            flush=True,
-        )
-    else:
-        state = job.out / STATE_FOLDER
-        try:
-            _prepare(job.out, state)
-            with FileLock(state / "lock", timeout=0):
-                report = _convert(job, processes, identity, state)
-        except Timeout:
-            raise ConfigError(
-                f"--out is {job.out}, which another conversion is writing; wait for it, or give "
-                "another folder"
-            ) from None
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(
-                f"--out is {job.out}, which can't be written ({error}); make room, or give another "
-                "folder"
-            ) from None
-    shutil.rmtree(job.out / STATE_FOLDER, ignore_errors=True)
-    if report["samples"] == 0:
-        raise ConfigError(
-            f"no entry of the source became a sample; {job.out / REPORT_FILE} says why"
-        )
-    return report
-
-
-def _stamps(source: Source) -> dict[str, Any]:
-    """By path, what changes when the metadata do; without metadata, when the folder's files do."""
-    if not source.files:
-        return {str(source.images.absolute()): _digest(source)}
-    stamps = {path: path.stat() for path in source.files}
-    return {
-        str(path.absolute()): [status.st_size, status.st_mtime_ns]
-        for path, status in stamps.items()
-    }
-
-
-def _digest(source: Source) -> str:
-    """A digest of path, size and time of every image and caption file, and of what is left out.
-
-    Folders are not in it, since --out may lie in one of them.
-    """
-    digest = hashlib.sha256()
-    for entry in tqdm(source.entries(), desc="looking for changes", unit=" entries"):
-        if isinstance(entry, Entry):
-            paths = (entry.image, entry.caption_file)
-            facts = [(path, _stamp(source.images / path)) for path in paths]
-        else:
-            facts = [entry.key, entry.kind]
-        digest.update(json.dumps(facts).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _stamp(path: Path) -> list[int] | None:
+        return report
+    check_writable(job.out, "--out")
+    warning = claim(job.out, "--out", "another conversion")
+    if warning is not None:
+        print(warning, flush=True)
     try:
-        status = path.stat()
-    except OSError:  # such as a link to nowhere, which is skipped and counted later
-        return None
-    return [status.st_size, status.st_mtime_ns]
+        return _finished_report(job.out, identity) or _convert_all(job, processes, identity)
+    finally:
+        (job.out / LOCK_FILE).unlink(missing_ok=True)
+        release(job.out)
+
+
+def _convert_all(job: Job, processes: int, identity: dict[str, Any]) -> dict[str, Any]:
+    state = job.out / STATE_FOLDER
+    _prepare(job.out, state, identity)
+    try:
+        report = _convert(job, processes, identity, state)
+    except sqlite3.Error as error:
+        raise NotWritten(
+            f"--out is {job.out}, where the plan can't be written or read ({error}); make room, or "
+            "give another folder"
+        ) from None
+    if report["samples"] == 0:
+        print(format_report(report), flush=True)
+        # The corrected command may have the same --out, so nothing but the report stays.
+        _clear(job.out)
+        write_json(job.out / REPORT_FILE, report)
+        raise ConfigError(f"{say_nothing_was_usable(report)} ({job.out / REPORT_FILE} has more)")
+    shutil.rmtree(state, ignore_errors=True)
+    return report
 
 
 def _finished_report(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of a conversion that was finished before, which is said; else None.
+
+    Raises:
+        ConfigError: it was another conversion.
+    """
     try:
         report = json.loads((out / REPORT_FILE).read_text())
-        conversion = report["conversion"]
+        conversion, samples = report["conversion"], report["samples"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
-        conversion = None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--out is {out}, whose {REPORT_FILE} is no report of a conversion "
+            f"({type(error).__name__}); give another folder"
+        ) from None
+    if not samples:  # nothing is lost with it
+        return None
     if conversion != identity:
-        raise _other(out)
+        raise _other(out, conversion, identity)
+    print(
+        f"{out} is already finished, so nothing was read; give another --out, or delete "
+        "the folder, to convert again",
+        flush=True,
+    )
     return report
 
 
-def _prepare(out: Path, state: Path) -> None:
-    if out.is_dir() and not state.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"--out is {out}, which is not empty; give a new folder")
-    state.mkdir(parents=True, exist_ok=True)
+def _check_place(out: Path) -> None:
+    """
+    Raises:
+        ConfigError: --out, or what it lies in, is a file.
+    """
+    for place in (out, *out.parents):
+        if place.is_dir():
+            return
+        if place.exists():
+            where = "a file" if place == out else f"below {place}, a file"
+            raise ConfigError(f"--out is {out}, which is {where}; give a folder")
 
 
-def _other(out: Path) -> ConfigError:
+def _prepare(out: Path, state: Path, identity: dict[str, Any]) -> None:
+    """Makes the folder ready to begin or to continue a conversion.
+
+    Raises:
+        ConfigError: it holds something else, or finished shards of another conversion.
+    """
+    if (out / REPORT_FILE).exists():  # of a conversion that gave no sample
+        _clear(out)
+    if not state.is_dir() and (held := [p for p in out.iterdir() if p.name != LOCK_FILE]):
+        shown = ", ".join(sorted(path.name for path in held)[:3])
+        raise ConfigError(f"--out is {out}, which is not empty ({shown}); give a new folder")
+    identity_file = state / IDENTITY_FILE
+    try:
+        begun = json.loads(identity_file.read_text())
+    except (FileNotFoundError, ValueError):
+        begun = None
+    if begun == identity:
+        return
+    if begun is not None and any(out.glob("*.tar")):
+        raise _other(out, begun, identity)
+    _clear(out)  # nothing was finished, so nothing is lost
+    write_json(identity_file, identity)
+
+
+def _clear(out: Path) -> None:
+    """Removes what a conversion without finished samples has written."""
+    shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
+    try:
+        names = list(json.loads((out / SIZES_FILE).read_text()))
+    except (OSError, ValueError):
+        names = []
+    with writing(out):
+        for name in (*names, SIZES_FILE, REPORT_FILE):
+            (out / name).unlink(missing_ok=True)
+
+
+def _other(out: Path, then: dict[str, Any], now: dict[str, Any]) -> ConfigError:
     return ConfigError(
         f"--out is {out}, which holds a conversion with other arguments or of files that have "
-        "changed since; give the same arguments, or another folder"
+        f"changed since ({'; '.join(differences(then, now))}); give the same arguments, or another "
+        "folder"
     )
 
 
 def _convert(job: Job, processes: int, identity: dict[str, Any], state: Path) -> dict[str, Any]:
-    identity_file = state / "conversion.json"
-    if identity_file.exists():
-        if json.loads(identity_file.read_text()) != identity:
-            raise _other(job.out)
-    else:
-        write_json(identity_file, identity)
     remove_leftovers(job.out)
     remove_leftovers(state)
     plan_file = state / "plan.sqlite"
     if not plan_file.exists():
-        with tqdm(desc="planning", unit=" entries") as bar:
+        with progress_bar(desc="planning", unit=" entries") as bar:
             entries = job.source.entries()
             write_plan(plan_file, entries, lambda seen: bar.update(seen - bar.n))
     plan = ConversionPlan(plan_file)
@@ -222,16 +256,14 @@ class _Records:
 
     def add(self, record: ShardRecord) -> None:
         self.finished[record.number] = record
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(f"{record.dump()}\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append(self._path, f"{record.dump()}\n".encode())
+        sync(self._path)
 
 
 def _read_records(path: Path) -> Iterator[ShardRecord]:
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text().split("\n")[:-1]:
             try:
-                yield ShardRecord(**json.loads(line))
+                yield ShardRecord.load(line)
             except ValueError:  # half a line
                 return

@@ -21,7 +21,7 @@ from aclip.data.convert.sources.yfcc_list import write_yfcc_list
 from aclip.errors import ConfigError
 from aclip.machine import usable_cores
 
-READING = ("source", "name", "image_column", "caption_column", "no_quotes")
+READING = ("source", "name", "image_column", "caption_column", "no_quotes", "separator")
 """Arguments that decide how a source is read, besides its paths."""
 
 
@@ -82,6 +82,7 @@ def _open_source(arguments: argparse.Namespace) -> Source:
                 arguments.image_column,
                 arguments.caption_column or ["caption"],
                 not arguments.no_quotes,
+                arguments.separator,
             )
 
 

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 SKIP_KINDS = (
     "unreadable_image",
+    "unsupported_format",
     "image_too_small",
     "no_image",
     "empty_caption",
@@ -15,7 +16,10 @@ SKIP_KINDS = (
     "duplicate_key",
     "malformed_row",
 )
-"""Why an entry becomes no sample; the loader's words where it knows the case too."""
+"""Why an entry becomes no sample; the loader's words where it knows the case too. The format may
+stand behind a kind: `unsupported_format (.heic)`."""
+FURTHER_CAPTION = "further_caption"
+"""An entry of an image that an earlier entry names: its captions are added to that one's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +32,9 @@ class Entry:
     """Path below the source's `images`, or of the zip that holds `member`."""
     captions: tuple[str, ...] = ()
     member: str | None = None
-    caption_file: str | None = None
-    """Path below `images` of a text file whose content is the caption, in place of `captions`."""
+    caption_files: tuple[str, ...] = ()
+    """Paths below `images` of the files that hold the captions, in place of `captions`: .json, and
+    others with a caption a line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,15 @@ class Rejected:
     key: str
     kind: str
     """One of SKIP_KINDS."""
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What is counted without being an entry: how a caption was read, or a file passed over."""
+
+    key: str
+    kind: str
     why: str
 
 
@@ -55,7 +69,7 @@ class Source:
 
     images: Path
     files: tuple[Path, ...]
-    entries: Callable[[], Iterator[Entry | Rejected]]
+    entries: Callable[[], Iterator[Entry | Rejected | Note]]
 
 
 def make_key(path: str) -> str:

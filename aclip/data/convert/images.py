@@ -13,9 +13,13 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from aclip.data.captions import Captions, captions_of
 from aclip.data.convert.entries import Entry, Rejected
+from aclip.data.convert.other_formats import recognise
 from aclip.data.convert.sources.text_files import unreadable
 from aclip.data.images.decode import DECODE_ERRORS, FORMATS, to_rgb
+from aclip.data.members import MAX_TEXT_BYTES
+from aclip.data.shards.listing import Skip
 
 MAX_BYTES = 256 * 2**20
 """An image file that is larger is not read, so that memory stays flat."""
@@ -73,10 +77,10 @@ class FileReader:
     def read_image(self, entry: Entry) -> bytes | Rejected:
         """The encoded image, or Rejected as no_image or unreadable_image."""
         if entry.member is None:
-            return self._read_file(entry, entry.image)
+            return self._read_file(entry, entry.image, MAX_BYTES)
         path = self._regular_file(entry.image)
         if path is None:
-            return Rejected(entry.key, "no_image", f"no file {entry.image}")
+            return Rejected(entry.key, "no_image", f"no file {entry.image} in {self.root}")
         try:
             archive = self._open_zip(path)
             member = archive.getinfo(entry.member)
@@ -94,25 +98,34 @@ class FileReader:
                 return Rejected(entry.key, "unreadable_image", f"{entry.image}: {error}")
             raise unreadable(path, error) from None
 
-    def read_caption(self, entry: Entry) -> str | Rejected:
-        """The content of the entry's caption file, or Rejected as no_caption or empty_caption."""
-        content = self._read_file(entry, entry.caption_file)
-        if isinstance(content, Rejected):
-            return Rejected(entry.key, "no_caption", content.why)
-        text = content.decode("utf-8-sig", errors="replace")
-        return text if text.strip() else Rejected(entry.key, "empty_caption", entry.caption_file)
+    def read_captions(self, entry: Entry) -> Captions | Rejected:
+        """The captions in the entry's caption files, or Rejected as no_caption or empty_caption."""
+        texts, facts, why = [], None, []
+        for name in entry.caption_files:
+            content = self._read_file(entry, name, MAX_TEXT_BYTES)
+            if isinstance(content, Rejected):
+                why.append(content.why)
+            elif name.lower().endswith(".json"):
+                facts = facts or content
+            else:
+                texts.append(content)
+        captions = captions_of(texts, facts)
+        if isinstance(captions, Skip):
+            why = why or [f"no caption in {' or '.join(entry.caption_files)}"]
+            return Rejected(entry.key, captions.kind, " and ".join(why))
+        return captions
 
-    def _read_file(self, entry: Entry, name: str) -> bytes | Rejected:
+    def _read_file(self, entry: Entry, name: str, limit: int) -> bytes | Rejected:
         path = self._regular_file(name)
         if path is None:
-            return Rejected(entry.key, "no_image", f"no file {name}")
+            return Rejected(entry.key, "no_image", f"no file {name} in {self.root}")
         try:
             with open(path, "rb") as file:
-                content = file.read(MAX_BYTES + 1)
+                content = file.read(limit + 1)
         except OSError as error:
             raise unreadable(path, error) from None
-        if len(content) > MAX_BYTES:
-            return Rejected(entry.key, "unreadable_image", f"{name} is over {MAX_BYTES} bytes long")
+        if len(content) > limit:
+            return Rejected(entry.key, "unreadable_image", f"{name} is over {limit} bytes long")
         return content
 
     def _regular_file(self, name: str) -> Path | None:
@@ -131,13 +144,14 @@ class FileReader:
 def prepare_image(key: str, content: bytes, rule: ImageRule) -> StoredImage | Rejected:
     """What a shard keeps of an image, after it was decoded whole as the loader does.
 
-    Bytes stay as they are, except: GIF and BMP, whose suffix no reader of shards looks for, and 16
-    bit grayscale, which decoders clip to white, become PNG of the same pixels. With rule.short_side
-    only images that are upright, small enough and in the rule's encoding stay as they are.
+    Bytes stay as they are, except: GIF, BMP, TIFF and PPM, whose suffix few readers of shards look
+    for, and 16 bit grayscale, which decoders clip to white, become PNG of the same pixels. With
+    rule.short_side only images that are upright, small enough and in the rule's encoding stay as
+    they are.
 
     Returns:
         The image, or Rejected as unreadable_image (damaged, of another format, or with more pixels
-        than Image.MAX_IMAGE_PIXELS) or image_too_small.
+        than Image.MAX_IMAGE_PIXELS), unsupported_format or image_too_small.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -149,7 +163,11 @@ def prepare_image(key: str, content: bytes, rule: ImageRule) -> StoredImage | Re
                 return Rejected(key, "image_too_small", f"{width} x {height}")
             return _stored(image, content, rule)
         except UnidentifiedImageError:
-            return Rejected(key, "unreadable_image", f"none of {', '.join(FORMATS)}")
+            name = recognise(content)
+            if name is not None:
+                return Rejected(key, f"unsupported_format ({name})", f"its bytes are {name}")
+            size = "" if content else "; the file is empty"
+            return Rejected(key, "unreadable_image", f"none of {', '.join(FORMATS)}{size}")
         except DECODE_ERRORS as error:
             return Rejected(key, "unreadable_image", str(error) or type(error).__name__)
 
@@ -159,7 +177,7 @@ def _stored(image: Image.Image, content: bytes, rule: ImageRule) -> StoredImage:
     if rule.short_side is not None and short_side > rule.short_side:
         # libjpeg scales while it decodes; twice the side leaves the rest to a good filter.
         image.draft(None, (2 * rule.short_side, 2 * rule.short_side))
-    is_deep = image.mode.startswith("I;16")
+    is_deep = image.mode.startswith("I")
     pixels = to_rgb(image)
     orientation = _orientation(image)
     keeps_kind = kind in SUFFIXES and not is_deep

@@ -11,18 +11,15 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
 from aclip.data.convert.images import FileReader, ImageRule
 from aclip.data.convert.plan import ConversionPlan
+from aclip.data.convert.progress import progress_bar
 from aclip.data.convert.shard_writer import ShardRecord, write_shard
 from aclip.errors import ConfigError
 
 SECONDS_BETWEEN_LOOKS = 0.5
 TASKS_A_PROCESS = 2
 """Shards that are handed out ahead."""
-# The bar's thread must not run when the workers are forked.
-tqdm.monitor_interval = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +65,7 @@ def write_shards(
     running = {pool.submit(_write, task) for task in islice(waiting, TASKS_A_PROCESS * processes)}
     total = done + sum(task.last - task.first for task in tasks)
     try:
-        with tqdm(total=total, initial=done, desc="writing", unit=" entries") as bar:
+        with progress_bar(total=total, initial=done, desc="writing", unit=" entries") as bar:
             while running:
                 finished, running = wait(running, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
                 bar.update(done + counter.value - bar.n)

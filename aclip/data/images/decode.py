@@ -16,7 +16,7 @@ JPEG_START = b"\xff\xd8\xff"
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What a file of an image's suffix may hold; Pillow's other decoders are not offered bytes."""
+"""What an image may hold, whatever its suffix; Pillow's other decoders are not offered bytes."""
 
 
 # What Pillow's decoders raise on damaged bytes.
@@ -97,7 +97,14 @@ def _decode_with_pillow(content: bytes, min_side: int) -> Image.Image | Skip:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in 8 bit RGB; of 16 bit grayscale the high byte, where Pillow would clip."""
-    if image.mode.startswith("I;16"):
+    """The first picture in 8 bit RGB; of 16 bit grayscale the high byte, where Pillow would clip.
+
+    Raises:
+        ValueError: the range of the values is not known, as with 32 bits.
+    """
+    is_wide = image.mode == "I" and image.format in ("PNG", "PPM")  # 16 bits in 32
+    if image.mode.startswith("I;16") or is_wide:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits (Pillow's mode {image.mode}) have no known range")
     return image.convert("RGB")

@@ -40,6 +40,8 @@ class Example:
     image: Image.Image
     label: int
     captions: list[str]
+    notes: frozenset[str] = frozenset()
+    """What is counted about the captions, kinds of NOTE_KINDS."""
 
 
 class EvaluationSet(Protocol):
@@ -76,6 +78,8 @@ class ValidationBatch:
     """M lists, each maybe empty."""
     skipped: Counter
     """Samples of this batch that could not be used, by kind."""
+    noted: Counter
+    """Samples of this batch whose captions' text was guessed or left out in part, by kind."""
     error: DataError | None = None
     """Why this rank can't read on; the set can't be scored then."""
 
@@ -121,7 +125,9 @@ class ShardSet:
         image = decode_image(encoded, MIN_SIDE)
         if isinstance(image, Skip):
             return image
-        return Example(image, label, captions if has_captions else [])
+        if not has_captions:
+            return Example(image, label, [])
+        return Example(image, label, captions, captions.notes)
 
 
 def read_label(sample: RawSample) -> int | Skip:
@@ -161,11 +167,12 @@ def read_validation(
     batch_size = math.ceil(share / num_batches)  # as little padding as that many batches allow
     mine = dataset.read(rank, world_size)
 
-    def load(loader: Callable) -> tuple[np.ndarray, int, list[str]] | Skip:
+    def load(loader: Callable) -> tuple[np.ndarray, int, list[str], frozenset[str]] | Skip:
         example = loader()
         if isinstance(example, Skip):
             return example
-        return center_crop(example.image, resolution, resample), example.label, example.captions
+        pixels = center_crop(example.image, resolution, resample)
+        return pixels, example.label, example.captions, example.notes
 
     error: DataError | None = None
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
@@ -196,20 +203,23 @@ def _assemble(
     loading: list[tuple[int, Future]], resolution: int, batch_size: int
 ) -> ValidationBatch:
     images = np.zeros((batch_size, 3, resolution, resolution), dtype=np.uint8)
-    indices, labels, captions, skipped = [], [], [], Counter()
+    indices, labels, captions = [], [], []
+    skipped, noted = Counter(), Counter()
     for index, future in loading:
         loaded = future.result()
         if isinstance(loaded, Skip):
             skipped[loaded.kind] += 1
             continue
-        images[len(indices)], label, texts = loaded
+        images[len(indices)], label, texts, notes = loaded
         indices.append(index)
         labels.append(label)
         captions.append(texts)
+        noted.update(notes)
     return ValidationBatch(
         images=torch.from_numpy(images),
         indices=torch.tensor(indices, dtype=torch.int64),
         labels=torch.tensor(labels, dtype=torch.int64),
         captions=captions,
         skipped=skipped,
+        noted=noted,
     )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from aclip.data.captions import NOTE_KINDS, decode_text
+from aclip.distributed import say
 from aclip.errors import ConfigError
 
 CLASS_NAMES_FILE = "classnames.txt"
@@ -40,7 +42,7 @@ def find_class_prompts(folder: Path) -> ClassPrompts | None:
         DEFAULT_TEMPLATE.
 
     Raises:
-        ConfigError: a file is empty or not in UTF-8, a class has no name, or a template lacks {c}.
+        ConfigError: a file is empty, a class has no name, or a template lacks {c}.
     """
     folder = folder.absolute()
     for candidate in (folder, folder.parent):
@@ -175,15 +177,10 @@ def _read(names_file: Path, templates_file: Path) -> ClassPrompts:
 
 
 def _lines(path: Path) -> list[str]:
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig").rstrip()
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise ConfigError(
-            f"{path} is not written in UTF-8 (line {line} holds the byte "
-            f"0x{content[error.start]:02x}); save it in this encoding"
-        ) from None
+    text, note = decode_text(path.read_bytes())
+    if note is not None:
+        say(f"{path}: {NOTE_KINDS[note]}")
+    text = text.rstrip()  # a first line that is blank is a class without a name
     if not text:
         raise ConfigError(f"{path} is empty; fill it or remove it")
     return [line.strip() for line in text.split("\n")]

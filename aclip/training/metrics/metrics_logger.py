@@ -70,8 +70,11 @@ class MetricsLogger:
         if not self._is_writer:
             return
         line = StepLine(**_plain(asdict(line)))
-        self._append(asdict(line))
-        rest = {k: v for k, v in asdict(line).items() if k not in ("samples", "terms")}
+        values = asdict(line)
+        if not line.noted:  # as in most runs
+            del values["noted"]
+        self._append(values)
+        rest = {k: v for k, v in values.items() if k not in ("samples", "terms")}
         self._plot({"terms": line.terms, "train": rest}, line.samples)
         self._marks.append((self._clock(), line.samples))
         say(self._progress(line))
@@ -162,6 +165,7 @@ class MetricsLogger:
             parts.append(f"skipped {num_skipped:,}")
         if line.repeated:
             parts.append(f"repeated {line.repeated:,}")
+        parts += [f"{kind} {count:,}" for kind, count in line.noted.items()]
         return "  ".join([*parts, f"ETA {self._remaining(samples, line.images_per_second)}"])
 
     def _remaining(self, samples: int, images_per_second: float | None) -> str:

@@ -3,10 +3,10 @@
 import os
 from collections.abc import Iterator
 
+from aclip.data.captions import texts_in
 from aclip.data.convert.entries import Entry, Rejected, Source, make_key
 from aclip.data.convert.sources.json_stream import iterate_objects, require_ijson
 from aclip.data.convert.sources.text_files import existing_file, existing_folder
-from aclip.errors import ConfigError
 
 
 def coco_source(annotations: str, images: str) -> Source:
@@ -28,17 +28,19 @@ def coco_source(annotations: str, images: str) -> Source:
     def entries() -> Iterator[Entry | Rejected]:
         names: dict[int, str] = {}
         captions: dict[int, list[str]] = {}
-        try:
-            for image in iterate_objects(path, "images"):
-                names[image["id"]] = _text(image, "file_name")
-            for annotation in iterate_objects(path, "annotations"):
-                own = captions.setdefault(annotation["image_id"], [])
-                own.append(_text(annotation, "caption"))
-        except (KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{path} holds an image or annotation of another form ({type(error).__name__}: "
-                f"{error}); give COCO's captions JSON"
-            ) from None
+        for image in iterate_objects(path, "images"):
+            if isinstance(image.get("file_name"), str) and isinstance(image.get("id"), int | str):
+                names[image["id"]] = image["file_name"]
+            else:
+                yield _malformed(image, "image", "file_name")
+        for annotation in iterate_objects(path, "annotations"):
+            index, (texts, _) = annotation.get("image_id"), texts_in(annotation.get("caption"))
+            if texts and isinstance(index, int | str):
+                captions.setdefault(index, []).extend(texts)
+            elif isinstance(index, int | str) and isinstance(annotation.get("caption"), str):
+                captions.setdefault(index, [])  # blank
+            else:
+                yield _malformed(annotation, "annotation", "caption")
         for index, name in names.items():
             key = make_key(os.path.splitext(name)[0])
             if index in captions:
@@ -51,7 +53,7 @@ def coco_source(annotations: str, images: str) -> Source:
     return Source(existing_folder(images, "--images"), (path,), entries)
 
 
-def _text(item: dict, field: str) -> str:
-    if not isinstance(item[field], str):
-        raise TypeError(f"{field} is no text")
-    return item[field]
+def _malformed(item: dict, name: str, field: str) -> Rejected:
+    fields = ", ".join(map(str, item))[:80]
+    why = f"no text in {field}, or no id; it has {fields or 'no fields'}"
+    return Rejected(f"{name} {item.get('id')}", "malformed_row", why)

@@ -5,8 +5,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from aclip.data.convert.entries import Entry, Rejected, Source, make_key
-from aclip.data.convert.sources.text_files import existing_file, existing_folder, iterate_lines
+from aclip.data.convert.entries import Entry, Note, Rejected, Source, make_key
+from aclip.data.convert.sources.text_files import TextLines, existing_file, existing_folder
 from aclip.errors import ConfigError
 
 COLUMNS = {"cc3m": ("caption", "url"), "cc12m": ("url", "caption")}
@@ -32,15 +32,19 @@ def conceptual_source(release: str, tsv: str, images: str, name: str | None) -> 
     name = name or NAMES[release]
     _image_name(name, 0, "")
 
-    def entries() -> Iterator[Entry | Rejected]:
+    def rows(lines: TextLines) -> Iterator[Entry | Rejected]:
         header = "\t".join(COLUMNS[release])
         row = 0
-        for line in iterate_lines(path):
+        for line in lines:
             line = line.rstrip("\r\n")
             if row == 0 and line == header:
                 continue
             yield _entry(release, path, name, row, line)
             row += 1
+
+    def entries() -> Iterator[Entry | Rejected | Note]:
+        lines = TextLines(path)
+        return lines.noted(rows(lines))
 
     return Source(existing_folder(images, "--images"), (path,), entries)
 
@@ -48,7 +52,7 @@ def conceptual_source(release: str, tsv: str, images: str, name: str | None) -> 
 def _entry(release: str, path: Path, name: str, row: int, line: str) -> Entry | Rejected:
     values = line.split("\t")
     if len(values) != 2:
-        return Rejected(f"row {row}", "malformed_row", f"{len(values)} columns, not 2")
+        return Rejected(f"row {row}", "malformed_row", f"{len(values)} columns, not 2: {line[:80]}")
     columns = dict(zip(COLUMNS[release], values, strict=True))
     if row == 0 and "://" in columns["caption"] and "://" not in columns["url"]:
         raise ConfigError(

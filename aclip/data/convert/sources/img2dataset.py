@@ -1,15 +1,16 @@
 """img2dataset's shards, indexed where they lie."""
 
 import multiprocessing
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from aclip.data.convert.pool import end_with_parent
+from aclip.data.convert.progress import progress_bar
 from aclip.data.convert.report import write_json
 from aclip.data.convert.sources.text_files import existing_folder
+from aclip.data.images.suffixes import is_litter
 from aclip.data.members import IMAGE_SUFFIXES
 from aclip.data.shards.counts import SIZES_FILE
 from aclip.data.shards.tar import TarShard
@@ -34,26 +35,25 @@ def index_in_place(folder: str, processes: int) -> str:
         A table of what was found.
 
     Raises:
-        ConfigError: no such folder, no .tar in it, one can't be read, none holds a sample, or
-            sizes.json can't be written.
+        ConfigError: no such folder, no .tar in it, one can't be read, or none holds a sample.
+        NotWritten: sizes.json can't be written.
     """
     root = existing_folder(folder, "FOLDER")
-    paths = sorted(root.glob("*.tar"))
+    names = sorted(path for path in root.iterdir() if not is_litter(path.name))
+    paths = [path for path in names if path.suffix.lower() == ".tar" and path.is_file()]
     if not paths:
-        raise ConfigError(f"FOLDER is {root}, which holds no .tar; give img2dataset's output")
+        raise ConfigError(
+            f"FOLDER is {root}, which holds no .tar but {_describe(names)}; give img2dataset's "
+            "output (output_format=webdataset)"
+        )
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, context, end_with_parent) as pool:
-        found = list(tqdm(pool.map(count_shard, paths), "counting", len(paths), unit=" shards"))
+        counted = pool.map(count_shard, paths)
+        found = list(progress_bar(counted, desc="counting", total=len(paths), unit=" shards"))
     samples = sum(facts.samples for facts in found)
     if samples == 0:
         raise ConfigError(f"FOLDER is {root}, whose {len(found)} shards hold no sample; check them")
-    try:
-        write_json(root / SIZES_FILE, {facts.name: facts.samples for facts in found})
-    except OSError as error:
-        raise ConfigError(
-            f"FOLDER is {root}, where {SIZES_FILE} can't be written ({error.strerror or error}); "
-            "give yourself the right to write there"
-        ) from None
+    write_json(root / SIZES_FILE, {facts.name: facts.samples for facts in found})
     lines = [f"{samples:,} samples in {len(found):,} shards: {root / SIZES_FILE}"]
     for words, names in {
         "truncated or corrupt": [facts.name for facts in found if facts.is_broken],
@@ -68,6 +68,11 @@ def index_in_place(folder: str, processes: int) -> str:
         if count:
             lines.append(f"{count:,} samples have no {words}; the loader skips and counts them")
     return "\n".join(lines)
+
+
+def _describe(paths: list[Path]) -> str:
+    kinds = Counter("folders" if path.is_dir() else path.suffix or "files" for path in paths)
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5)) or "nothing"
 
 
 def count_shard(path: Path) -> ShardFacts:

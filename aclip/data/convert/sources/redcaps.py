@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from aclip.data.captions import texts_in
 from aclip.data.convert.entries import Entry, Rejected, Source, make_key
 from aclip.data.convert.sources.json_stream import iterate_objects, require_ijson
 from aclip.data.convert.sources.text_files import existing_file, existing_folder
@@ -39,12 +40,14 @@ def redcaps_source(annotations: str, images: str) -> Source:
 
 
 def _entry(annotation: dict) -> Entry | Rejected:
-    values = [annotation.get(field) for field in FIELDS]
-    if not all(isinstance(value, str) for value in values):
-        fields = " and ".join(
-            field for field, value in zip(FIELDS, values, strict=True) if not isinstance(value, str)
-        )
-        return Rejected(str(annotation.get("image_id")), "malformed_row", f"no text in {fields}")
-    image_id, subreddit, caption = values
+    image_id, subreddit, caption = (annotation.get(field) for field in FIELDS)
+    captions = [caption] if isinstance(caption, str) else texts_in(caption)[0]
+    lacking = [
+        field
+        for field, value in zip(FIELDS, (image_id, subreddit, captions), strict=True)
+        if not value or not isinstance(value, str | list)
+    ]
+    if lacking:
+        return Rejected(str(image_id), "malformed_row", f"no text in {' and '.join(lacking)}")
     path = f"{subreddit}/{image_id}"
-    return Entry(make_key(path), f"{path}.jpg", (caption,))
+    return Entry(make_key(path), f"{path}.jpg", tuple(captions))

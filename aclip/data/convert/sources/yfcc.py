@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from aclip.data.convert.entries import Entry, Rejected, Source
+from aclip.data.convert.entries import Entry, Note, Rejected, Source
 from aclip.data.convert.sources.pickle_stream import iterate_pickled_list
-from aclip.data.convert.sources.text_files import existing_file, existing_folder, iterate_lines
+from aclip.data.convert.sources.text_files import TextLines, existing_file, existing_folder
 from aclip.errors import ConfigError
 
 NUM_IDS = 10**8
@@ -31,9 +31,10 @@ def yfcc_source(metadata: str, images: str) -> Source:
     path = existing_file(metadata, "METADATA")
     is_pickle = path.suffix in (".pkl", ".pickle")
 
-    def entries() -> Iterator[Entry | Rejected]:
-        for row in iterate_pickled_list(path) if is_pickle else _json_rows(path):
-            yield _entry(path, row)
+    def entries() -> Iterator[Entry | Rejected | Note]:
+        lines = TextLines(path)
+        rows = iterate_pickled_list(path) if is_pickle else _json_rows(lines)
+        return lines.noted(_entry(path, row) for row in rows)
 
     return Source(existing_folder(images, "--images"), (path,), entries)
 
@@ -58,14 +59,14 @@ def _entry(path: Path, row: object) -> Entry | Rejected:
     )
 
 
-def _json_rows(path: Path) -> Iterator[tuple]:
-    for number, line in enumerate(iterate_lines(path), 1):
+def _json_rows(lines: TextLines) -> Iterator[tuple]:
+    for line in lines:
         try:
             row = json.loads(line)
             yield row["id"], row["title"], row["description"]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{path} line {number} is not an object with id, title and description "
+                f"{lines.path} line {lines.number} is not an object with id, title and description "
                 f"({type(error).__name__}: {error}); give SLIP's .pkl, or make the list anew with "
                 "launch/convert.py yfcc-list"
             ) from None

@@ -7,9 +7,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
-from tqdm import tqdm
 
-from aclip.data.convert.sources.text_files import existing_file, iterate_lines
+from aclip.data.captions import NOTE_KINDS
+from aclip.data.convert.progress import progress_bar
+from aclip.data.convert.sources.text_files import TextLines, existing_file
 from aclip.data.convert.sources.yfcc import NUM_IDS
 from aclip.errors import ConfigError
 from aclip.files import appearing
@@ -50,6 +51,9 @@ def write_yfcc_list(metadata: str, subset: str, image_ids: str | None, out: str)
         f"{counts['malformed']:,} malformed",
         flush=True,
     )
+    for kind in NOTE_KINDS:
+        if counts[kind]:
+            print(f"{kind} {counts[kind]:,}: {NOTE_KINDS[kind]}", flush=True)
 
 
 def clean_text(field: str) -> str:
@@ -64,9 +68,11 @@ def clean_text(field: str) -> str:
 def _write_rows(source: Path, wanted: np.ndarray, file) -> Counter:
     counts = Counter()
     size = source.stat().st_size
-    with tqdm(total=size, unit="B", unit_scale=True, desc="reading metadata") as bar:
-        lines = iterate_lines(source, lambda position: bar.update(position - bar.n))
+    with progress_bar(total=size, unit="B", unit_scale=True, desc="reading metadata") as bar:
+        lines = TextLines(source, lambda position: bar.update(position - bar.n))
         for number, line in enumerate(lines, 1):
+            counts.update(note.kind for note in lines.notes)
+            lines.notes.clear()
             columns = line.rstrip("\n").split("\t", DESCRIPTION + 1)
             if number == 1:
                 _check_id(columns[0], source)
@@ -103,7 +109,7 @@ def _check_id(text: str, path: Path) -> None:
 def _read_subset(path: Path) -> np.ndarray:
     """(NUM_IDS,) bool"""
     mask = np.zeros(NUM_IDS, dtype=bool)
-    for line in iterate_lines(path):
+    for line in TextLines(path):
         index = line.split("\t", 1)[0].strip()
         if index:
             _check_id(index, path)
