@@ -24,6 +24,7 @@ from aclip.files import check_writable
 from aclip.machine import usable_cores
 from aclip.method.schedules import count_steps
 from aclip.nodes.probe import BUSY_MIB, gpus
+from aclip.planning.measure_step import measure_step
 
 CAPTION_TOKENS = 17
 """The mean length of a caption, start and end included, for the table's FLOPs."""
@@ -137,9 +138,6 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _gflops(case: Case) -> float:
-    # Imported here: the towers' packages take seconds, which no wrong input should cost.
-    from aclip.planning.measure_step import measure_step
-
     batch = batch_of_mean_captions(case.recipe, CAPTION_TOKENS, CAPTION_TOKENS)
     return measure_step(case.recipe, batch, modes=("none",)).total_flops / 1e9
 

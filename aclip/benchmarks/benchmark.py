@@ -22,9 +22,6 @@ def benchmark(arguments: argparse.Namespace) -> int:
         from aclip.benchmarks.scaling import benchmark_scaling
 
         return benchmark_scaling(arguments)
-    from aclip.benchmarks.step_input import read_input
-
-    given = read_input(arguments)
     from aclip.benchmarks.step_cost import benchmark_steps
 
-    return benchmark_steps(given)
+    return benchmark_steps(arguments)

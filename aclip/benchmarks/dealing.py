@@ -19,7 +19,6 @@ from aclip.data.lanes.counts import resolve_lanes
 from aclip.data.lanes.mixing import deal_sources
 from aclip.data.lanes.order import LaneOrder, Span
 from aclip.errors import ConfigError
-from aclip.files import write_whole
 
 SHUFFLE_BLOCK = 512
 UNEVEN = (600, 1000)
@@ -79,7 +78,7 @@ def benchmark_dealing(arguments: argparse.Namespace) -> int:
     ]
     print(format_table(rows, arguments.epochs))
     if arguments.json:
-        write_whole(Path(arguments.json), json.dumps([asdict(row) for row in rows], indent=1))
+        Path(arguments.json).write_text(json.dumps([asdict(row) for row in rows], indent=1))
     return 0
 
 

@@ -31,7 +31,6 @@ from aclip.data.members import IMAGE_SUFFIXES
 from aclip.data.shards.listing import index_shards, list_shards
 from aclip.data.tokenizer import build_tokenizer
 from aclip.errors import ConfigError
-from aclip.files import write_whole
 from aclip.run_folder.layout import METRICS_FILE
 from aclip.run_folder.metrics_file import read_metrics
 
@@ -98,7 +97,7 @@ def benchmark_loading(arguments: argparse.Namespace) -> int:
         )
     if arguments.json:
         content = {"environment": environment, "rows": [asdict(row) for row in rows]}
-        write_whole(Path(arguments.json), json.dumps({**content, "data_wait_percent": waits}))
+        Path(arguments.json).write_text(json.dumps({**content, "data_wait_percent": waits}))
     return 0
 
 

@@ -24,6 +24,7 @@ from aclip.errors import ConfigError
 from aclip.nodes.hostfile import Host, environment_for_nodes, read_hostfile
 from aclip.nodes.node import Node
 from aclip.nodes.remote_shell import LOCAL, SSH, check_remote_shell
+from aclip.planning.plan import plan_memory
 
 LONGEST_SECONDS = 3600.0
 WEAK, STRONG = "weak", "strong"
@@ -72,9 +73,6 @@ def benchmark_scaling(arguments: argparse.Namespace) -> int:
     overrides = [*arguments.set, "data.train=demo"]
     # Every case is read before the first one costs time.
     read = [_read(name, overrides, arguments.ds_config, n, size) for _, n, size in cases]
-    # Imported here: the towers' packages take seconds, which no wrong input should cost.
-    from aclip.planning.plan import plan_memory
-
     rows: list[Measured] = []
     for (mode, ranks, size), (recipe, ds_config) in zip(cases, read, strict=True):
         print(f"{mode}: {ranks} ranks, {size} images a step", flush=True)

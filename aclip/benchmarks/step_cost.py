@@ -5,6 +5,7 @@ ratio is the median of the rounds' ratios. On a CPU the time is CPU time, since 
 other processes too, and freed memory is kept, as on a GPU; there it is between CUDA events.
 """
 
+import argparse
 import contextlib
 import gc
 import json
@@ -22,16 +23,16 @@ import torch
 from aclip.benchmarks.host_pages import kept_pages
 from aclip.benchmarks.open_clip_step import OpenClipStep
 from aclip.benchmarks.peak_memory import peak_growth
-from aclip.benchmarks.step_input import StepInput
 from aclip.cli import MIB, text_table
 from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe import Recipe
+from aclip.config.recipe_file import load_recipe
 from aclip.data.batch import join
 from aclip.data.synthetic import caption_lengths, synthetic_batch
 from aclip.distributed import default_to_one_rank
 from aclip.engine.optimizer import optimizer_bytes
 from aclip.engine.process_group import init_distributed
-from aclip.files import write_whole
+from aclip.errors import ConfigError
 from aclip.planning.measure_step import measure_step
 from aclip.training.stepper import Stepper
 
@@ -73,10 +74,23 @@ class Row:
     step_mib: float
 
 
-def benchmark_steps(given: StepInput) -> int:
-    """Times what `launch/benchmark.py` was given; returns the exit status."""
-    arguments, recipes, batch_size = given.arguments, given.recipes, given.batch_size
-    if not torch.cuda.is_available():
+def benchmark_steps(arguments: argparse.Namespace) -> int:
+    """Runs `launch/benchmark.py`; returns the exit status."""
+    for name, least in (("rounds", 1), ("threads", 1), ("batch_size", 2)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} is {value}; give {least} or more")
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json is {arguments.json}, whose folder is not there; make it first")
+    on_gpu = torch.cuda.is_available()
+    batch_size = arguments.batch_size or (128 if on_gpu else 8)
+    # Every recipe is read before the first one is built, which takes time.
+    overrides = [*arguments.set, f"train.global_batch_size={batch_size}", "data.train=demo"]
+    recipes = {name: load_recipe(name, overrides) for name in arguments.recipes}
+    baseline = arguments.baseline or arguments.recipes[0]
+    if baseline not in recipes:
+        raise ConfigError(f"--baseline is {baseline}, which is not among {', '.join(recipes)}")
+    if not on_gpu:
         torch.set_num_threads(arguments.threads)
     default_to_one_rank()
     device = init_distributed()
@@ -84,7 +98,7 @@ def benchmark_steps(given: StepInput) -> int:
     for name, recipe in recipes.items():
         print(f"building {name}", flush=True)
         systems.append(_build(name, recipe, batch_size, device))
-    baselines = [given.baseline]
+    baselines = [baseline]
     if arguments.against == "open_clip":
         print("building open_clip", flush=True)
         systems += _build_open_clip(next(iter(recipes.values())), batch_size, device)
@@ -95,7 +109,7 @@ def benchmark_steps(given: StepInput) -> int:
     print(format_table(rows, baselines, environment))
     if arguments.json:
         content = {"environment": environment, "rows": [asdict(row) for row in rows]}
-        write_whole(Path(arguments.json), json.dumps(content, indent=2))
+        Path(arguments.json).write_text(json.dumps(content, indent=2))
     return 0
 
 

@@ -18,7 +18,7 @@ from aclip.data.shards.listing import Skip, list_shards, remote_shards
 from aclip.data.shards.remote import is_remote
 from aclip.data.shards.tar import RawSample, TarShard
 from aclip.errors import ConfigError
-from aclip.files import check_writable, write_whole
+from aclip.files import write_whole
 from aclip.method.masks.attentive import ATTENTIVE
 from aclip.method.masks.policies import POLICIES
 from aclip.reports.document import (
@@ -40,7 +40,6 @@ from aclip.reports.kept_patches import (
     read_picture_set,
 )
 from aclip.reports.mask_pictures import MAX_SAMPLES, Column, draw_figure, encode
-from aclip.run_folder.checkpoint_folder import find_model
 from aclip.run_folder.layout import FIGURE_FOLDER
 from aclip.weights.checkpoint_weights import CheckpointWeights, load_checkpoint_weights
 
@@ -57,18 +56,10 @@ def visualize(arguments: argparse.Namespace) -> None:
         ConfigError: no such checkpoint, image or shard, nothing usable in them, or --out can't be
             written.
     """
-    folder, _ = find_model(arguments.checkpoint, None)
-    out = Path(arguments.out or folder.resolve().parent.parent / FIGURE_FOLDER)
-    check_writable(out, "--out")
-    for entry in arguments.images:
-        if entry.endswith(".tar") or is_remote(entry):
-            list_shards(entry, "IMAGES")
-        elif not Path(entry).exists():
-            raise ConfigError(
-                f"IMAGES is {entry}, which is not there; give image files, folders of them, or "
-                ".tar shards"
-            )
     weights = load_checkpoint_weights(arguments.checkpoint, None)
+    out = Path(arguments.out or weights.folder.resolve().parent.parent / FIGURE_FOLDER)
+    with writing_to(out, "--out"):
+        out.mkdir(parents=True, exist_ok=True)
     samples = _raw_samples(arguments.images, weights.recipe)
     pictured = read_picture_set(weights.recipe, samples, NUM_MEASURED)
     if pictured is None:

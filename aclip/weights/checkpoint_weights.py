@@ -1,10 +1,7 @@
 """The weights of a checkpoint outside of training: found, verified, whole, with their recipe."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -13,11 +10,9 @@ from torch import Tensor
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
-from aclip.run_folder.checkpoint_folder import STUDENT, TEACHER, find_model, verify
+from aclip.models.student import Student, build_student
+from aclip.run_folder.checkpoint_folder import STUDENT, TEACHER, locate, verify
 from aclip.run_folder.layout import RECIPE_FILE, latest_record
-
-if TYPE_CHECKING:
-    from aclip.models.student import Student
 
 
 @dataclass(frozen=True)
@@ -48,15 +43,21 @@ def load_checkpoint_weights(path: str, model: str | None) -> CheckpointWeights:
         ConfigError: no checkpoint, no such model in it, it is damaged, or its run's recipe is
             missing or builds other shapes.
     """
-    folder, model = find_model(path, model)
+    folder = locate(Path(path))
+    if folder is None:
+        raise ConfigError(
+            f"{path} is neither a checkpoint nor a run folder that holds one; give the folder that "
+            "contains manifest.json, or the run's"
+        )
+    has_teacher = (folder / TEACHER).is_file()
+    if model == "teacher" and not has_teacher:
+        raise ConfigError(f"--model is teacher, but {folder} has none; take --model student")
+    model = model or ("teacher" if has_teacher else "student")
     file = TEACHER if model == "teacher" else STUDENT
     problem = verify(folder, [file, STUDENT])
     if problem is not None:
         raise ConfigError(f"checkpoint {folder} is damaged: {problem}; take another one")
     recipe = _recipe_of(folder)
-    # Imported here: the towers' packages take seconds, which no wrong input should cost.
-    from aclip.models.student import build_student
-
     with torch.device("meta"):
         student = build_student(recipe, for_training=False)
     # What the teacher does not average, such as the logit scale, is the student's.

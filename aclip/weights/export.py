@@ -4,11 +4,15 @@ import argparse
 import json
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from aclip.config.recipe_file import dump_recipe
 from aclip.errors import ConfigError
 from aclip.files import appearing_folder
 from aclip.run_folder.layout import RECIPE_FILE
 from aclip.weights.checkpoint_weights import CheckpointWeights, load_checkpoint_weights
+from aclip.weights.formats import open_clip, plain
+from aclip.weights.names import tower_facts
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -41,15 +45,7 @@ def _check_out(out: Path) -> None:
         raise ConfigError(f"--out is {out}, which is a file; give a new folder")
 
 
-# Each imports its own format, since the packages behind them take seconds, which no wrong input
-# should cost.
-
-
 def _write_open_clip(folder: Path, out: Path, weights: CheckpointWeights) -> str:
-    from safetensors.torch import save_file
-
-    from aclip.weights.formats import open_clip
-
     tensors = open_clip.to_open_clip(weights.state)
     # open_clip's own files are contiguous, and safetensors takes no transposed view.
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -69,6 +65,7 @@ def _write_open_clip(folder: Path, out: Path, weights: CheckpointWeights) -> str
 
 
 def _write_huggingface(folder: Path, out: Path, weights: CheckpointWeights) -> str:
+    # Imported here, since transformers takes seconds.
     from aclip.weights.formats import huggingface
 
     problem = huggingface.unsupported(weights.student)
@@ -85,9 +82,6 @@ def _write_huggingface(folder: Path, out: Path, weights: CheckpointWeights) -> s
 
 
 def _write_plain(folder: Path, out: Path, weights: CheckpointWeights) -> str:
-    from aclip.weights.formats import plain
-    from aclip.weights.names import tower_facts
-
     plain.write(folder / plain.WEIGHTS, weights.state, tower_facts(weights.student))
     (folder / RECIPE_FILE).write_text(dump_recipe(weights.recipe))
     file = out / plain.WEIGHTS

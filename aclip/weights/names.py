@@ -1,12 +1,8 @@
 """Parameters' names that other formats know too, and what no shape tells of a model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from aclip.models.student import Student
+from aclip.models.student import Student
 
 LOGIT_SCALE = "logit_scale.log_logit_scale"
 LOGIT_BIAS = "logit_bias.logit_bias"

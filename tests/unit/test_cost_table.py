@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from aclip.benchmarks.open_clip_step import OpenClipStep
-from aclip.benchmarks.step_cost import System, format_table, make_row
-from aclip.benchmarks.step_input import read_input
+from aclip.benchmarks.step_cost import System, benchmark_steps, format_table, make_row
 from aclip.config.recipe_file import load_recipe
 from aclip.data.synthetic import (
     batch_of_mean_captions,
@@ -118,4 +117,4 @@ def test_baseline_that_is_not_measured_is_refused():
         json=None,
     )
     with pytest.raises(ConfigError, match="--baseline is clip_vitb16, .* not among demo"):
-        read_input(arguments)
+        benchmark_steps(arguments)
