@@ -76,6 +76,21 @@ def test_converters_take_hyphens_and_underscores(parse, source, options, expecte
         assert {name: values[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    "words, hostfile, others",
+    [
+        ([], None, []),
+        (["hosts"], "hosts", []),
+        (["hosts", "--train", "a.tar"], "hosts", ["--train", "a.tar"]),
+        (["--train", "a.tar", "--output", "x"], None, ["--train", "a.tar", "--output", "x"]),
+        (["train.epochs=2"], None, ["train.epochs=2"]),
+    ],
+)
+def test_doctor_tells_the_hostfile_from_pretrainings_arguments(parse, words, hostfile, others):
+    values = parse("doctor", "--slots", "2", *words)
+    assert (values["slots"], values["hostfile"], values["arguments"]) == (2, hostfile, others)
+
+
 @pytest.mark.parametrize("script", sorted(path.stem for path in LAUNCH.glob("*.py")))
 def test_a_script_calls_the_function_of_its_own_name(script):
     text = (LAUNCH / f"{script}.py").read_text()
