@@ -1,8 +1,8 @@
 """What a node says of itself; doctor.py asks, over the standard input of this module.
 
 The first line is JSON, {"folder", "output", "shards", "token", "tokens", "master_addr",
-"master_port", "listens", "environment"}; the answer is a line of JSON, see examine(). Then each `time` is answered
-with this clock's, until the input ends.
+"master_port", "listens", "environment"}; the answer is a line of JSON, see examine(). Then each
+`time` is answered with this clock's, until the input ends.
 """
 
 import errno
