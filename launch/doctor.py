@@ -2,7 +2,7 @@
 
 import argparse
 
-from aclip.cli import run_reporting_errors
+from aclip.cli import path, run_reporting_errors
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -19,7 +19,7 @@ def parse_arguments() -> argparse.Namespace:
     # Not positional arguments: argparse would take the value of --train for the hostfile.
     arguments, others = parser.parse_known_args()
     has_hostfile = bool(others) and not others[0].startswith("-") and "=" not in others[0]
-    arguments.hostfile = others[0] if has_hostfile else None
+    arguments.hostfile = path(others[0]) if has_hostfile else None
     arguments.arguments = others[has_hostfile:]
     return arguments
 

@@ -41,9 +41,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     check_writable(out, "--output")
     tasks, missing = find_tasks(
         arguments.suite,
-        Path(arguments.data).expanduser() if arguments.data else None,
+        Path(arguments.data) if arguments.data else None,
         arguments.download,
-        Path(arguments.slip_checkout).expanduser() if arguments.slip_checkout else None,
+        Path(arguments.slip_checkout) if arguments.slip_checkout else None,
     )
     if arguments.linear_probe and not any(task.train for task in tasks):
         raise ConfigError(

@@ -17,6 +17,7 @@ from aclip.cli import (
     EXIT_NON_FINITE,
     EXIT_STOPPED_BY_SIGNAL,
     DefaultsShown,
+    path,
     run_reporting_errors,
 )
 from aclip.config.arguments import parse, run_folder
@@ -201,7 +202,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rsh", help=f"remote shell, such as 'srun --overlap -N1 -n1 -w {{host}}' (default: {SSH})"
     )
-    parser.add_argument("hostfile")
+    parser.add_argument("hostfile", type=path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of pretrain.py")
     return parser.parse_args()
 
@@ -221,6 +222,8 @@ def main() -> int:
     check_options(options)
     hosts = read_hostfile(options.hostfile)
     output = run_folder(parse(options.arguments))
+    # Written out, so that `~` means this user's folder on every node.
+    options.arguments += ["--output", str(output)]
     if not doctor.examine(hosts, options.arguments, options):
         return EXIT_BAD_INPUT
     return Supervisor(options, hosts, output).supervise()

@@ -14,6 +14,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from aclip.errors import ConfigError
+from aclip.files import expand_home
 from aclip.models.student import Student
 from aclip.run_folder.checkpoint_folder import locate
 from aclip.weights.checkpoint_weights import load_checkpoint_weights
@@ -114,6 +115,7 @@ def load_initial_weights(student: Student, init: str) -> InitReport:
 
 
 def _open(init: str) -> InitialWeights:
+    init = expand_home(init, "--init")
     try:
         if init.startswith(TIMM):
             return _open_timm(init.removeprefix(TIMM))
