@@ -18,6 +18,7 @@ from aclip.files import check_writable
 from aclip.run_folder import checkpoint_folder
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER
 from aclip.training.metrics.wandb_tracker import check_wandb
+from aclip.weights.first_look import check_init
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def check_start(arguments: argparse.Namespace) -> Start:
     run_folder = choose_run_folder(arguments)
     check_writable(run_folder, "--output")
     resume_from = checkpoint_folder.find(run_folder / CHECKPOINTS_FOLDER, arguments.resume)
+    if resume_from is None:
+        check_init(recipe.model.init)
     _give_hints(recipe)
     shards, val_shards = find_data(recipe)
     # Built once before anything costs time, since it checks lanes, ranks and workers.
