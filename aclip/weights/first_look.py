@@ -155,7 +155,8 @@ def _look_into_folder(path: Path) -> Found:
     if (path / PLAIN_WEIGHTS).is_file() and (path / RECIPE_FILE).is_file():
         return Found("file", _sound(path / PLAIN_WEIGHTS))
     if any(_DEEPSPEED.fullmatch(each.name) for each in [*path.glob("*"), *path.glob("*/*")]):
-        raise ValueError(_whole_of_deepspeed(path))
+        is_step = any(_DEEPSPEED.fullmatch(each.name) for each in path.glob("*"))
+        raise ValueError(_whole_of_deepspeed(path.resolve().parent if is_step else path))
     if (path / METRICS_FILE).is_file() or (path / RECIPE_FILE).is_file():
         raise ValueError("is a run that has no checkpoint yet; wait for its first one")
     raise ValueError(f"is neither an open_clip folder nor a run, but {_content(path)}")
