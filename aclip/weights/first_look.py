@@ -78,6 +78,39 @@ def find_weights(path: Path) -> Found:
     return Found("file", path)
 
 
+def find_checkpoint(path: str, model: str | None) -> tuple[Path, str]:
+    """The checkpoint's folder and the model in it, "student" or "teacher", that a path means.
+
+    Args:
+        path: a checkpoint's folder, a file of a model in it, or a run's folder for its latest.
+        model: which of the two; None for the teacher if there is one.
+
+    Raises:
+        ConfigError: there is no checkpoint, or no such model in it.
+    """
+    place = Path(path)
+    if place.name in (STUDENT, TEACHER) and place.is_file() and model in (None, place.stem):
+        place, model = place.parent, place.stem
+    folder = locate(place)
+    if folder is None:
+        if not place.exists():
+            found = "there is no such folder"
+        elif not place.is_dir():
+            found = "it is a file"
+        elif (place / METRICS_FILE).is_file() or (place / RECIPE_FILE).is_file():
+            found = "it is a run that has no checkpoint yet"
+        else:
+            found = f"it {_content(place).partition(';')[0]}"
+        raise ConfigError(
+            f"{path} is neither a checkpoint nor a run folder that holds one ({found}); give the "
+            "folder that contains manifest.json, or the run's"
+        )
+    has_teacher = (folder / TEACHER).is_file()
+    if model == "teacher" and not has_teacher:
+        raise ConfigError(f"--model is teacher, but {folder} has none; take --model student")
+    return folder, model or ("teacher" if has_teacher else "student")
+
+
 def check_init(init: str) -> None:
     """Raises ConfigError where `model.init` can't be weights, as far as a first look tells."""
     named = expand_home(init, "--init")
