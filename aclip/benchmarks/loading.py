@@ -71,8 +71,6 @@ def benchmark_loading(arguments: argparse.Namespace) -> int:
     for name in ("rounds", "images", "gpu_rate"):
         if getattr(arguments, name) <= 0:
             raise ConfigError(f"--{name} is {getattr(arguments, name)}; give more than 0")
-    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json is {arguments.json}, whose folder is not there; make it first")
     waits = data_waits(Path(arguments.run)) if arguments.run else []
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:

@@ -31,9 +31,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
     origin = find_origin(arguments.checkpoint, arguments.model, arguments.recipe)
     tasks, missing = find_tasks(
         arguments.suite,
-        Path(arguments.data).expanduser() if arguments.data else None,
+        Path(arguments.data) if arguments.data else None,
         arguments.download,
-        Path(arguments.slip_checkout).expanduser() if arguments.slip_checkout else None,
+        Path(arguments.slip_checkout) if arguments.slip_checkout else None,
     )
     trains = _open_training_splits(tasks) if arguments.linear_probe else {}
     out = Path(arguments.output) if arguments.output else origin.output

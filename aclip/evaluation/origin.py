@@ -5,7 +5,7 @@ from pathlib import Path
 
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
-from aclip.run_folder.checkpoint_folder import find_model, locate
+from aclip.weights.first_look import LOCAL_DIR, find_checkpoint, find_weights
 
 FOLDER = "evaluation"
 
@@ -30,12 +30,17 @@ def find_origin(path: str, model: str | None, recipe_name: str | None) -> Origin
         path, model, recipe_name: as `load_model` takes them.
 
     Raises:
-        ConfigError: there is nothing, a folder without weights, no such model of the two, or no
-            such recipe.
+        ConfigError: there is nothing that can be weights, no such model of the two, or no such
+            recipe.
     """
-    source = Path(path.removeprefix("local-dir:"))
-    if locate(source) is not None:
-        folder, model = find_model(str(source), model)
+    source = Path(path.removeprefix(LOCAL_DIR))
+    try:
+        found = find_weights(source)
+    except ValueError as error:
+        advice = "" if ";" in str(error) else "; give a run, or a SLIP, A-CLIP or open_clip model"
+        raise ConfigError(f"the checkpoint is {path}, which {error}{advice}") from None
+    if found.kind == "checkpoint":
+        folder, model = find_checkpoint(str(found.path), found.model or model)
         folder = folder.resolve()
         output = folder.parent.parent / FOLDER / f"{folder.name}-{model}"
         return Origin(f"{model} of {folder}", output)
@@ -43,16 +48,11 @@ def find_origin(path: str, model: str | None, recipe_name: str | None) -> Origin
         raise ConfigError(
             f"--model is {model}, but {path} is no run and holds one model; leave --model out"
         )
-    advice = "give a run, or a SLIP, A-CLIP or open_clip model"
-    if not source.exists():
-        raise ConfigError(f"the checkpoint is {path}, which does not exist; {advice}")
-    files = [source] if source.is_file() else sorted(p for p in source.iterdir() if p.is_file())
-    if not files:
-        raise ConfigError(f"the checkpoint is {path}, a folder without any file; {advice}")
     if recipe_name is not None:
         load_recipe(recipe_name)
-    size = sum(file.stat().st_size for file in files)
-    newest = max(file.stat().st_mtime_ns for file in files)
-    identity = f"{source.resolve()} ({size} bytes of {newest}, recipe {recipe_name})"
+    state = (found.weights or found.path).stat()
+    identity = (
+        f"{source.resolve()} ({state.st_size} bytes of {state.st_mtime_ns}, recipe {recipe_name})"
+    )
     name = source.resolve().name if source.is_dir() else source.stem
     return Origin(identity, Path("runs") / FOLDER / name)

@@ -56,27 +56,6 @@ def locate(path: Path) -> Path | None:
     return None
 
 
-def find_model(path: str, model: str | None) -> tuple[Path, str]:
-    """The checkpoint's folder that a path means, and "student" or "teacher".
-
-    Args:
-        model: which of the two; None for the teacher where there is one.
-
-    Raises:
-        ConfigError: no checkpoint, or no such model in it.
-    """
-    folder = locate(Path(path))
-    if folder is None:
-        raise ConfigError(
-            f"{path} is neither a checkpoint nor a run folder that holds one; give the folder that "
-            "contains manifest.json, or the run's"
-        )
-    has_teacher = (folder / TEACHER).is_file()
-    if model == "teacher" and not has_teacher:
-        raise ConfigError(f"--model is teacher, but {folder} has none; take --model student")
-    return folder, model or ("teacher" if has_teacher else "student")
-
-
 def publish(root: Path, partial: Path, folder: Path) -> None:
     """Gives a written checkpoint its manifest and its name, and makes it the latest."""
     files = sorted(path.name for path in partial.iterdir())

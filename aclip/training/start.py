@@ -19,6 +19,7 @@ from aclip.files import check_writable
 from aclip.run_folder import checkpoint_folder
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER
 from aclip.training.metrics.wandb_tracker import check_wandb
+from aclip.weights.first_look import check_init
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def check_start(arguments: argparse.Namespace) -> Start:
     run_folder = choose_run_folder(arguments)
     check_writable(run_folder, "--output")
     resume_from = checkpoint_folder.find(run_folder / CHECKPOINTS_FOLDER, arguments.resume)
+    if resume_from is None:
+        check_init(recipe.model.init)
     _give_hints(recipe)
     shards, val_shards = find_data(recipe)
     for sentence in check_validation(val_shards) if val_shards else []:

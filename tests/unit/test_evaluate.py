@@ -92,7 +92,10 @@ def test_bad_arguments_are_refused_before_the_model_is_read(tmp_path):
         ({"suite": ["no_train/x/test"], "linear_probe": True}, "--linear_probe needs"),
         ({"suite": ["no_train/x", "mnits", "dt"]}, "did you mean mnist.*did you mean dtd"),
         ({"checkpoint": str(tmp_path / "nope")}, "the checkpoint is .*nope, which does not exist"),
-        ({"checkpoint": str(tmp_path / "no_train"), "suite": ["x"]}, "a folder without any file"),
+        (
+            {"checkpoint": str(tmp_path / "no_train"), "suite": ["x"]},
+            "is neither an open_clip folder nor a run, but",
+        ),
         ({"recipe": "nope"}, "--recipe is nope"),
         ({"model": "teacher"}, "--model is teacher, but .* holds one model"),
     ):
