@@ -13,9 +13,10 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import zip_longest
 
 from aclip.errors import ConfigError, DataError, NotWritten
+from aclip.files import expand_home
 
 EXIT_FAILED_RUNS = 1
-"""Some of an ablation's runs have failed."""
+"""Some of an ablation's runs, or of an evaluation's sets, have failed."""
 EXIT_BAD_INPUT = 2
 """Also a node that is not fit for a run. Nothing restarts after this status or the next one."""
 EXIT_NON_FINITE = 3
@@ -41,6 +42,15 @@ class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
         if action.default in (None, False, []):
             return action.help
         return super()._get_help_string(action)
+
+
+def path(text: str) -> str:
+    """The `type` of an option that takes a path: `~` in front stands for the home folder, also
+    where no shell has replaced it, as in --output=~/run."""
+    try:
+        return expand_home(text, "this")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def text_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:

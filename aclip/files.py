@@ -12,6 +12,9 @@ from safetensors import SafetensorError
 
 from aclip.errors import ConfigError, NotWritten
 
+PREFIXES = ("timm:", "local-dir:")
+"""Words in front of a path that say how to read what is there."""
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -166,6 +169,29 @@ def check_writable(folder: Path, option: str) -> None:
         raise ConfigError(
             f"{option} is {folder}, which can't be written ({error.strerror}); give another folder"
         ) from None
+
+
+def expand_home(path: str, field: str) -> str:
+    """A path that a user gave, with `~` or `~user` in front replaced by that home folder.
+
+    This also works behind `timm:` and `local-dir:`. What begins otherwise, such as an address or a
+    command, stays as it is.
+
+    Args:
+        field: the option or the recipe's key that gave the path, for the message.
+
+    Raises:
+        ConfigError: no such home folder is known, and there is no file of that very name.
+    """
+    prefix = next((each for each in PREFIXES if path.startswith(each)), "")
+    rest = path.removeprefix(prefix)
+    expanded = os.path.expanduser(rest)
+    if rest.startswith("~") and expanded == rest and not os.path.lexists(rest):
+        raise ConfigError(
+            f"{field} is {path}, but no such home folder is known; write the folder out, or "
+            f"{prefix}./{rest} for a name that begins with ~"
+        )
+    return prefix + expanded
 
 
 def cache_folder() -> Path:

@@ -4,7 +4,7 @@ and compares them. The same command continues."""
 import argparse
 from pathlib import Path
 
-from aclip.cli import DefaultsShown, run_reporting_errors
+from aclip.cli import DefaultsShown, path, run_reporting_errors
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -23,10 +23,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--recipe",
         default="demo",
+        type=path,
         help="gives towers, data, colours, optimizer and schedule of all rows",
     )
     parser.add_argument(
-        "--ds_config", default="ds_configs/zero0.json", help="DeepSpeed JSON of all runs"
+        "--ds_config",
+        default="ds_configs/zero0.json",
+        type=path,
+        help="DeepSpeed JSON of all runs",
     )
     parser.add_argument("--keep_ratio", type=float, nargs="+", default=[0.5])
     parser.add_argument("--seeds", type=int, default=5, help="of each row")
@@ -34,7 +38,11 @@ def parse_arguments() -> argparse.Namespace:
         "--processes", type=int, help="at a time (default: one per free GPU, or per core)"
     )
     parser.add_argument(
-        "--output", "--out", default="runs/ablation", help="folder of runs and report"
+        "--output",
+        "--out",
+        default="runs/ablation",
+        type=path,
+        help="folder of runs and report",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="recipe values to change in all rows"

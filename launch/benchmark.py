@@ -4,7 +4,7 @@ the data: `python launch/benchmark.py --loader`; how often each sample comes:
 
 import argparse
 
-from aclip.cli import DefaultsShown, run_reporting_errors
+from aclip.cli import DefaultsShown, path, run_reporting_errors
 
 LARGE = ["aclip_vitl16"]
 PAPER = ["clip_vitb16", "slip_vitb16", "maskclip_vitb16", "aclip_vitb16", "aclip_eff_vitb16"]
@@ -19,9 +19,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "recipes",
         nargs="*",
+        type=path,
         help="names of recipes or YAML files (default: the paper's table; with --scaling ViT-L/16)",
     )
-    parser.add_argument("--baseline", help="the recipe that counts as 1 (default: the first)")
+    parser.add_argument(
+        "--baseline", type=path, help="the recipe that counts as 1 (default: the first)"
+    )
     parser.add_argument(
         "--against",
         choices=["open_clip"],
@@ -35,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each system")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, where there is no GPU")
-    parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--json", type=path, help="file for the figures")
     parser.add_argument(
         "--set",
         nargs="*",
@@ -49,12 +52,12 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="time this loader, open_clip's and a plain one instead of steps",
     )
-    loader.add_argument("--shards", help="to read (default: pictures made for it)")
+    loader.add_argument("--shards", type=path, help="to read (default: pictures made for it)")
     loader.add_argument("--images", type=int, default=256, help="of each loader in a round")
     loader.add_argument(
         "--gpu_rate", type=float, default=2900, help="images a second that one GPU trains on"
     )
-    loader.add_argument("--run", help="folder of a run whose data-wait share to print")
+    loader.add_argument("--run", type=path, help="folder of a run whose data-wait share to print")
     dealing = parser.add_argument_group("with --dealing")
     dealing.add_argument(
         "--dealing",
@@ -72,11 +75,17 @@ def parse_arguments() -> argparse.Namespace:
     dealing.add_argument("--ranks", type=int, default=64)
     dealing.add_argument("--workers", type=int, default=8, help="of each rank")
     scaling = parser.add_argument_group("scaling over the slots of a hostfile")
-    scaling.add_argument("--scaling", metavar="HOSTFILE", help="measure 1, 2, 4, ... of its slots")
-    scaling.add_argument("--ds_config", default="ds_configs/zero2.json")
+    scaling.add_argument(
+        "--scaling", metavar="HOSTFILE", type=path, help="measure 1, 2, 4, ... of its slots"
+    )
+    scaling.add_argument("--ds_config", default="ds_configs/zero2.json", type=path)
     scaling.add_argument("--steps", type=int, default=30, help="timed steps of each case")
     scaling.add_argument(
-        "--out", "--output", default="scaling", help="folder for table, plot and figures"
+        "--out",
+        "--output",
+        default="scaling",
+        type=path,
+        help="folder for table, plot and figures",
     )
     scaling.add_argument("--master_port", type=int, default=29500)
     scaling.add_argument("--rsh", help="remote shell; see launch/multinode.sh --help")

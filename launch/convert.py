@@ -2,7 +2,7 @@
 
 import argparse
 
-from aclip.cli import run_reporting_errors
+from aclip.cli import path, run_reporting_errors
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -22,11 +22,13 @@ def parse_arguments() -> argparse.Namespace:
         )
 
     source = add("yfcc15m", "YFCC100M as SLIP lays it out", shards)
-    source.add_argument("metadata", help="yfcc15m.pkl, or the .jsonl that yfcc-list writes")
+    source.add_argument(
+        "metadata", type=path, help="yfcc15m.pkl, or the .jsonl that yfcc-list writes"
+    )
     _add_images(source, "folder that holds 00/000.zip to 99/999.zip")
     for name in ("cc3m", "cc12m"):
         source = add(name, f"{name.upper()}'s tsv and a folder of downloaded images", shards)
-        source.add_argument("tsv", help="as Google publishes it")
+        source.add_argument("tsv", type=path, help="as Google publishes it")
         _add_images(source, "folder of the images")
         source.add_argument(
             "--name",
@@ -34,16 +36,20 @@ def parse_arguments() -> argparse.Namespace:
             "(of the url) (default: as SLIP names them)",
         )
     source = add("coco", "COCO Captions", shards)
-    source.add_argument("annotations", help="captions_train2017.json")
+    source.add_argument("annotations", type=path, help="captions_train2017.json")
     _add_images(source, "the folder train2017")
     source = add("redcaps", "RedCaps", shards)
-    source.add_argument("annotations", help="folder of the annotation files, or one of them")
+    source.add_argument(
+        "annotations", type=path, help="folder of the annotation files, or one of them"
+    )
     _add_images(source, "folder that redcaps-downloader wrote")
     source = add("folder", "a folder of images with NAME.txt or .json beside NAME.jpg", shards)
-    source.add_argument("folder")
+    source.add_argument("folder", type=path)
     source = add("table", "a csv, tsv, jsonl or parquet of image paths and captions", shards)
-    source.add_argument("table")
-    source.add_argument("--images", help="folder that paths start from (default: the table's)")
+    source.add_argument("table", type=path)
+    source.add_argument(
+        "--images", type=path, help="folder that paths start from (default: the table's)"
+    )
     source.add_argument(
         "--image-column", "--image_column", default="filepath", help="(default: filepath)"
     )
@@ -61,15 +67,20 @@ def parse_arguments() -> argparse.Namespace:
         help="a character, or comma, tab, semicolon, pipe (default: found from the header)",
     )
     source = add("img2dataset", "img2dataset's shards: writes their sizes.json only", processes)
-    source.add_argument("folder")
+    source.add_argument("folder", type=path)
     source = add("yfcc-list", "YFCC100M's raw metadata: writes the list for yfcc15m", None)
-    source.add_argument("metadata", help="yfcc100m_dataset, plain, .bz2 or .gz")
-    source.add_argument("--subset", required=True, help="OpenAI's yfcc100m_subset_data.tsv(.bz2)")
+    source.add_argument("metadata", type=path, help="yfcc100m_dataset, plain, .bz2 or .gz")
     source.add_argument(
-        "--image-ids", "--image_ids", help="flickr_unique_ids.npy (default: all of the subset)"
+        "--subset", required=True, type=path, help="OpenAI's yfcc100m_subset_data.tsv(.bz2)"
     )
     source.add_argument(
-        "--out", "--output", required=True, help="file to write, such as yfcc15m.jsonl"
+        "--image-ids",
+        "--image_ids",
+        type=path,
+        help="flickr_unique_ids.npy (default: all of the subset)",
+    )
+    source.add_argument(
+        "--out", "--output", required=True, type=path, help="file to write, such as yfcc15m.jsonl"
     )
     return parser.parse_args()
 
@@ -79,7 +90,11 @@ def _common_arguments() -> tuple[argparse.ArgumentParser, argparse.ArgumentParse
     processes.add_argument("--processes", type=int, help="(default: one a core)")
     shards = argparse.ArgumentParser(add_help=False, parents=[processes])
     shards.add_argument(
-        "--out", "--output", required=True, help="folder of the shards; new or to continue"
+        "--out",
+        "--output",
+        required=True,
+        type=path,
+        help="folder of the shards; new or to continue",
     )
     shards.add_argument(
         "--shard-size", "--shard_size", type=int, default=10000, help="samples (default: 10000)"
@@ -103,7 +118,7 @@ def _common_arguments() -> tuple[argparse.ArgumentParser, argparse.ArgumentParse
 
 
 def _add_images(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("--images", required=True, help=text)
+    parser.add_argument("--images", required=True, type=path, help=text)
 
 
 def main() -> None:

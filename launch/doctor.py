@@ -2,20 +2,26 @@
 
 import argparse
 
-from aclip.cli import run_reporting_errors
+from aclip.cli import path, run_reporting_errors
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Check every node before a run: versions, GPUs, room, data, network."
+        usage="%(prog)s [options] [HOSTFILE] [arguments of pretrain.py]",
+        description="Check every node before a run: versions, GPUs, room, data, network. Without "
+        "HOSTFILE, this node alone.",
+        allow_abbrev=False,  # every other option is pretrain.py's
     )
     parser.add_argument("--slots", type=int, default=1, help="ranks of this node, without hostfile")
     parser.add_argument("--master_addr", help="of the first node (default: its name)")
     parser.add_argument("--master_port", type=int, default=29500)
     parser.add_argument("--rsh", help="remote shell (default: ssh); see launch/multinode.sh --help")
-    parser.add_argument("hostfile", nargs="?", help="(default: this node alone)")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of pretrain.py")
-    return parser.parse_args()
+    # Not positional arguments: argparse would take the value of --train for the hostfile.
+    arguments, others = parser.parse_known_args()
+    has_hostfile = bool(others) and not others[0].startswith("-") and "=" not in others[0]
+    arguments.hostfile = path(others[0]) if has_hostfile else None
+    arguments.arguments = others[has_hostfile:]
+    return arguments
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from aclip.cli import run_reporting_errors
+from aclip.cli import path, run_reporting_errors
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -12,15 +12,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "checkpoint",
+        type=path,
         help="a run or checkpoint, a SLIP or A-CLIP file, an open_clip folder, an aclip export",
     )
     parser.add_argument(
         "--suite",
         nargs="+",
         required=True,
+        type=path,
         help="paper (the 26 sets, Flickr30K and COCO), scenes (built in), names of sets, folders",
     )
-    parser.add_argument("--data", help="folder of the papers' sets")
+    parser.add_argument("--data", type=path, help="folder of the papers' sets")
     parser.add_argument(
         "--download", action="store_true", help="fetch what torchvision can download to --data"
     )
@@ -29,9 +31,13 @@ def parse_arguments() -> argparse.Namespace:
         choices=["teacher", "student"],
         help="which of a run's two (default: the teacher if there is one)",
     )
-    parser.add_argument("--recipe", help="whose towers a file has that does not record them")
     parser.add_argument(
-        "--slip_checkout", help="checkout of facebookresearch/SLIP whose prompts are taken"
+        "--recipe", type=path, help="whose towers a file has that does not record them"
+    )
+    parser.add_argument(
+        "--slip_checkout",
+        type=path,
+        help="checkout of facebookresearch/SLIP whose prompts are taken",
     )
     parser.add_argument(
         "--linear_probe",
@@ -45,19 +51,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output",
         "--out",
-        default="runs/evaluation",
-        help="folder for results.json and results.md (default: runs/evaluation)",
+        type=path,
+        help="folder for results.json and results.md (default: for a run or checkpoint, one in "
+        "evaluation/ of the run's folder; else runs/evaluation/NAME)",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse_arguments()
     # Imported here so that --help answers at once.
     from aclip.evaluation.evaluate import evaluate
 
-    evaluate(arguments)
+    return evaluate(arguments)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,22 @@
 
 import argparse
 
-from aclip.cli import run_reporting_errors
+from aclip.cli import path, run_reporting_errors
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Write a checkpoint's model for open_clip, Hugging Face or as safetensors."
     )
-    parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's for its latest")
+    parser.add_argument(
+        "checkpoint", type=path, help="a checkpoint's folder, or a run's for its latest"
+    )
     parser.add_argument(
         "--format", required=True, choices=["open_clip", "huggingface", "safetensors"]
     )
-    parser.add_argument("--out", "--output", required=True, help="folder to write; new or empty")
+    parser.add_argument(
+        "--out", "--output", required=True, type=path, help="folder to write; new or empty"
+    )
     parser.add_argument(
         "--model",
         choices=["teacher", "student"],

@@ -3,16 +3,21 @@
 
 import argparse
 
-from aclip.cli import run_reporting_errors
+from aclip.cli import path, run_reporting_errors
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Memory, the largest micro-batch, time and communication of a run."
     )
-    parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON, see ds_configs/")
     parser.add_argument(
-        "--recipe", default="demo", help="name of a recipe or path to a YAML file (default: demo)"
+        "--ds_config", required=True, type=path, help="DeepSpeed JSON, see ds_configs/"
+    )
+    parser.add_argument(
+        "--recipe",
+        default="demo",
+        type=path,
+        help="name of a recipe or path to a YAML file (default: demo)",
     )
     parser.add_argument("--gpu", required=True, help="such as a100-80 or h100")
     parser.add_argument("--nodes", type=int, default=1)
@@ -42,11 +47,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    # Imported here so that --help answers at once.
+    # Imported here so that --help answers at once, and wrong input before the towers' packages.
+    from aclip.planning.plan_input import read_input
+
+    given = read_input(arguments)
     from aclip.planning.plan import plan
     from aclip.planning.plan_report import report
 
-    print(report(plan(arguments)))
+    print(report(plan(given)))
 
 
 if __name__ == "__main__":

@@ -2,17 +2,18 @@
 
 import argparse
 
-from aclip.cli import run_reporting_errors
+from aclip.cli import path, run_reporting_errors
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Write report.html and report.md: curves, evaluations, kept patches, recipe."
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=path, help="folder of a run")
     parser.add_argument(
         "--out",
         "--output",
+        type=path,
         help="folder to write (default: of one run its own; of several, comparison)",
     )
     return parser.parse_args()

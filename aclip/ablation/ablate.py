@@ -6,9 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
-from aclip.ablation.report import MARKDOWN, PAGE, make_report, write_files, write_report
 from aclip.ablation.results import QUARTERS, read_results
 from aclip.ablation.rows import DECIDED_BY_ROWS, Case, choose_rows, make_cases
 from aclip.ablation.runs import Run, Runner, make_runs
@@ -24,7 +21,6 @@ from aclip.lock import claim
 from aclip.machine import usable_cores
 from aclip.method.schedules import count_steps
 from aclip.nodes.probe import BUSY_MIB, gpus
-from aclip.planning.measure_step import measure_step
 
 CAPTION_TOKENS = 17
 """The mean length of a caption, start and end included, for the table's FLOPs."""
@@ -53,6 +49,9 @@ def ablate(arguments: argparse.Namespace) -> int:
     _check(arguments)
     runs = _make_runs(arguments)
     output = Path(arguments.output)
+    # Imported here: charts take seconds, which no wrong input should cost.
+    from aclip.ablation.report import MARKDOWN, PAGE, make_report, write_files, write_report
+
     gflops = {run.case.name: _gflops(run.case) for run in runs if run.seed == 0}
 
     title = f"Ablation {output.name}"
@@ -144,6 +143,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _gflops(case: Case) -> float:
+    # Imported here, since the towers take seconds.
+    from aclip.planning.measure_step import measure_step
+
     batch = batch_of_mean_captions(case.recipe, CAPTION_TOKENS, CAPTION_TOKENS)
     return measure_step(case.recipe, batch, modes=("none",)).total_flops / 1e9
 
@@ -159,6 +161,8 @@ def _devices(num_processes: int | None, num_runs: int) -> list[dict[str, str]]:
     """
     listed = gpus()
     if not listed:
+        import torch
+
         if torch.cuda.is_available():
             raise ConfigError("nvidia-smi is not in PATH, so that no free GPU is known; add it")
         num_cores = usable_cores()

@@ -1,6 +1,9 @@
 """What launch/benchmark.py measures: training steps, loading, dealing, or scaling."""
 
 import argparse
+from pathlib import Path
+
+from aclip.errors import ConfigError
 
 
 def benchmark(arguments: argparse.Namespace) -> int:
@@ -9,6 +12,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: bad input, before anything is timed.
     """
+    _check(arguments)
     # Imported here: each imports what it times, which the others can do without.
     if arguments.loader:
         from aclip.benchmarks.loading import benchmark_loading
@@ -25,3 +29,19 @@ def benchmark(arguments: argparse.Namespace) -> int:
     from aclip.benchmarks.step_cost import benchmark_steps
 
     return benchmark_steps(arguments)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Finds wrong input before what is timed is imported, which takes seconds."""
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json is {arguments.json}, whose folder is not there; make it first")
+    if arguments.loader or arguments.dealing:
+        return
+    if arguments.scaling:
+        from aclip.nodes.hostfile import read_hostfile
+
+        read_hostfile(arguments.scaling)
+    from aclip.config.recipe_file import load_recipe
+
+    for name in arguments.recipes:
+        load_recipe(name, [*arguments.set, "data.train=demo"])

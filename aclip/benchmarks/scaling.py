@@ -22,9 +22,9 @@ from aclip.config.recipe_file import load_recipe
 from aclip.data.synthetic import synthetic_batch
 from aclip.errors import ConfigError
 from aclip.files import appearing, check_writable, write_whole
-from aclip.nodes.hostfile import Host, environment_for_nodes, read_hostfile
+from aclip.nodes.hostfile import LOCAL, Host, environment_for_nodes, read_hostfile
 from aclip.nodes.node import Node
-from aclip.nodes.remote_shell import LOCAL, SSH, check_remote_shell
+from aclip.nodes.remote_shell import SSH, check_remote_shell, is_here
 from aclip.planning.plan import plan_memory
 
 LONGEST_SECONDS = 3600.0
@@ -64,8 +64,9 @@ def benchmark_scaling(arguments: argparse.Namespace) -> int:
     if arguments.steps < 1:
         raise ConfigError(f"--steps is {arguments.steps}; give 1 or more")
     hosts = read_hostfile(arguments.scaling)
-    if any(host.name != LOCAL for host in hosts):
-        check_remote_shell(arguments.rsh or SSH)
+    remote_shell = arguments.rsh or SSH
+    if not all(is_here(remote_shell, host.name) for host in hosts):
+        check_remote_shell(remote_shell)
     per_rank = arguments.batch_size or (64 if torch.cuda.is_available() else 4)
     total = sum(host.slots for host in hosts)
     counts = rank_counts(total)
@@ -151,7 +152,7 @@ def _measure(hosts, ranks: int, batch_size: int, name, overrides, arguments) -> 
         "steps": arguments.steps,
     }
     chosen, nodes, outputs, first_rank = first_slots(hosts, ranks), [], [], 0
-    master = "127.0.0.1" if chosen[0].name == LOCAL else chosen[0].name
+    master = "127.0.0.1" if chosen[0].name == LOCAL else chosen[0].address
     for host in chosen:
         common = {
             SPEC: json.dumps(spec),

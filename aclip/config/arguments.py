@@ -4,11 +4,43 @@ import argparse
 import json
 from pathlib import Path
 
+from aclip.cli import path
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
 
 DEMO = "demo"
+_DS_CONFIG = "--ds_config FILE"
+ELSEWHERE = {
+    "--ds-config": _DS_CONFIG,
+    "--deepspeed": _DS_CONFIG,
+    "--deepspeed_config": _DS_CONFIG,
+    "--deepspeed-config": _DS_CONFIG,
+    "--train-data": "--train SHARDS",
+    "--val-data": "--val SHARDS",
+    "--dataset-resampled": "data.sources=[...], which says how data sets are mixed",
+    "--train-num-samples": "nothing: samples are counted, or read from sizes.json",
+    "--epochs": "train.epochs=N",
+    "--batch-size": "train.global_batch_size=N (all ranks together)",
+    "--batch_size": "train.global_batch_size=N (all ranks together)",
+    "--lr": "optimizer.lr=X",
+    "--wd": "optimizer.weight_decay=X",
+    "--warmup": "train.warmup_epochs=X",
+    "--seed": "train.seed=N",
+    "--workers": "data.workers=N (of a rank)",
+    "--precision": "bf16.enabled in the ds_config",
+    "--grad-checkpointing": "model.image.recompute=blocks and model.text.recompute=blocks",
+    "--model": "--recipe NAME_OR_FILE",
+    "--config": "--recipe NAME_OR_FILE",
+    "--pretrained": "--init WEIGHTS",
+    "--logs": "--output FOLDER",
+    "--output-dir": "--output FOLDER",
+    "--output_dir": "--output FOLDER",
+    "--resume_from_checkpoint": "--resume PATH",
+    "--wandb": "train.wandb=PROJECT",
+    "--report-to": "train.wandb=PROJECT",
+}
+"""Options of open_clip and of trainers on DeepSpeed, and what says the same here."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,16 +48,22 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pretrain.py", description="Pre-train a CLIP-style model on DeepSpeed."
     )
-    parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON, see ds_configs/")
     parser.add_argument(
-        "--recipe", default=DEMO, help="name of a recipe or path to a YAML file (default: demo)"
+        "--ds_config", required=True, type=path, help="DeepSpeed JSON, see ds_configs/"
+    )
+    parser.add_argument(
+        "--recipe",
+        default=DEMO,
+        type=path,
+        help="name of a recipe or path to a YAML file (default: demo)",
     )
     parser.add_argument("--train", help="training shards; the same as data.train=...")
     parser.add_argument("--val", help="validation shards; the same as data.val=...")
-    parser.add_argument("--output", help="run folder (default: runs/<recipe>)")
+    parser.add_argument("--output", type=path, help="run folder (default: runs/<recipe>)")
     parser.add_argument(
         "--resume",
         default="auto",
+        type=path,
         help="where a new run in --output begins: none for new weights, or a checkpoint's path; "
         "with auto, and with the same word again, the run in --output continues",
     )
@@ -46,12 +84,23 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_other_trainers_options(words: list[str]) -> None:
+    """Raises ConfigError for an option that another trainer has, with what it is called here."""
+    for word in words:
+        name = word.split("=")[0]
+        if name in ELSEWHERE:
+            raise ConfigError(
+                f"{name} is not an option of pretrain.py; here it is {ELSEWHERE[name]}"
+            )
+
+
 def parse(words: list[str]) -> argparse.Namespace:
     """The arguments that another script passes on to pretrain.py.
 
     Raises:
         ConfigError: one of them is not pretrain.py's.
     """
+    refuse_other_trainers_options(words)
     arguments, unknown = parser().parse_known_intermixed_args(words)
     if unknown:
         raise ConfigError(f"{unknown[0]} is not an argument of pretrain.py; see its --help")

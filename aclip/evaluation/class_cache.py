@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,10 +29,16 @@ class ClassCache:
     Args:
         folder: where the files lie; made when needed.
         student: the model whose text tower embeds the prompts.
+        not_written: hears of a file that could not be written, and the sentence about it.
     """
 
-    def __init__(self, folder: Path, student: Student):
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        student: Student,
+        not_written: Callable[[Path, str], None] | None = None,
+    ):
+        self._folder, self._not_written = folder, not_written
         digest = hashlib.sha256()
         for name, parameter in sorted(student.named_parameters()):
             if name.startswith(TEXT_SIDE):
@@ -60,7 +67,8 @@ class ClassCache:
             try:
                 write_whole(path, save({"class_embeds": embeds.cpu().contiguous()}))
             except NotWritten as error:  # costs only time, when the classes are needed again
-                distributed.say(f"{error}; the evaluation goes on")
+                if self._not_written is not None:
+                    self._not_written(self._folder, str(error))
         return embeds
 
     def _path(self, prompts: ClassPrompts) -> Path:

@@ -11,7 +11,8 @@ from torch import Tensor
 from aclip import distributed
 from aclip.config.recipe import Recipe
 from aclip.data.shards.listing import Shard, read_shard
-from aclip.evaluation.evaluate_set import evaluate_set
+from aclip.evaluation.evaluate_set import check_scored, evaluate_set
+from aclip.evaluation.progress import SpokenProgress
 from aclip.evaluation.sets.evaluation_set import ShardSet
 from aclip.evaluation.sets.prompts import find_class_prompts
 from aclip.evaluation.towers import Towers
@@ -24,6 +25,7 @@ from aclip.reports.kept_patches import (
 from aclip.reports.mask_pictures import draw_figure
 
 BATCH_SIZE = 256
+PROGRESS_SECONDS = 10
 NUM_MEASURED = 256
 """Validation samples that the mask is measured on, if they hold the masks of their objects."""
 
@@ -67,6 +69,10 @@ class Evaluator:
             models: the models by their names, the student among them.
             teacher_scores: gives the attention (n, g, g) fp32 on teacher views (n, 3, T, T) uint8,
                 both on the CPU; None where there are no such views. Rank 0 alone calls it.
+
+        Raises:
+            ConfigError: nothing can be scored. A run's first evaluation comes before its first
+                step, so that this costs no training.
         """
         metrics = {name: self._score(towers) for name, towers in models.items()}
         metrics["chance"] = chance(metrics["student"])
@@ -78,7 +84,11 @@ class Evaluator:
         return Evaluation(metrics, picture)
 
     def _score(self, towers: Towers) -> dict[str, float]:
-        return evaluate_set(towers, ShardSet(self._shards), self._prompts, BATCH_SIZE)
+        dataset = ShardSet(self._shards)
+        progress = SpokenProgress("evaluation", PROGRESS_SECONDS, ends=False)
+        metrics = evaluate_set(towers, dataset, self._prompts, BATCH_SIZE, progress=progress)
+        check_scored(metrics, "data.val", dataset.name)
+        return metrics
 
     def _inspect_mask(
         self, teacher_scores: Callable[[Tensor], Tensor] | None

@@ -1,36 +1,75 @@
-"""A model on evaluation sets: the work behind launch/evaluate.py."""
+"""A model on evaluation sets: the work behind launch/evaluate.py, from its arguments to its status.
+
+What is wrong with the input is said here, before the towers' packages are imported.
+"""
 
 import argparse
+import importlib.util
 import os
-import time
 from pathlib import Path
 
-import torch
-
-from aclip import distributed
-from aclip.data.captions import NOTE_KINDS
 from aclip.distributed import default_to_one_rank, say
 from aclip.errors import ConfigError
-from aclip.evaluation.class_cache import ClassCache
-from aclip.evaluation.evaluate_set import evaluate_set
-from aclip.evaluation.load_model import LoadedModel, load_model
-from aclip.evaluation.results import make_rows, markdown, published_results, table, to_json
+from aclip.evaluation.origin import find_origin
+from aclip.evaluation.results import published_results
+from aclip.evaluation.results_folder import ResultsFolder
 from aclip.evaluation.sets.catalog import find_tasks
-from aclip.evaluation.sets.prompts import CLASS_NAMES_FILE
+from aclip.evaluation.sets.evaluation_set import EvaluationSet
 from aclip.evaluation.sets.task import Task
-from aclip.evaluation.towers import Towers
-from aclip.files import cache_folder, check_writable, write_whole
-
-PROGRESS_SECONDS = 5
+from aclip.files import check_writable
+from aclip.lock import claim, release
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    """Runs `launch/evaluate.py` with its parsed arguments.
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Runs `launch/evaluate.py` with its parsed arguments; returns the exit status.
 
     Raises:
         ConfigError: bad input, before any image is read where that can be known.
     """
     default_to_one_rank()
+    _check(arguments)
+    origin = find_origin(arguments.checkpoint, arguments.model, arguments.recipe)
+    tasks, missing = find_tasks(
+        arguments.suite,
+        Path(arguments.data) if arguments.data else None,
+        arguments.download,
+        Path(arguments.slip_checkout) if arguments.slip_checkout else None,
+    )
+    trains = _open_training_splits(tasks) if arguments.linear_probe else {}
+    out = Path(arguments.output) if arguments.output else origin.output
+    check_writable(out, "--output")
+    is_writer = os.environ["RANK"] == "0"
+    if is_writer and (warning := claim(out, "--output", "an evaluation")) is not None:
+        say(warning)
+    try:
+        folder = ResultsFolder(out, origin.identity) if is_writer else None
+        # Imported here: the towers' packages take seconds, which no wrong input should cost.
+        from aclip.evaluation.evaluate_sets import evaluate_sets
+
+        return evaluate_sets(arguments, tasks, trains, missing, folder)
+    finally:
+        if is_writer:
+            release(out)
+
+
+def _open_training_splits(tasks: list[Task]) -> dict[str, EvaluationSet]:
+    """What the linear probes learn from, by the sets' names.
+
+    Raises:
+        ConfigError: no set has a training split, or one can't be used.
+    """
+    if not any(task.train for task in tasks):
+        raise ConfigError(
+            "--linear_probe needs a training split, which none of the sets has; give one, as "
+            "FOLDER/train/CLASS/ beside FOLDER/test/CLASS/"
+        )
+    for task in tasks:
+        if task.train is None:
+            task.dataset.notes.append("there is no training split, so no linear probe")
+    return {task.name: task.train() for task in tasks if task.train is not None}
+
+
+def _check(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1:
         raise ConfigError(f"--batch_size is {arguments.batch_size}; give a number from 1")
     if arguments.published not in published_results():
@@ -38,118 +77,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
             f"--published is {arguments.published}, which is no row; take one of "
             f"{', '.join(published_results())}"
         )
-    out = Path(arguments.output)
-    check_writable(out, "--output")
-    tasks, missing = find_tasks(
-        arguments.suite,
-        Path(arguments.data).expanduser() if arguments.data else None,
-        arguments.download,
-        Path(arguments.slip_checkout).expanduser() if arguments.slip_checkout else None,
-    )
-    if arguments.linear_probe and not any(task.train for task in tasks):
+    if arguments.linear_probe and importlib.util.find_spec("scipy") is None:
         raise ConfigError(
-            "--linear_probe needs a training split, which none of the sets has; give one, as "
-            "FOLDER/train/CLASS/ beside FOLDER/test/CLASS/"
+            "--linear_probe needs the package scipy, which is not installed; pip install "
+            "-e '.[eval]' in the checkout"
         )
-    loaded = load_model(arguments.checkpoint, arguments.model, arguments.recipe)
-    device = _join_ranks()
-    towers = loaded.towers(device)
-    say(_headline(loaded, tasks, missing))
-    cache = ClassCache(cache_folder() / "class_embeds", loaded.student)
-    results = []
-    for task in tasks:
-        progress = _Progress(task.name)
-        size = arguments.batch_size
-        metrics = evaluate_set(towers, task.dataset, task.prompts, size, cache.embed, progress)
-        if not any(name.startswith(("zero_shot", "image_to_text")) for name in metrics):
-            raise ConfigError(
-                f"--suite is {task.name}, whose {task.source} holds neither captions nor labels "
-                f"with names; write {CLASS_NAMES_FILE} beside the shards' folder"
-            )
-        if arguments.linear_probe and task.train is not None:
-            metrics |= _probe(loaded, towers, task, size, progress)
-        results.append((task, metrics))
-    if distributed.rank() == 0:
-        _report(arguments, loaded, results, missing, out)
-
-
-def _probe(loaded: LoadedModel, towers: Towers, task: Task, size: int, progress) -> dict:
-    from aclip.evaluation.linear_probe import linear_probe
-
-    encode = loaded.student.image
-    return linear_probe(towers, encode, task.train(), task.dataset, size, progress)
-
-
-def _join_ranks() -> torch.device:
-    """This rank's device, after joining the launcher's process group if there are more ranks."""
-    if int(os.environ["WORLD_SIZE"]) > 1:
-        # Imported here: DeepSpeed takes seconds, which one rank need not wait for.
-        from aclip.engine.process_group import init_distributed
-
-        return init_distributed()
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _headline(loaded: LoadedModel, tasks: list[Task], missing: list[str]) -> str:
-    lines = [
-        f"evaluating the {loaded.description} at {loaded.recipe.model.image.resolution} px on "
-        f"{len(tasks)} sets, {distributed.world_size()} ranks"
-    ]
-    return "\n".join(lines + [f"left out: {sentence}" for sentence in missing])
-
-
-def _report(
-    arguments: argparse.Namespace,
-    loaded: LoadedModel,
-    results: list[tuple[Task, dict[str, float]]],
-    missing: list[str],
-    out: Path,
-) -> None:
-    rows = make_rows(results, arguments.published)
-    facts = [
-        f"{task.title}: {int(metrics['num_images']):,} images of {task.source}, "
-        f"{int(metrics['num_skipped'])} unusable"
-        + "".join(f", {k} {metrics[f'num_{k}']:,.0f}" for k in NOTE_KINDS if f"num_{k}" in metrics)
-        + ("" if task.prompts is None else f"; prompts: {task.prompts.source}")
-        for task, metrics in results
-    ]
-    facts += [f"left out: {sentence}" for sentence in missing]
-    values = {
-        "model": loaded.description,
-        "resolution": loaded.recipe.model.image.resolution,
-        "ranks": distributed.world_size(),
-        "published": arguments.published,
-        "sets": {
-            task.name: {
-                "title": task.title,
-                "metric": task.metric,
-                "source": task.source,
-                "prompts": None if task.prompts is None else task.prompts.source,
-                "metrics": metrics,
-            }
-            for task, metrics in results
-        },
-        "left_out": missing,
-    }
-    write_whole(out / "results.json", to_json(values).encode())
-    text = markdown(f"Evaluation of the {loaded.description}", rows, arguments.published, facts)
-    write_whole(out / "results.md", text.encode())
-    say(table(rows, arguments.published))
-    say("\n".join(facts))
-    say(f"written: {out / 'results.json'}, {out / 'results.md'}")
-
-
-class _Progress:
-    """Prints what a set's evaluation has done, every few seconds and at the end of each part."""
-
-    def __init__(self, name: str):
-        self._name = name
-        self._next = time.monotonic() + PROGRESS_SECONDS
-
-    def __call__(self, words: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now < self._next and done < total:
-            return
-        self._next = now + PROGRESS_SECONDS
-        share = f": {done:,} of {total:,} on this rank" if total > 1 else ""
-        say(f"{self._name}, {words}{share}")

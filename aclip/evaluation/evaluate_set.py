@@ -20,12 +20,32 @@ from aclip.evaluation.sets.evaluation_set import (
     ValidationBatch,
     read_validation,
 )
-from aclip.evaluation.sets.prompts import ClassPrompts
+from aclip.evaluation.sets.prompts import CLASS_NAMES_FILE, ClassPrompts
+from aclip.evaluation.skips import SKIPPED, show_kinds
 from aclip.evaluation.texts import embed_captions, embed_classes
+from aclip.evaluation.together import count_together, raise_together
 from aclip.evaluation.towers import Progress, Towers, image_embedder
 
 CAPTIONS_PER_IMAGE = 2**20
 """More captions than any image has."""
+
+
+def check_scored(metrics: dict[str, float], field: str, where: str) -> None:
+    """Refuses what `evaluate_set` can count but not score.
+
+    Args:
+        field: the option or the recipe's key that gave the set.
+        where: the set, in words.
+
+    Raises:
+        ConfigError: there is no score.
+    """
+    if not any(name.startswith(("zero_shot", "image_to_text")) for name in metrics):
+        raise ConfigError(
+            f"{field} is {where}, whose {metrics['num_images']:,.0f} usable samples hold neither "
+            f"captions nor labels with names; write {CLASS_NAMES_FILE} beside the shards or one "
+            "folder up"
+        )
 
 
 @torch.no_grad()
@@ -54,11 +74,13 @@ def evaluate_set(
     Returns:
         image_to_text_r{1,5,10} and text_to_image_r{1,5,10}, zero_shot_top{1,5},
         zero_shot_mean_per_class, with two classes zero_shot_roc_auc unless only one of them has
-        images: shares in [0, 1]; and counts: num_images, num_skipped, with captions num_captions,
-        with classes num_classes, and num_ and a kind of NOTE_KINDS where there are such samples.
+        images: shares in [0, 1]; and counts: num_images, num_skipped and num_skipped_KIND, with
+        captions num_captions, with classes num_classes, and num_ and a kind of NOTE_KINDS where
+        there are such samples.
 
     Raises:
         ConfigError: no sample can be used, or a label has no class.
+        DataError: the set can't be read to its end.
     """
     class_embeds = None
     if prompts is not None:
@@ -70,24 +92,30 @@ def evaluate_set(
     batches = read_validation(
         dataset, towers.resolution, batch_size, rank, world_size, towers.resample
     )
+    error, skipped = None, Counter()
     for batch in batches:
+        error = batch.error
+        skipped += batch.skipped
         images.add(to_embeds(batch.images)[: len(batch.indices)], batch)
         if progress is not None:
             progress("images", images.num_images + images.num_skipped, mine)
 
+    raise_together(error)
     counts = [images.num_images, len(images.captions), images.num_skipped, images.num_labelled]
     counts += [images.noted[kind] for kind in NOTE_KINDS]
     counts = distributed.all_gather_rows(torch.tensor([counts], device=towers.device)).sum(0)
     num_images, num_captions, num_skipped, num_labelled, *noted = counts.tolist()
+    skipped = count_together(skipped)
     if not num_images:
         raise ConfigError(
             f"the validation set ({dataset.name}) holds no usable sample, {num_skipped} are "
-            "skipped; give images with captions or .cls labels"
+            f"skipped ({show_kinds(skipped)}); give images with captions or .cls labels"
         )
     metrics = {"num_images": num_images, "num_skipped": num_skipped}
+    metrics |= {f"{SKIPPED}{kind}": number for kind, number in sorted(skipped.items())}
     metrics |= {f"num_{k}": number for k, number in zip(NOTE_KINDS, noted, strict=True) if number}
     if num_captions:
-        metrics |= _retrieval(images, towers, batch_size)
+        metrics |= _retrieval(images, towers, batch_size, progress)
     if prompts is not None and num_labelled:
         metrics |= _classification(images, prompts)
     return {name: float(value) for name, value in metrics.items()}
@@ -156,9 +184,11 @@ class _Images:
         return ranks, labels, margins if len(self._class_embeds) == 2 else None
 
 
-def _retrieval(images: _Images, towers: Towers, batch_size: int) -> dict[str, float]:
+def _retrieval(
+    images: _Images, towers: Towers, batch_size: int, progress: Progress | None
+) -> dict[str, float]:
     keys = torch.tensor(images.caption_keys, dtype=torch.int64)
-    text_embeds, keys = embed_captions(towers, batch_size, images.captions, keys)
+    text_embeds, keys = embed_captions(towers, batch_size, images.captions, keys, progress)
     # Images without a caption are no candidates: they are no caption's right answer.
     image_embeds, places = images.captioned()
     image_of_text = torch.searchsorted(places, keys // CAPTIONS_PER_IMAGE)

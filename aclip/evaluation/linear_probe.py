@@ -8,7 +8,6 @@ iterations at most, the penalty chosen on held-out samples between 1e-6 and 1e6.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +19,15 @@ from aclip import distributed
 from aclip.errors import ConfigError
 from aclip.evaluation.metrics import zero_shot
 from aclip.evaluation.metrics.ranking import MAX_SCORES
+from aclip.evaluation.penalty import MOST_FITS, choose_penalty
 from aclip.evaluation.sets.evaluation_set import NO_LABEL, EvaluationSet, read_validation
+from aclip.evaluation.together import raise_together
 from aclip.evaluation.towers import Progress, Towers, image_encoder
 
-STEPS_PER_DECADE = 8
-LOWEST, HIGHEST = -6, 6
-"""Exponents of ten of the penalty."""
 HELD_OUT = 10
 """Every tenth training sample is held out to choose the penalty; the last fit sees it too."""
+MOST_CLASSES = 100_000
+"""A label beyond is a slip, and its class's weights would fill memory."""
 OPTIONS = {"maxiter": 1000, "maxls": 50, "gtol": 1e-9, "ftol": 1e-14}
 """The fit ends where no entry of the mean loss's gradient is larger than gtol."""
 
@@ -38,6 +38,7 @@ def fit(
     num_classes: int,
     penalty: float,
     start: Tensor | None = None,
+    heard: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Minimises the sum of cross-entropies + penalty / 2 * |W|^2 over the samples of all ranks.
 
@@ -51,6 +52,7 @@ def fit(
         num_classes: K.
         penalty: the factor of |W|^2 / 2, above 0.
         start: (K, D + 1) float64, where to begin; None for zeros.
+        heard: hears on rank 0 after each evaluation of the loss how many there were.
 
     Returns:
         (K, D + 1) float64, weights and, last, biases; equal on every rank.
@@ -71,9 +73,15 @@ def fit(
         summed[1:].view(shape)[:, :-1] += scale * weights[:, :-1]
         return summed
 
+    num_asked = 0
+
     def ask(x: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal num_asked
         weights = _from_rank_0(torch.from_numpy(x).to(device).view(shape), True)[0]
         summed = evaluate(weights).cpu().numpy()
+        num_asked += 1
+        if heard is not None:
+            heard(num_asked)
         return float(summed[0]), summed[1:]
 
     if start is None:
@@ -131,37 +139,6 @@ def _sum(x: Tensor) -> Tensor:
     return x
 
 
-def choose_penalty(score: Callable[[float], Any]) -> float:
-    """The penalty with the best score.
-
-    Every second decade is tried first, then penalties ever closer to the best one. Among equal
-    scores the largest penalty wins.
-
-    Args:
-        score: gives a penalty's score, of any type that can be compared, higher is better. It is
-            called at most once for each penalty.
-    """
-    last = (HIGHEST - LOWEST) * STEPS_PER_DECADE
-    scores: dict[int, Any] = {}
-
-    def try_steps(steps: list[int]) -> int:
-        for step in sorted(steps, reverse=True):
-            if 0 <= step <= last and step not in scores:
-                scores[step] = score(_penalty(step))
-        return max(scores, key=lambda step: (scores[step], step))
-
-    width = 2 * STEPS_PER_DECADE
-    best = try_steps(list(range(0, last + 1, width)))
-    while width > 1:
-        width //= 2
-        best = try_steps([best - width, best + width])
-    return _penalty(best)
-
-
-def _penalty(step: int) -> float:
-    return 10 ** (LOWEST + step / STEPS_PER_DECADE)
-
-
 def linear_probe(
     towers: Towers,
     encode_features: Callable[[Tensor], Tensor],
@@ -184,7 +161,9 @@ def linear_probe(
         unless only one of them has images, and linear_probe_penalty.
 
     Raises:
-        ConfigError: a split has no labelled sample.
+        ConfigError: a split has no labelled sample, the training split has one alone or one class
+            alone, or a label is beyond MOST_CLASSES.
+        DataError: a split can't be read to its end.
     """
 
     def features_of(dataset: EvaluationSet, words: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,24 +173,35 @@ def linear_probe(
     test_features, test_labels, _ = features_of(test, "test images")
     highest = torch.stack([t.max() if len(t) else t.new_tensor(-1) for t in (labels, test_labels)])
     num_classes = int(distributed.all_gather_rows(highest).max()) + 1
-    held_out = places % HELD_OUT == 0
+    every_place = distributed.all_gather_rows(places).sort().values
+    _check_classes(train, distributed.all_gather_rows(labels), num_classes)
+    # Counted among the labelled samples, so that neither part is empty whatever is skipped.
+    held_out = torch.searchsorted(every_place, places) % HELD_OUT == 0
     fits: list[Tensor] = []
+
+    def heard(penalty: float) -> Callable[[int], None] | None:
+        if progress is None:
+            return None
+        words = f"linear probe, fit {len(fits) + 1} of at most {MOST_FITS}, penalty {penalty:.2g}"
+        return lambda steps: progress(f"{words}: {steps} steps", 0, 1)
 
     def score(penalty: float) -> tuple[float, float]:
         """Accuracy on the held-out samples; of equal ones the smaller loss is better."""
         # The last solution is near this one's, since penalties come from large to small.
         start = fits[-1] if fits else None
-        fits.append(fit(features[~held_out], labels[~held_out], num_classes, penalty, start))
+        seen = features[~held_out], labels[~held_out]
+        fits.append(fit(*seen, num_classes, penalty, start, heard(penalty)))
         kept = features[held_out], labels[held_out]
         ranks, classes = _ranks(*kept, fits[-1])
         share = zero_shot.accuracy(ranks, classes)["top1"]
         loss = _sum(_loss_and_gradient(*kept, fits[-1])[:1]).item()
         if progress is not None:
-            progress(f"penalty {penalty:.2g} gives {100 * share:.1f} on held-out samples", 1, 1)
+            words = f"linear probe, penalty {penalty:.2g}"
+            progress(f"{words} gives {100 * share:.1f} % on held-out samples", 1, 1)
         return share, -loss
 
     penalty = choose_penalty(score)
-    weights = fit(features, labels, num_classes, penalty, fits[-1])
+    weights = fit(features, labels, num_classes, penalty, fits[-1], heard(penalty))
     ranks, classes = _ranks(test_features, test_labels, weights)
     metrics = zero_shot.accuracy(ranks, classes)
     if num_classes == 2 and classes.unique().numel() == 2:
@@ -219,6 +209,20 @@ def linear_probe(
         metrics["roc_auc"] = zero_shot.roc_auc(distributed.all_gather_rows(own), classes)
     metrics["penalty"] = penalty
     return {f"linear_probe_{name}": value for name, value in metrics.items()}
+
+
+def _check_classes(train: EvaluationSet, labels: Tensor, num_classes: int) -> None:
+    """labels: (n,) int64 of all ranks' training samples."""
+    if num_classes > MOST_CLASSES:
+        raise ConfigError(
+            f"{train.name} or its test split has the label {num_classes - 1}, and a linear probe "
+            f"takes {MOST_CLASSES:,} classes at most; count labels from 0"
+        )
+    if labels.unique().numel() < 2:
+        raise ConfigError(
+            f"{train.name} has {len(labels):,} labelled images, all of the class "
+            f"{int(labels[0])}, and a linear probe tells classes apart; give images of two or more"
+        )
 
 
 def _with_one(features: Tensor) -> Tensor:
@@ -244,10 +248,11 @@ def _features(
     """Features (n, D) fp32, labels (n,) and places in the set (n,) of this rank's samples."""
     rank, world_size = distributed.rank(), distributed.world_size()
     mine = len(range(rank, dataset.num_samples, world_size))
-    run, parts, done = image_encoder(towers, encode_features), [], 0
+    run, parts, done, error = image_encoder(towers, encode_features), [], 0, None
     for batch in read_validation(
         dataset, towers.resolution, batch_size, rank, world_size, towers.resample
     ):
+        error = batch.error
         labelled = batch.labels != NO_LABEL
         features = run(batch.images)[: len(labelled)][labelled.to(towers.device)]
         parts.append(
@@ -256,10 +261,12 @@ def _features(
         done += len(batch.indices) + batch.skipped.total()
         if progress is not None:
             progress(words, done, mine)
+    raise_together(error)
     features, labels, places = (torch.cat(part) for part in zip(*parts, strict=True))
     if not int(_sum(torch.tensor([len(labels)], device=towers.device))):
         raise ConfigError(
-            f"{dataset.name} has no sample with a label, which a linear probe learns from; give "
-            "images in folders of their classes, or shards with .cls"
+            f"{dataset.name} has {dataset.num_samples:,} samples but none with a label that can be "
+            "used, which a linear probe needs; give images in folders of their classes, or shards "
+            "with .cls"
         )
     return features, labels, places

@@ -14,12 +14,12 @@ from aclip.errors import ConfigError
 from aclip.evaluation.towers import Towers
 from aclip.method.losses.terms import no_auxiliary_terms
 from aclip.models.student import Student, build_student
-from aclip.run_folder.checkpoint_folder import locate
 from aclip.run_folder.layout import RECIPE_FILE
 from aclip.weights.checkpoint_weights import load_checkpoint_weights
-from aclip.weights.formats import open_clip, slip
+from aclip.weights.first_look import LOCAL_DIR, Found, find_weights
+from aclip.weights.formats import dual_encoder, open_clip, slip
 from aclip.weights.initial_weights import load_initial_weights
-from aclip.weights.tensors_file import read_tensors
+from aclip.weights.recognise import open_found
 
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -58,17 +58,25 @@ def load_model(path: str, model: str | None = None, recipe_name: str | None = No
     """Loads what `launch/evaluate.py` is given.
 
     Args:
-        path: a run, a checkpoint, a safetensors export of aclip, a SLIP or A-CLIP checkpoint, or an
-            open_clip `local-dir` folder.
+        path: a run, a checkpoint or an export of aclip, a SLIP or A-CLIP checkpoint, or a training
+            checkpoint or `local-dir` folder of open_clip's.
         model: "student" or "teacher" of a run; None for the teacher if there is one.
         recipe_name: the recipe whose towers a file holds; None for what the file says itself.
 
     Raises:
         ConfigError: there is no such model, or what it holds can't be told or built.
     """
-    source = Path(path.removeprefix("local-dir:"))
-    if locate(source) is not None:
-        weights = load_checkpoint_weights(path, model)
+    source = Path(path.removeprefix(LOCAL_DIR))
+    try:
+        found = find_weights(source)
+    except ValueError as error:
+        raise _refusal(path, error) from None
+    if found.kind == "checkpoint":
+        if found.model is not None and model not in (None, found.model):
+            raise ConfigError(
+                f"--model is {model}, but {path} holds the {found.model}; leave it out"
+            )
+        weights = load_checkpoint_weights(str(found.path), found.model or model)
         student = build_student(weights.recipe, for_training=False).eval()
         with torch.no_grad():
             for name, parameter in student.model_parameters().items():
@@ -79,47 +87,52 @@ def load_model(path: str, model: str | None = None, recipe_name: str | None = No
             f"--model is {model}, but {path} is no run and holds one model; leave --model out"
         )
     try:
-        recipe, scale = _recipe_of(source, recipe_name)
+        recipe, scale = _recipe_of(found, recipe_name)
     except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"the checkpoint is {path}, which {error}; give a run, or a SLIP, A-CLIP or open_clip "
-            "model, or say with --recipe which towers it has"
-        ) from None
+        raise _refusal(path, error) from None
     student = build_student(recipe, for_training=False).eval()
-    weights_file = source / "model.safetensors"
-    is_export = source.is_dir() and weights_file.is_file()
     try:
-        report = load_initial_weights(student, str(weights_file if is_export else source))
+        report = load_initial_weights(student, str(source))
     except ConfigError as error:
         message = str(error).removeprefix("--init is")
         raise ConfigError(f"the checkpoint is{message}") from None
     return LoadedModel(f"{report.layout} {path}", student, recipe, RESAMPLE[scale])
 
 
-def _recipe_of(source: Path, recipe_name: str | None) -> tuple[Recipe, str]:
+def _refusal(path: str, problem: ValueError) -> ConfigError:
+    if isinstance(problem, ConfigError):
+        return problem
+    advice = (
+        "; give a run, or a SLIP, A-CLIP or open_clip model, or say with --recipe which towers it "
+        "has"
+    )
+    return ConfigError(
+        f"the checkpoint is {path}, which {problem}{'' if ';' in str(problem) else advice}"
+    )
+
+
+def _recipe_of(found: Found, recipe_name: str | None) -> tuple[Recipe, str]:
     """The recipe whose towers the weights have, and how images are scaled.
 
     Raises:
         ValueError: it can't be told; the message ends a sentence.
     """
-    folder = source if source.is_dir() else source.parent
     if recipe_name is not None:
         return load_recipe(recipe_name), "bilinear"
-    if not source.exists():
-        raise ValueError("does not exist")
-    if source.is_dir() and (source / open_clip.CONFIG).is_file():
-        values, scale = open_clip.recipe_values(source)
-        return _towers_alone(values, source), scale
-    if (source.is_dir() or source.suffix == ".safetensors") and (folder / RECIPE_FILE).is_file():
-        return load_recipe(str(folder / RECIPE_FILE)), "bilinear"
-    if source.is_dir():
-        raise ValueError("holds neither a checkpoint nor an open_clip model")
-    tensors = read_tensors(source)
-    if not slip.is_released(tensors):
-        raise ValueError("has keys of no known layout")
-    return _towers_alone({"model": slip.model_values(tensors)}, source), "bilinear"
+    path = found.path
+    if found.kind in ("open_clip", "huggingface"):
+        read = {"open_clip": open_clip, "huggingface": dual_encoder}[found.kind].recipe_values
+        values, scale = read(path)
+        return _towers_alone(values, path), scale
+    beside = path.parent / RECIPE_FILE
+    if path.suffix == ".safetensors" and beside.is_file():
+        return load_recipe(str(beside)), "bilinear"
+    weights = open_found(found)
+    if not slip.is_released(weights.tensors):
+        raise ValueError(
+            f"does not tell its towers ({weights.layout}); say with --recipe which it has"
+        )
+    return _towers_alone({"model": slip.model_values(weights.tensors)}, path), "bilinear"
 
 
 def _towers_alone(values: dict[str, Any], source: Path) -> Recipe:

@@ -14,7 +14,11 @@ from aclip.evaluation.towers import Progress, Towers
 
 
 def embed_captions(
-    towers: Towers, batch_size: int, texts: list[str], keys: Tensor
+    towers: Towers,
+    batch_size: int,
+    texts: list[str],
+    keys: Tensor,
+    progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Embeds the texts of all ranks with equally many calls on each.
 
@@ -23,6 +27,7 @@ def embed_captions(
         batch_size: texts of one call on one rank.
         texts: this rank's; may be none as long as another rank has some.
         keys: (len(texts),) int64, unique over the ranks: the order of all texts.
+        progress: hears from time to time what is done.
 
     Returns:
         (m, E) fp32 L2-normalised embeds of all ranks' texts in the order of their keys, and the
@@ -35,6 +40,8 @@ def embed_captions(
     for start in range(0, largest, batch_size):
         raw_embeds = _encode(towers, texts[start : start + batch_size])
         embeds.append(F.normalize(raw_embeds.float(), dim=-1))
+        if progress is not None:
+            progress("captions", min(len(texts), start + batch_size), len(texts))
     keys, order = distributed.all_gather_rows(keys.to(towers.device)).sort()
     return distributed.all_gather_rows(torch.cat(embeds))[order], keys
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from aclip.cli import EXIT_BAD_INPUT, GIB, MIB, text_table
 from aclip.config.arguments import DEMO, parse, read_recipe, run_folder
-from aclip.nodes.hostfile import Host, check_hostfile, environment_for_nodes
+from aclip.nodes.hostfile import LOCAL, Host, check_hostfile, environment_for_nodes
 from aclip.nodes.node import Node
 from aclip.nodes.probe import BUSY_MIB
-from aclip.nodes.remote_shell import LOCAL, SSH, check_remote_shell, open_python
+from aclip.nodes.remote_shell import SSH, check_remote_shell, is_here, open_python
 
 ANSWER_SECONDS = 60.0
 ALL_REDUCE_SECONDS = 180.0
@@ -70,13 +70,13 @@ def examine(
         problems: those that are known already.
     """
     remote_shell = options.rsh or SSH
-    if any(host.name != LOCAL for host in hosts):
+    if not all(is_here(remote_shell, host.name) for host in hosts):
         check_remote_shell(remote_shell)
     output, shards = _what_to_check(run_arguments)
     tokens = [f".doctor-{secrets.token_hex(8)}" for _ in hosts]
     nodes = [Examined(host, token) for host, token in zip(hosts, tokens, strict=True)]
     master = {
-        "master_addr": options.master_addr or (hosts[0].name if hosts else LOCAL),
+        "master_addr": options.master_addr or (hosts[0].address if hosts else LOCAL),
         "master_port": options.master_port,
     }
     question = {
@@ -84,6 +84,7 @@ def examine(
         "output": str(output),
         "shards": shards,
         "tokens": tokens,
+        "environment": environment_for_nodes(),
     }
     barrier = threading.Barrier(max(1, len(nodes)))
     ask = partial(_ask, remote_shell=remote_shell, question=question | master, barrier=barrier)
@@ -216,8 +217,11 @@ def _gpu_problems(node: Examined, with_gpus: bool) -> list[str]:
     if not with_gpus:
         return []
     if len(gpus) < slots:
-        return [f"has {len(gpus)} GPUs for slots={slots}; correct the hostfile or the driver"]
-    busy = [str(i) for i, gpu in enumerate(gpus[:slots]) if gpu["used"] > BUSY_MIB]
+        return [
+            f"shows {len(gpus)} GPUs for slots={slots}; correct the hostfile, CUDA_VISIBLE_DEVICES "
+            "or the driver"
+        ]
+    busy = [str(gpu.get("id", i)) for i, gpu in enumerate(gpus[:slots]) if gpu["used"] > BUSY_MIB]
     if busy:
         return [f"GPU {', '.join(busy)} is in use; end what runs there (nvidia-smi shows it)"]
     return []

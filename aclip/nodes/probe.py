@@ -1,8 +1,8 @@
 """What a node says of itself; doctor.py asks, over the standard input of this module.
 
 The first line is JSON, {"folder", "output", "shards", "token", "tokens", "master_addr",
-"master_port", "listens"}; the answer is a line of JSON, see examine(). Then each `time` is answered
-with this clock's, until the input ends.
+"master_port", "listens", "environment"}; the answer is a line of JSON, see examine(). Then each
+`time` is answered with this clock's, until the input ends.
 """
 
 import errno
@@ -25,6 +25,7 @@ from aclip.data.shards.listing import list_shards
 from aclip.data.shards.remote import check_readable, is_remote
 from aclip.data.shards.tar import unreadable
 from aclip.errors import ConfigError
+from aclip.nodes.start_ranks import VISIBLE, visible_devices
 
 PACKAGES = ("torch", "deepspeed", "timm", "transformers")
 SECONDS_TO_SEE = 10.0
@@ -52,7 +53,7 @@ def examine(question: dict) -> dict:
     for field, pattern in question["shards"]:
         problems += _check_shards(field, pattern)
     problems += _check_master(question)
-    found = gpus()
+    found = shown_gpus(gpus(), question["environment"].get(VISIBLE, os.environ.get(VISIBLE)))
     if found:
         problems += _check_compiler()
     room = next(path for path in (output, *output.absolute().parents) if path.exists())
@@ -157,6 +158,20 @@ def gpus() -> list[dict]:
     listed = subprocess.run(QUERY, capture_output=True, text=True)
     rows = [line.rsplit(",", 2) for line in listed.stdout.splitlines() if line.count(",") >= 2]
     return [{"name": name, "used": _mib(used), "total": _mib(all_)} for name, used, all_ in rows]
+
+
+def shown_gpus(all_gpus: list[dict], value: str | None) -> list[dict]:
+    """Those that a value of CUDA_VISIBLE_DEVICES shows, each with its number or UUID as `id`.
+
+    One that is given by its UUID is not looked up, and counts as free.
+    """
+    shown = visible_devices(value)
+    if shown is None or not all_gpus:
+        return all_gpus
+    known = {str(number): gpu for number, gpu in enumerate(all_gpus)}
+    unknown = {"name": "GPU", "used": math.nan, "total": math.nan}
+    present = [name for name in shown if name in known or not name.isdigit()]
+    return [known.get(name, unknown) | {"id": name} for name in present]
 
 
 def _mib(text: str) -> float:

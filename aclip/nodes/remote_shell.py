@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 from aclip.errors import ConfigError
+from aclip.nodes.hostfile import LOCAL, is_this_machine
 
-LOCAL = "localhost"
 SSH = "ssh -o BatchMode=yes -o ConnectTimeout=10"
 
 
@@ -31,6 +31,15 @@ def check_remote_shell(remote_shell: str) -> None:
         )
 
 
+def is_here(remote_shell: str, host: str) -> bool:
+    """Whether a host needs no remote shell: `localhost`, and this machine's own name or address
+    unless the user has named another remote shell than ssh, which may enter a container or a job
+    step there."""
+    return host == LOCAL or (
+        remote_shell.startswith(SSH) and "@" not in host and is_this_machine(host)
+    )
+
+
 def open_python(remote_shell: str, host: str, module: str, **options) -> subprocess.Popen:
     """Starts `python -m module` on a host.
 
@@ -40,7 +49,7 @@ def open_python(remote_shell: str, host: str, module: str, **options) -> subproc
         options: what subprocess.Popen takes besides the command.
     """
     command = [sys.executable, "-m", module]
-    if host != LOCAL:
+    if not is_here(remote_shell, host):
         words = shlex.split(remote_shell)
         if "{host}" in remote_shell:
             words = [word.replace("{host}", host) for word in words]

@@ -5,8 +5,6 @@ log for each node and decides. A start continues from the last checkpoint.
 """
 
 import argparse
-import base64
-import json
 import os
 import signal
 import sys
@@ -19,16 +17,17 @@ from aclip.cli import (
     EXIT_NON_FINITE,
     EXIT_STOPPED_BY_SIGNAL,
     DefaultsShown,
+    path,
     run_reporting_errors,
 )
 from aclip.config.arguments import parse, run_folder
 from aclip.errors import ConfigError, NotWritten
 from aclip.files import append, make_folder
 from aclip.lock import PATIENCE
-from aclip.nodes import agent, doctor
+from aclip.nodes import agent, doctor, start_ranks
 from aclip.nodes.hostfile import Host, environment_for_nodes, read_hostfile
 from aclip.nodes.node import CONNECTION_LOST, Node
-from aclip.nodes.remote_shell import LOCAL, SSH, ssh_options
+from aclip.nodes.remote_shell import SSH, ssh_options
 from aclip.run_folder import checkpoint_folder
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER, LOGS_FOLDER
 
@@ -128,12 +127,9 @@ class Supervisor:
     def _start_node(self, index: int, host: Host, start: int) -> Node:
         log = self.logs / f"node-{index}-{host.name}.log"
         append(log, f"=== start {start}, {datetime.now().isoformat(' ', 'seconds')}\n".encode())
-        world = json.dumps({each.name: list(range(each.slots)) for each in self.hosts})
-        arguments = [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
-        arguments += [
-            f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}",
-            f"--node_rank={index}",
-            f"--master_addr={self.options.master_addr or self.hosts[0].name}",
+        slots = {each.address: each.slots for each in self.hosts}
+        words = [
+            f"--master_addr={self.options.master_addr or self.hosts[0].address}",
             f"--master_port={self.options.master_port}",
             self.options.script,
             *self._run_arguments(),
@@ -141,7 +137,7 @@ class Supervisor:
         spec = {
             "folder": os.getcwd(),
             "environment": self.environment,
-            "commands": [{"arguments": arguments}],
+            "commands": [{"arguments": start_ranks.command(slots, index, words)}],
             "lost_after": self.options.lost_after,
         }
         return Node(self.remote_shell, host, spec, _Log(log, echo=index == 0))
@@ -217,7 +213,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rsh", help=f"remote shell, such as 'srun --overlap -N1 -n1 -w {{host}}' (default: {SSH})"
     )
-    parser.add_argument("hostfile")
+    parser.add_argument("hostfile", type=path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of pretrain.py")
     return parser.parse_args()
 
@@ -236,12 +232,9 @@ def main() -> int:
     options = parse_arguments()
     check_options(options)
     hosts = read_hostfile(options.hostfile)
-    if len(hosts) > 1 and any(host.name == LOCAL for host in hosts):
-        raise ConfigError(
-            f"{options.hostfile} names {LOCAL} beside other nodes, which means another node on "
-            "each; give its name or address"
-        )
     output = run_folder(parse(options.arguments))
+    # Written out, so that `~` means this user's folder on every node.
+    options.arguments += ["--output", str(output)]
     if not doctor.examine(hosts, options.arguments, options):
         return EXIT_BAD_INPUT
     return Supervisor(options, hosts, output).supervise()

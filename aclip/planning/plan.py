@@ -5,25 +5,22 @@ and this file puts them together; no GPU is needed. Not counted: the time of an 
 on the host, the teacher's activations (one block's, without gradient), what torch.compile saves.
 """
 
-import argparse
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
-from aclip.config.ds_config import DsConfig, read_ds_config
+from aclip.config.ds_config import DsConfig
 from aclip.config.recipe import Recipe
-from aclip.config.recipe_file import load_recipe
 from aclip.config.sections import Recompute
 from aclip.data.batch import Batch
 from aclip.data.synthetic import batch_of_mean_captions
 from aclip.engine.optimizer import parameter_groups
-from aclip.errors import ConfigError
 from aclip.method.schedules import count_steps
 from aclip.models.student import Student, build_student
-from aclip.planning.gpus import NETWORK_BYTES, Gpu, find_gpu
+from aclip.planning.gpus import NETWORK_BYTES, Gpu
 from aclip.planning.measure_step import META, MODES, Measured, measure_step
+from aclip.planning.plan_input import PlanInput
 from aclip.planning.zero_memory import (
     FP32,
     States,
@@ -173,14 +170,10 @@ class Plan:
         return self.num_steps * self.step_seconds * self.workload.num_ranks / 3600
 
 
-def plan(arguments: argparse.Namespace) -> Plan:
-    """Plans what the parsed arguments of `launch/plan.py` describe."""
-    _check_numbers(arguments)
-    gpu = find_gpu(arguments.gpu)
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    num_ranks = arguments.nodes * arguments.gpus_per_node
-    ds_config = read_ds_config(arguments.ds_config, recipe.train.global_batch_size, num_ranks)
-    settings = zero_settings(ds_config, num_ranks)
+def plan(given: PlanInput) -> Plan:
+    """Plans what `launch/plan.py` was given."""
+    arguments, gpu, recipe, ds_config = given.arguments, given.gpu, given.recipe, given.ds_config
+    num_ranks, settings = given.num_ranks, given.settings
     context = recipe.model.text.context_length
     batch = batch_of_mean_captions(recipe, min(arguments.caption_tokens, context), context)
     workload = describe_workload(recipe, batch, num_ranks, {ds_config.dtype, torch.float32})
@@ -283,18 +276,3 @@ def count_parameters(student: Student, weight_decay: float) -> tuple[list[list[i
     groups = parameter_groups(student, weight_decay)
     frozen = [p.numel() for p in student.parameters() if not p.requires_grad]
     return [[p.numel() for p in group["params"]] for group in groups], frozen
-
-
-def _check_numbers(arguments: argparse.Namespace) -> None:
-    limits = {
-        "nodes": (1, None, "a whole number from 1"),
-        "gpus_per_node": (1, None, "a whole number from 1"),
-        "mfu": (1e-6, 1, "a share in (0, 1]"),
-        "bandwidth": (1e-6, None, "gigabytes a second, above 0"),
-        "samples": (1, None, "a number from 1"),
-        "caption_tokens": (2, None, "a number from 2"),
-    }
-    for name, (low, high, wanted) in limits.items():
-        value = getattr(arguments, name)
-        if value is not None and not low <= value <= (high or math.inf):
-            raise ConfigError(f"--{name} is {value:g}; give {wanted}")

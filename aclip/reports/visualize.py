@@ -1,51 +1,14 @@
-"""The figure of a checkpoint, as files and as a page: the work behind launch/visualize.py."""
+"""What launch/visualize.py is given, checked before the towers are imported: these take seconds."""
 
 import argparse
-import os
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from aclip.config.recipe import Recipe
-from aclip.data.captions import captions_beside
-from aclip.data.demo import ensure_demo_data
-from aclip.data.images.augment import augment
-from aclip.data.images.suffixes import IMAGE_SUFFIXES, is_litter
-from aclip.data.shards.listing import Skip, list_shards, remote_shards
+from aclip.data.shards.listing import list_shards
 from aclip.data.shards.remote import is_remote
-from aclip.data.shards.tar import RawSample, TarShard
 from aclip.errors import ConfigError
-from aclip.files import check_writable, write_whole, writing
-from aclip.method.masks.attentive import ATTENTIVE
-from aclip.method.masks.policies import POLICIES
-from aclip.reports.document import (
-    Block,
-    Gallery,
-    Heading,
-    Picture,
-    Table,
-    Text,
-    to_html,
-    to_markdown,
-)
-from aclip.reports.kept_patches import (
-    PictureSet,
-    kept_object_patches,
-    kept_object_share,
-    loose_sample,
-    read_picture_set,
-)
-from aclip.reports.mask_pictures import MAX_SAMPLES, Column, draw_figure, encode
+from aclip.files import check_writable
 from aclip.run_folder.layout import FIGURE_FOLDER
-from aclip.weights.checkpoint_weights import CheckpointWeights, load_checkpoint_weights
-
-NUM_MEASURED = 256
-"""Samples that the overlap with the objects is measured on; their masks must be known."""
-BATCH_SIZE = 8
-PAGE, FIGURE, SAMPLE = "figure.html", "figure.png", "sample-{}.png"
+from aclip.weights.first_look import find_checkpoint
 
 
 def visualize(arguments: argparse.Namespace) -> None:
@@ -55,137 +18,21 @@ def visualize(arguments: argparse.Namespace) -> None:
         ConfigError: no such checkpoint, image or shard, nothing usable in them, or --out can't be
             written.
     """
-    weights = load_checkpoint_weights(arguments.checkpoint, None)
-    out = Path(arguments.out or weights.folder.resolve().parent.parent / FIGURE_FOLDER)
+    folder, _ = find_checkpoint(arguments.checkpoint, None)
+    for entry in arguments.images:
+        _check_image(entry)
+    out = Path(arguments.out or folder.resolve().parent.parent / FIGURE_FOLDER)
     check_writable(out, "--out")
-    samples = _raw_samples(arguments.images, weights.recipe)
-    pictured = read_picture_set(weights.recipe, samples, NUM_MEASURED)
-    if pictured is None:
-        where = " ".join(arguments.images) or "data.val of the run"
-        raise ConfigError(f"IMAGES is {where}, which holds no usable image; give others")
-    if len(pictured.captions) > MAX_SAMPLES:
-        print(f"measuring the masks on {len(pictured.captions)} images with objects", flush=True)
-    scores = attention(weights, pictured.images)
-    policy = weights.recipe.mask_policy
-    shown = policy.name if policy.reads_teacher else ATTENTIVE.name
-    keep_ids = {name: pictured.keep_ids(name, scores) for name in POLICIES if name != "none"}
-    columns = pictured.columns(shown, scores, weights.model)
-    overlap = _overlap(pictured, keep_ids)
-    blocks = [*_explanation(weights), *overlap, *_rows(pictured, columns, keep_ids[shown])]
-    page = to_html(f"Kept patches of {weights.folder}", blocks)
-    for number in range(MAX_SAMPLES):
-        with writing(out / SAMPLE):
-            (out / SAMPLE.format(number + 1)).unlink(missing_ok=True)  # of an earlier figure
-    for number, caption in enumerate(pictured.captions[:MAX_SAMPLES]):
-        row = [replace(column, pictures=[column.pictures[number]]) for column in columns]
-        write_whole(out / SAMPLE.format(number + 1), encode(draw_figure(row, [caption])))
-    write_whole(out / FIGURE, encode(draw_figure(columns, pictured.captions)))
-    write_whole(out / PAGE, page)
-    for kind, number in sorted(pictured.skipped.items()):
-        print(f"skipped {number}: {kind}")
-    print(to_markdown("Object's patches kept", overlap) if overlap else "", end="")
-    print(f"wrote {out / PAGE}, {FIGURE} and a PNG of each sample", flush=True)
+    from aclip.reports.figure import write_figure
+
+    write_figure(arguments.checkpoint, arguments.images, out)
 
 
-@torch.inference_mode()
-def attention(weights: CheckpointWeights, images: Tensor) -> Tensor:
-    """What the image tower of a checkpoint attends to: (n, 3, T, T) uint8 -> (n, g, g) fp32."""
-    tower = weights.student.image.eval()
-    prefix = "image."
-    state = {n.removeprefix(prefix): t for n, t in weights.state.items() if n.startswith(prefix)}
-    tower.load_state_dict(state, assign=True)
-    scores = []
-    for chunk in images.split(BATCH_SIZE):
-        pixels = augment(chunk, None, weights.recipe.augment, torch.float32)
-        scores.append(tower.forward_with_scores(pixels)[1])
-    return torch.cat(scores)
-
-
-def _raw_samples(paths: list[str], recipe: Recipe) -> Iterator[RawSample | Skip]:
-    """The samples of shards and image files in the order given; without any, of the run."""
-    if not paths:
-        if recipe.data.val:
-            yield from _of_shards(list_shards(recipe.data.val, "data.val"), recipe)
-            return
-        if recipe.data.train != "demo":
-            print("the run has no validation set: its figure is of the built-in scenes")
-        paths = ensure_demo_data().val
-    for entry in paths:
-        path = Path(entry)
-        if entry.endswith(".tar") or is_remote(entry):
-            yield from _of_shards(list_shards(entry, "IMAGES"), recipe)
-        elif path.is_dir():
-            files = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
-            yield from (_of_file(p) for p in sorted(files) if not is_litter(p.name))
-        else:
-            yield _of_file(path)
-
-
-def _of_shards(urls: list[str], recipe: Recipe) -> Iterator[RawSample | Skip]:
-    # Not through an index, which would count the samples of every shard for the first eight.
-    for url in urls:
-        remote = remote_shards(recipe.data) if is_remote(url) else None
-        for sample in TarShard(url, remote).walk():
-            yield sample if sample.is_complete else Skip("truncated_shard")
-
-
-def _of_file(path: Path) -> RawSample:
-    """An image file; its captions lie beside it as .txt or .json, or its name is one."""
-    try:
-        image = path.read_bytes()
-        captions = captions_beside(path)
-    except OSError as error:
+def _check_image(entry: str) -> None:
+    if entry.endswith(".tar") or is_remote(entry):
+        list_shards(entry, "IMAGES")
+    elif not Path(entry).exists():
         raise ConfigError(
-            f"IMAGES is {path}, which can't be read ({error.strerror}); give image files, folders "
-            "of them, or .tar shards"
-        ) from None
-    if isinstance(captions, Skip):
-        captions = [os.fsencode(path.stem).decode(errors="replace")]
-    return loose_sample(path.name, image, "\n".join(" ".join(text.split()) for text in captions))
-
-
-def _explanation(weights: CheckpointWeights) -> list[Block]:
-    lines = [
-        weights.recipe.description,
-        f"The heat map is the attention of the {weights.model}'s CLS token to each patch of the "
-        "image, mean over heads and layers; grey patches are dropped.",
-    ]
-    if weights.model == "student":
-        lines.append("This run has no teacher, so the attention is the student's.")
-    lines.append(weights.recipe.mask_policy.explanation)
-    return [Text(line) for line in lines if line]
-
-
-def _overlap(pictured: PictureSet, keep_ids: dict[str, Tensor]) -> list[Block]:
-    """How much of the objects each mask keeps, on all samples read; nothing where none is known."""
-    counts = {name: kept_object_patches(ids, pictured.coverage) for name, ids in keep_ids.items()}
-    _, totals = counts["random"]
-    shows_object = totals > 0
-    if not shows_object.any():
-        return []
-    shares = {name: kept_object_share(*pair) for name, pair in counts.items()}
-    rows = [(name, f"{100 * share:.1f} %") for name, share in shares.items()]
-    patches = f"{keep_ids['random'].shape[-1]} of {pictured.coverage.shape[-1] ** 2} patches"
-    text = (
-        f"Each mask keeps {patches}. The shares are means over the {int(shows_object.sum())} views "
-        f"of {len(totals)} images that show the object; a patch is the object's when the object "
-        "covers a quarter of it."
-    )
-    return [Table(("Mask", "object's patches kept"), rows), Text(text)]
-
-
-def _rows(pictured: PictureSet, columns: list[Column], keep_ids: Tensor) -> list[Block]:
-    """The first eight samples: a caption and its pictures each."""
-    kept, totals = kept_object_patches(keep_ids, pictured.coverage)
-    blocks: list[Block] = []
-    for number, caption in enumerate(pictured.captions[:MAX_SAMPLES]):
-        labels = [f"{column.title}: {column.subtitle}" for column in columns]
-        for view, total in enumerate(totals[number].tolist()):
-            if total:  # the views come after image and attention
-                labels[2 + view] += f", {kept[number, view]} of the object's {total}"
-        pictures = [
-            Picture(label, encode(column.pictures[number]))
-            for label, column in zip(labels, columns, strict=True)
-        ]
-        blocks += [Heading(caption), Gallery(pictures, 160)]
-    return blocks
+            f"IMAGES is {entry}, which can't be read (it does not exist); give image files, "
+            "folders of them, or .tar shards"
+        )

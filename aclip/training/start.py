@@ -15,10 +15,12 @@ from aclip.data.loader import build_train_loader, shared_bytes
 from aclip.data.shards.listing import Shard
 from aclip.distributed import decided_by_rank_0, default_to_one_rank, say
 from aclip.errors import ConfigError
+from aclip.evaluation.sets.validation_check import check_validation
 from aclip.machine import check_gpus, check_shared_memory
 from aclip.run_folder.checkpoint_folder import read_progress
 from aclip.training.metrics.wandb_tracker import check_wandb
 from aclip.training.take_folder import Beginning, take_folder
+from aclip.weights.first_look import check_init
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ def check_start(arguments: argparse.Namespace) -> Start:
 
     Raises:
         ConfigError: a wrong argument, recipe or ds_config, a run folder that can't be written, is
-            in use or holds a run with other settings, no such checkpoint, no data, or lanes, ranks
-            and workers that do not fit.
+            in use or holds a run with other settings, no such checkpoint, no data, a validation set
+            that can't be scored, or lanes, ranks and workers that do not fit.
     """
     default_to_one_rank()
     check_gpus()
@@ -67,8 +69,12 @@ def check_start(arguments: argparse.Namespace) -> Start:
         return take_folder(run_folder, arguments.resume, recipe, ds_config, arguments.allow_changes)
 
     beginning = Beginning(**decided_by_rank_0(take, "beginning"))
+    if beginning.checkpoint is None:
+        check_init(recipe.model.init)
     _give_hints(recipe)
     shards, val_shards = find_data(recipe)
+    for sentence in check_validation(val_shards) if val_shards else []:
+        say(sentence)
     # Built once before anything costs time, since it checks lanes, ranks and workers.
     loader = build_train_loader(recipe, shards, rank, num_ranks)
     if loader.num_workers:

@@ -11,8 +11,9 @@ from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
 from aclip.models.student import Student, build_student
-from aclip.run_folder.checkpoint_folder import STUDENT, TEACHER, locate, verify
+from aclip.run_folder.checkpoint_folder import STUDENT, TEACHER, verify
 from aclip.run_folder.layout import RECIPE_FILE, latest_record
+from aclip.weights.first_look import find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,14 @@ def load_checkpoint_weights(path: str, model: str | None) -> CheckpointWeights:
     """Reads the weights in a checkpoint folder, or in the latest checkpoint of a run folder.
 
     Args:
+        path: see find_checkpoint.
         model: "student", "teacher", or None for the teacher where there is one.
 
     Raises:
         ConfigError: no checkpoint, no such model in it, it is damaged, or its run's recipe is
             missing or builds other shapes.
     """
-    folder = locate(Path(path))
-    if folder is None:
-        raise ConfigError(
-            f"{path} is neither a checkpoint nor a run folder that holds one; give the folder that "
-            "contains manifest.json, or the run's"
-        )
-    has_teacher = (folder / TEACHER).is_file()
-    if model == "teacher" and not has_teacher:
-        raise ConfigError(f"--model is teacher, but {folder} has none; take --model student")
-    model = model or ("teacher" if has_teacher else "student")
+    folder, model = find_checkpoint(path, model)
     file = TEACHER if model == "teacher" else STUDENT
     problem = verify(folder, [file, STUDENT])
     if problem is not None:

@@ -1,53 +1,22 @@
 """Where a new run starts from: `model.init`, weights of other runs and projects.
 
-Each format's names are in aclip/weights/formats/; here a file is recognised, matched with the
-student that the recipe builds, and what happened to every key is reported.
+recognise.py opens them; here they are matched with the student that the recipe builds, and what
+happened to every key is reported.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
-import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from aclip.errors import ConfigError
 from aclip.models.student import Student
-from aclip.run_folder.checkpoint_folder import locate
-from aclip.weights.checkpoint_weights import load_checkpoint_weights
-from aclip.weights.formats import open_clip, plain, slip
 from aclip.weights.names import TowerFacts, tower_facts
-from aclip.weights.tensors_file import read_tensors
+from aclip.weights.recognise import IMAGE_TOWER, InitialWeights, open_weights
 
-TIMM = "timm:"
-IMAGE_TOWER = "image.vit."
 IMAGE_POSITIONS = "image.vit.pos_embed"
 TEXT_POSITIONS = "text.transformer.embeddings.position_embedding.weight"
-_CLASSIFIER = ("head.", "head_dist.", "pre_logits.")
-Convert = Callable[[str, Tensor], dict[str, Tensor] | None]
-
-
-@dataclass(frozen=True)
-class InitialWeights:
-    """Weights of one format.
-
-    Attributes:
-        layout: the format, in words.
-        tensors: the tensors by the file's names.
-        convert: renames one of them to aclip's names; None if it has no counterpart.
-        ignored: names that exist only for training or for a classifier.
-        facts: what must agree with the recipe's towers besides shapes.
-        image_only: no text tower is expected.
-    """
-
-    layout: str
-    tensors: dict[str, Tensor]
-    convert: Convert
-    ignored: set[str] = field(default_factory=set)
-    facts: TowerFacts = TowerFacts()
-    image_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +25,7 @@ class InitReport:
 
     Attributes:
         init: the recipe's model.init.
-        layout: the format that was recognised.
+        layout: the format that was recognised, and what had to be assumed.
         used, resized, ignored: keys of the file; resized ones are used too.
         random: parameters of the student that keep their random initialisation.
     """
@@ -83,15 +52,15 @@ def load_initial_weights(student: Student, init: str) -> InitReport:
     """Writes weights into a student that DeepSpeed has not wrapped yet.
 
     Args:
-        init: a SLIP or A-CLIP checkpoint, an open_clip `local-dir` folder, a checkpoint, run folder
-            or safetensors export of aclip; or `timm:` with a file or a pretrained model's name,
-            for the image tower alone.
+        init: a SLIP or A-CLIP checkpoint; a training checkpoint or `local-dir` folder of
+            open_clip's; a checkpoint, run folder or export of aclip; or `timm:` with a file or a
+            pretrained model's name, for the image tower alone.
 
     Raises:
         ConfigError: nothing such is there, or its keys, shapes or heads are not the recipe's.
     """
-    weights = _open(init)
-    _check_heads(init, weights.facts, student)
+    weights = open_weights(init)
+    _check_facts(init, weights.facts, student)
     parameters = student.model_parameters()
     converted, keys = _convert(init, weights, parameters)
     resized = []
@@ -105,7 +74,7 @@ def load_initial_weights(student: Student, init: str) -> InitReport:
             parameters[name].copy_(tensor)
     return InitReport(
         init=init,
-        layout=weights.layout,
+        layout=weights.layout + (f", {weights.note}" if weights.note else ""),
         used=sorted(set(keys.values())),
         resized=sorted(resized),
         ignored=sorted(weights.ignored),
@@ -113,83 +82,8 @@ def load_initial_weights(student: Student, init: str) -> InitReport:
     )
 
 
-def _open(init: str) -> InitialWeights:
-    try:
-        if init.startswith(TIMM):
-            return _open_timm(init.removeprefix(TIMM))
-        path = Path(init.removeprefix("local-dir:"))
-        if not path.exists():
-            raise ValueError("does not exist")
-        return _open_folder(path) if path.is_dir() else _open_file(path)
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"--init is {init}, which {error}; give a SLIP or A-CLIP checkpoint, an open_clip "
-            "local-dir folder, a run of aclip, or timm: with a file or name"
-        ) from None
-
-
-def _open_timm(name_or_path: str) -> InitialWeights:
-    if Path(name_or_path).is_file():
-        tensors = read_tensors(Path(name_or_path))
-        facts = TowerFacts()
-    elif timm.is_model(name_or_path):
-        try:
-            vit = timm.create_model(name_or_path, pretrained=True, num_classes=0)
-        except (RuntimeError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"timm can't fetch ({reason})") from None
-        if not hasattr(vit, "blocks"):
-            raise ValueError("is no VisionTransformer")
-        tensors, facts = vit.state_dict(), TowerFacts(image_heads=vit.blocks[0].attn.num_heads)
-    else:
-        raise ValueError("is neither a file nor a model that timm knows")
-    ignored = {key for key in tensors if key.startswith(_CLASSIFIER)}
-    return InitialWeights("timm image tower", tensors, _from_timm, ignored, facts, image_only=True)
-
-
-def _open_folder(path: Path) -> InitialWeights:
-    if (path / open_clip.CONFIG).is_file():
-        facts = open_clip.read_config(path)
-        for name in open_clip.WEIGHT_FILES:
-            if (path / name).is_file():
-                tensors = read_tensors(path / name)
-                ignored = tensors.keys() & open_clip.BUFFERS
-                convert = open_clip.from_open_clip
-                return InitialWeights("open_clip folder", tensors, convert, ignored, facts)
-        raise ValueError(f"holds no {open_clip.WEIGHTS}")
-    if locate(path) is None:
-        raise ValueError("is neither an open_clip folder nor a run")
-    weights = load_checkpoint_weights(str(path), None)
-    facts = tower_facts(weights.student)
-    return InitialWeights(f"aclip {weights.model}", weights.state, plain.from_plain, facts=facts)
-
-
-def _open_file(path: Path) -> InitialWeights:
-    tensors = read_tensors(path)
-    if plain.is_plain(tensors):
-        return InitialWeights(
-            "aclip weights", tensors, plain.from_plain, facts=plain.read_facts(path)
-        )
-    if slip.is_released(tensors):
-        has_average = any(key.startswith(slip.EMA) for key in tensors)
-        return InitialWeights(
-            "A-CLIP checkpoint" if has_average else "SLIP checkpoint",
-            tensors,
-            slip.from_released,
-            slip.training_only(tensors),
-            slip.facts(tensors),
-        )
-    raise ValueError("has keys of no known layout")
-
-
-def _from_timm(key: str, tensor: Tensor) -> dict[str, Tensor]:
-    return {IMAGE_TOWER + key: tensor}
-
-
-def _check_heads(init: str, facts: TowerFacts, student: Student) -> None:
-    """The number of heads changes what a tower computes but no shape."""
+def _check_facts(init: str, facts: TowerFacts, student: Student) -> None:
+    """The number of heads and the activation change what a tower computes, but no shape."""
     ours = tower_facts(student)
     for field_name, built, trained in (
         ("model.image.kwargs.num_heads", ours.image_heads, facts.image_heads),
@@ -200,6 +94,12 @@ def _check_heads(init: str, facts: TowerFacts, student: Student) -> None:
                 f"--init is {init}, whose tower has {trained} heads, but the recipe builds {built};"
                 f" set {field_name}={trained}"
             )
+    if facts.image_activation not in (None, ours.image_activation):
+        raise ConfigError(
+            f"--init is {init}, whose image tower has {facts.image_activation}, but "
+            f"the recipe's has {ours.image_activation}; take a tower of timm's with the former as "
+            "model.image.name"
+        )
 
 
 def _convert(

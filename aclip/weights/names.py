@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from timm.models.vision_transformer import VisionTransformer
+
 from aclip.models.student import Student
 
 LOGIT_SCALE = "logit_scale.log_logit_scale"
@@ -13,12 +15,29 @@ TEXT_SIDE = ("text.", "text_projection.")
 
 @dataclass(frozen=True)
 class TowerFacts:
-    """What shapes don't tell of a model; None where it is not known."""
+    """What shapes don't tell of a model; None where it is not known.
+
+    Attributes:
+        image_heads, text_heads: the numbers of heads.
+        image_activation: the class of the image tower's activation, such as GELU or QuickGELU.
+    """
 
     image_heads: int | None = None
     text_heads: int | None = None
+    image_activation: str | None = None
 
 
 def tower_facts(student: Student) -> TowerFacts:
-    """The numbers of heads, which no shape tells."""
-    return TowerFacts(student.image.num_heads, student.text.num_heads)
+    """What no shape tells of a student's towers."""
+    image = vit_facts(student.image.vit)
+    return TowerFacts(image.image_heads, student.text.num_heads, image.image_activation)
+
+
+def vit_facts(vit: VisionTransformer) -> TowerFacts:
+    """What no shape tells of an image tower of timm's.
+
+    Raises:
+        AttributeError: it is another kind of network.
+    """
+    block = vit.blocks[0]
+    return TowerFacts(block.attn.num_heads, None, type(block.mlp.act).__name__)

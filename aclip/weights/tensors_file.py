@@ -1,7 +1,8 @@
-"""Reads a file of weights to tensors by name, and runs no code that the file holds."""
+"""A file of weights: read to tensors by name, without running code that it holds, and written."""
 
 import argparse
 import pickle
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aclip.errors import NotWritten
+
 # What torch's reader raises on bytes that are no checkpoint.
+MOST_SHOWN = 80
 READ_ERRORS = (
     pickle.UnpicklingError,
     OSError,
@@ -27,8 +31,12 @@ READ_ERRORS = (
     struct.error,
     zipfile.BadZipFile,
 )
-NESTED = ("state_dict", "model")
+NESTED = ("state_dict", "model", "model_state_dict", "module")
 """Keys under which training scripts save the weights."""
+_ANYWHERE = re.compile(r"(^|\.)(module|_orig_mod)\.")
+"""What DistributedDataParallel and torch.compile put into names, where they wrap a part too."""
+_IN_FRONT = ("model.", "net.", "clip.", "backbone.")
+"""What stands in front of all names where the model is a part of another one, as in Lightning."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -47,8 +55,41 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     )
     if not is_state or not content:
-        raise ValueError("holds no weights by name")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+        found = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else ""
+        raise ValueError(
+            f"holds no weights by name, but {found[:MOST_SHOWN] or type(content).__name__}; give "
+            "the file that holds the model's state_dict"
+        )
+    return _without_wrappers(content)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a .safetensors file.
+
+    Raises:
+        NotWritten: it can't be written. safetensors' own error for that is no OSError.
+    """
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise NotWritten(
+            f"{path} can't be written ({_one_line(error)}); make room there, or give another place"
+        ) from error
+
+
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = name
+        while (shorter := _ANYWHERE.sub(r"\1", short)) != short:
+            short = shorter
+        if short in plain:
+            raise ValueError(f"holds {short} twice, with and without the prefix of a wrapper")
+        plain[short] = tensor
+    for prefix in _IN_FRONT:
+        if all(name.startswith(prefix) for name in plain):
+            return {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
+    return plain
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -67,10 +108,23 @@ def _read_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except READ_ERRORS as error:
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            reason = "holds objects other than weights, whose loading could run code"
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = (
+                f"holds objects other than weights{f' ({named[1]})' if named else ''}, whose "
+                "loading could run code; if you trust it, load it yourself with torch.load(..., "
+                "weights_only=False) and save its state_dict alone"
+            )
         else:
-            reason = "is no checkpoint that torch can read"
+            reason = f"is no checkpoint that torch can read (it begins with {_beginning(path)})"
         raise ValueError(reason) from None
+
+
+def _beginning(path: Path) -> str:
+    with open(path, "rb") as file:
+        head = file.read(24)
+    return (
+        repr(head.decode()) if head.isascii() and b"\0" not in head else f"bytes {head[:8].hex()}"
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ from aclip import distributed
 from aclip.config.sections import TextTowerConfig
 from aclip.data.shards.listing import index_shards
 from aclip.data.tokenizer import build_tokenizer
+from aclip.errors import DataError
 from aclip.evaluation.evaluate_set import evaluate_set
 from aclip.evaluation.linear_probe import fit
 from aclip.evaluation.sets.evaluation_set import ShardSet
@@ -152,3 +153,46 @@ def test_ranks_together_score_the_probe_of_one(run_distributed):
     for world_size in (2, 4):
         for metrics in run_distributed(probe, world_size, train, test):
             assert metrics == pytest.approx(expected)
+
+
+class Fails:
+    """Grey images, which one rank can't read to their end."""
+
+    name, num_samples, notes = "fails", 8, []
+
+    def read(self, rank, world_size):
+        for number, sample in enumerate(Greys([10] * 8, [0, 1] * 4).read(rank, world_size)):
+            if number == 2 and rank == 1:
+                raise DataError("the disk of rank 1 is gone")
+            yield sample
+
+
+def fails_on_every_rank(evaluate):
+    """What each rank was told, and that the next collective is answered."""
+    try:
+        evaluate()
+    except DataError as error:
+        return str(error), distributed.all_gather_rows(torch.ones(1)).sum().item()
+    return None
+
+
+def test_a_rank_that_cant_read_on_fails_together_with_the_others(run_distributed, tmp_path):
+    towers = Towers(
+        lambda pixels: pixels.flatten(1),
+        encode_text=None,
+        tokenizer=None,
+        resolution=2,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+    )
+
+    def work():
+        return (
+            fails_on_every_rank(lambda: evaluate_set(towers, Fails(), None, 1)),
+            fails_on_every_rank(lambda: probe(Fails(), Greys([1], [0]))),
+        )
+
+    told = ("the disk of rank 1 is gone", 2.0)
+    assert run_distributed(work, 2) == [(told, told)] * 2

@@ -19,7 +19,7 @@ from aclip.data.shards.listing import index_shards
 from aclip.engine.process_group import init_distributed
 from aclip.engine.sharded_state import ShardedState
 from aclip.method.tokens import clip_tokens
-from aclip.reports.visualize import attention
+from aclip.reports.figure import attention
 from aclip.run_folder import checkpoint_folder
 from aclip.training.trainer import Trainer
 from aclip.weights.checkpoint_weights import load_checkpoint_weights

@@ -25,12 +25,13 @@ while :; do sleep 0.1; done
 
 @pytest.fixture
 def job(tmp_path):
-    """job(end) starts the batch script in a folder where multinode.sh does `end`."""
+    """job(end) starts the batch script in a folder where multinode.sh does `end`; job(end, cores)
+    in an allocation whose nodes have so many."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "launch").mkdir()
     started = []
 
-    def start(end: str) -> subprocess.Popen:
+    def start(end: str, cores: str | None = None) -> subprocess.Popen:
         for name, text in (("bin/scontrol", SCONTROL), ("launch/multinode.sh", MULTINODE)):
             (tmp_path / name).write_text(text.replace("{end}", end))
             (tmp_path / name).chmod(0o755)
@@ -41,6 +42,8 @@ def job(tmp_path):
             "SLURM_JOB_NODELIST": "gpu-[07,09]",
             "SLURM_GPUS_ON_NODE": "8",
         }
+        if cores is not None:
+            environment["SLURM_JOB_CPUS_PER_NODE"] = cores
         command = ["bash", str(SBATCH), "--recipe", "aclip_vitl16", "--train", "/data/{0..9}.tar"]
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True)
         started.append(process)
@@ -63,6 +66,15 @@ def test_hostfile_is_the_allocation_and_the_arguments_are_passed_on(job, tmp_pat
     assert told[:5] == ["--master_port", "24567", "--rsh", srun, "hostfile-1234567"]
     assert told[5:] == ["--recipe", "aclip_vitl16", "--train", "/data/{0..9}.tar"]
     assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize("cores, step", [("72(x2),36", 36), ("8", 8), ("128(x16)", 128)])
+def test_a_step_gets_the_cores_that_every_node_has(job, tmp_path, cores, step):
+    assert job("exit 0", cores).wait(30) == 0
+    told = (tmp_path / "told").read_text().splitlines()
+    assert (
+        told[3] == f"srun --overlap --nodes=1 --ntasks=1 --cpus-per-task={step} --nodelist={{host}}"
+    )
 
 
 def test_signal_before_the_end_saves_and_queues_the_job_again(job, tmp_path):

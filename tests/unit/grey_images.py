@@ -24,11 +24,11 @@ class Greys:
             yield index, lambda image=image, label=label: Example(image, label, [])
 
 
-def probe(train, test):
-    """The probe's metrics, on all ranks."""
+def probe(train, test, scale=1.0, progress=None):
+    """The probe's metrics, on all ranks; the features are `scale` times the grey."""
     towers = Towers(None, None, None, 4, torch.device("cpu"), torch.float32, (0.5,) * 3, (0.1,) * 3)
 
     def encode(pixels):
-        return pixels[:, :2, 0, 0]
+        return scale * pixels[:, :2, 0, 0]
 
-    return linear_probe(towers, encode, train, test, 7)
+    return linear_probe(towers, encode, train, test, 7, progress)

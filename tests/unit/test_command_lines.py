@@ -2,13 +2,16 @@
 
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from aclip.config.arguments import parse as parse_words
-from aclip.config.arguments import parser, read_recipe
+from aclip.config.arguments import ELSEWHERE, parser, read_recipe
+from aclip.config.arguments import parse as parse_pretraining
+from aclip.config.recipe_file import load_recipe
+from aclip.errors import ConfigError
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 NEEDED = {
@@ -77,6 +80,54 @@ def test_converters_take_hyphens_and_underscores(parse, source, options, expecte
         assert {name: values[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    "words, here",
+    [
+        (["--ds-config", "x"], "--ds_config FILE"),
+        (["--deepspeed_config=x"], "--ds_config FILE"),
+        (["--ds_config", "x", "--train-data", "a.tar"], "--train SHARDS"),
+        (["--ds_config", "x", "--epochs=5"], "train.epochs=N"),
+        (["--ds_config", "x", "--lr", "1e-3"], "optimizer.lr=X"),
+        (["--ds_config", "x", "--batch-size", "32"], "train.global_batch_size=N"),
+    ],
+)
+def test_an_option_of_another_trainer_is_answered_with_what_it_is_called_here(words, here):
+    name = next(word for word in words if word not in ("--ds_config", "x")).split("=")[0]
+    with pytest.raises(ConfigError) as refusal:
+        parse_pretraining(words)
+    assert str(refusal.value).startswith(
+        f"{name} is not an option of pretrain.py; here it is {here}"
+    )
+
+
+def test_what_other_trainers_options_are_called_here_exists():
+    known = {option for action in parser()._actions for option in action.option_strings}
+    recipe = load_recipe("demo")
+    for answer in ELSEWHERE.values():
+        for word in re.findall(r"--\w+", answer):
+            assert word in known
+        for key in re.findall(r"\b(\w+(?:\.\w+)+)=", answer):
+            value = recipe
+            for part in key.split("."):
+                value = getattr(value, part)
+    assert not known & ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize(
+    "words, hostfile, others",
+    [
+        ([], None, []),
+        (["hosts"], "hosts", []),
+        (["hosts", "--train", "a.tar"], "hosts", ["--train", "a.tar"]),
+        (["--train", "a.tar", "--output", "x"], None, ["--train", "a.tar", "--output", "x"]),
+        (["train.epochs=2"], None, ["train.epochs=2"]),
+    ],
+)
+def test_doctor_tells_the_hostfile_from_pretrainings_arguments(parse, words, hostfile, others):
+    values = parse("doctor", "--slots", "2", *words)
+    assert (values["slots"], values["hostfile"], values["arguments"]) == (2, hostfile, others)
+
+
 @pytest.mark.parametrize("script", sorted(path.stem for path in LAUNCH.glob("*.py")))
 def test_a_script_calls_the_function_of_its_own_name(script):
     text = (LAUNCH / f"{script}.py").read_text()
@@ -96,5 +147,24 @@ def test_a_script_calls_the_function_of_its_own_name(script):
     ],
 )
 def test_own_data_take_the_place_of_the_built_in_scenes(words, train, val):
-    data = read_recipe(parse_words(["--ds_config", "ds.json", *words])).data
+    data = read_recipe(parse_pretraining(["--ds_config", "ds.json", *words])).data
     assert (data.train, data.val) == (train, val)
+
+
+def test_what_checks_the_input_imports_neither_towers_nor_deepspeed():
+    """Their packages take seconds, so wrong input would be refused later than it could be."""
+    modules = (
+        "ablation.ablate",
+        "benchmarks.benchmark",
+        "evaluation.evaluate",
+        "nodes.doctor",
+        "planning.plan_input",
+        "reports.visualize",
+        "training.start",
+        "weights.export",
+    )
+    code = f"import sys, {', '.join(f'aclip.{name}' for name in modules)}\n"
+    code += "print(*{'timm', 'transformers', 'torchvision', 'deepspeed'} & sys.modules.keys())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == []

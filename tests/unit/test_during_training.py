@@ -12,6 +12,7 @@ from aclip.config.recipe_file import load_recipe
 from aclip.config.sections import TextTowerConfig
 from aclip.data.shards.listing import index_shards
 from aclip.data.tokenizer import build_tokenizer
+from aclip.errors import ConfigError
 from aclip.evaluation.during_training import Evaluator
 from aclip.evaluation.towers import Towers
 
@@ -106,3 +107,23 @@ def test_without_a_mask_or_on_another_rank_nothing_is_pictured(shards, monkeypat
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     evaluation = evaluator({"student": always(0)}, scores_of_the_object)
     assert evaluation.picture is None and "mask" not in evaluation.metrics
+
+
+def write_set(write_tar, encode_image, *members):
+    """A set of one picture with these members besides."""
+    named = [("0.jpg", encode_image(64, 64)), *((f"0.{name}", text) for name, text in members)]
+    return index_shards([write_tar("small.tar", named)])
+
+
+def test_one_sample_is_scored_and_guessing_is_always_right(write_tar, encode_image, tmp_path):
+    shards = write_set(write_tar, encode_image, ("txt", b"one"))
+    plain = [*RECIPE, "mask.policy=none", "loss.byol=0", "loss.simclr=0", "teacher=null"]
+    metrics = Evaluator(load_recipe("demo", plain), shards)({"student": always(0)}, None).metrics
+    assert metrics["student"]["image_to_text_r1"] == metrics["chance"]["image_to_text_r1"] == 1.0
+
+
+def test_a_set_without_any_score_is_refused_by_the_first_evaluation(write_tar, encode_image):
+    shards = write_set(write_tar, encode_image, ("cls", b"0"))
+    evaluator = Evaluator(load_recipe("demo", RECIPE), shards)
+    with pytest.raises(ConfigError, match="data.val is .*small.tar.*neither captions nor labels"):
+        evaluator({"student": always(0)}, scores_of_the_object)

@@ -78,15 +78,26 @@ def test_results_are_printed_and_written(tmp_path, capsys):
 
 def test_bad_arguments_are_refused_before_the_model_is_read(tmp_path):
     (tmp_path / "file").write_text("in the way")
+    (tmp_path / "run").write_text("no weights")
     write_colours(tmp_path / "no_train" / "x", 1)
     for changes, words in (
         ({"batch_size": 0}, "--batch_size is 0"),
         ({"published": "clip"}, "--published is clip.*aclip-25"),
-        ({"output": str(tmp_path / "file" / "x")}, "--output is .*can't be written"),
+        (
+            {"output": str(tmp_path / "file" / "x"), "suite": ["no_train/x"]},
+            "--output is .*can't be written",
+        ),
         ({"suite": ["mnits"]}, "did you mean mnist"),
         ({"suite": ["mnist"], "data": None}, "looked for in --data"),
         ({"suite": ["no_train/x/test"], "linear_probe": True}, "--linear_probe needs"),
-        ({"suite": ["no_train/x"]}, "the checkpoint is .*run, which does not exist"),
+        ({"suite": ["no_train/x", "mnits", "dt"]}, "did you mean mnist.*did you mean dtd"),
+        ({"checkpoint": str(tmp_path / "nope")}, "the checkpoint is .*nope, which does not exist"),
+        (
+            {"checkpoint": str(tmp_path / "no_train"), "suite": ["x"]},
+            "is neither an open_clip folder nor a run, but",
+        ),
+        ({"recipe": "nope"}, "--recipe is nope"),
+        ({"model": "teacher"}, "--model is teacher, but .* holds one model"),
     ):
         with pytest.raises(ConfigError, match=words):
             evaluate(arguments_for(tmp_path, **changes))

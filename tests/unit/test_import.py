@@ -219,7 +219,7 @@ def test_wrong_files_are_refused_in_one_sentence_and_change_nothing(tmp_path):
         str(tmp_path / "tensor.pt"): "no weights",
         str(tmp_path / "absent.pt"): "does not exist",
         str(tmp_path / "folder"): "neither an open_clip folder nor a run",
-        str(tmp_path / "native"): "image tower that is not timm's",
+        str(tmp_path / "native"): "holds open_clip_config.json, but no open_clip_model",
         "timm:vit_bass_patch16": "neither a file nor a model",
         f"timm:{whole}": "positional_embedding, which no part of",
     }

@@ -8,7 +8,8 @@ from grey_images import Greys, probe
 from sklearn.linear_model import LogisticRegression
 
 from aclip.errors import ConfigError
-from aclip.evaluation.linear_probe import choose_penalty, fit
+from aclip.evaluation.linear_probe import fit
+from aclip.evaluation.penalty import choose_penalty
 from aclip.evaluation.sets.evaluation_set import NO_LABEL
 
 
@@ -96,5 +97,59 @@ def test_probe_learns_from_one_split_and_scores_the_other():
 
 
 def test_a_split_without_labels_is_refused():
-    with pytest.raises(ConfigError, match="greys has no sample with a label"):
+    with pytest.raises(ConfigError, match="greys has 2 samples but none with a label"):
         probe(Greys([1, 2], [NO_LABEL] * 2), Greys([1], [0]))
+
+
+def test_a_test_split_without_images_is_refused():
+    with pytest.raises(ConfigError, match="greys has 1 samples but none with a label"):
+        probe(Greys([1, 200, 2], [0, 1, 0]), Greys([1], [NO_LABEL]))
+
+
+@pytest.mark.parametrize("labels", [[0], [3, 3, 3]])
+def test_one_class_is_refused(labels):
+    with pytest.raises(ConfigError, match=f"greys has {len(labels)} labelled images, all of the"):
+        probe(Greys([10] * len(labels), labels), Greys([10], [0]))
+
+
+def test_a_label_that_would_fill_memory_is_refused():
+    with pytest.raises(ConfigError, match="has the label 999999999, .* 100,000 classes at most"):
+        probe(Greys([10, 20], [0, 999_999_999]), Greys([10], [0]))
+
+
+def test_two_images_are_enough_wherever_they_lie_among_unlabelled_ones():
+    # Place 0, which would be held out, and place 10 have no label.
+    labels = [NO_LABEL, 0, 1, *[NO_LABEL] * 8]
+    metrics = probe(Greys([10, 20, 200, *[10] * 8], labels), Greys([30, 190], [0, 1]))
+    # The one that is left to the fits that choose has one class; the last fit sees both.
+    assert metrics["linear_probe_top1"] == 1.0
+
+
+def test_more_classes_than_images_are_learned_as_far_as_they_are_seen():
+    metrics = probe(Greys([20, 220], [0, 9]), Greys([30, 210, 128], [0, 9, 5]))
+    assert metrics["linear_probe_top1"] == pytest.approx(2 / 3)
+
+
+def test_features_without_variance_score_as_guessing_the_most_frequent_class():
+    metrics = probe(Greys([50] * 40, [0, 1, 1, 1] * 10), Greys([50] * 4, [0, 1, 1, 1]))
+    assert metrics["linear_probe_top1"] == pytest.approx(3 / 4)
+
+
+def test_a_model_whose_features_are_not_finite_is_right_about_nothing():
+    metrics = probe(
+        Greys([20, 220] * 20, [0, 1] * 20), Greys([30, 210], [0, 1]), scale=float("nan")
+    )
+    assert metrics["linear_probe_top1"] == metrics["linear_probe_roc_auc"] == 0
+
+
+def test_progress_is_heard_within_a_fit():
+    heard = []
+    metrics = probe(
+        Greys([20, 40, 200, 220] * 10, [0, 0, 1, 1] * 10),
+        Greys([30, 210], [0, 1]),
+        progress=lambda *words: heard.append(words),
+    )
+    assert metrics["linear_probe_top1"] == 1.0
+    steps = [words for words, done, total in heard if done < total and "steps" in words]
+    assert steps[0] == "linear probe, fit 1 of at most 16, penalty 1e+06: 1 steps"
+    assert len(steps) > 20

@@ -126,7 +126,7 @@ def test_what_is_no_model_is_refused_in_one_sentence(tmp_path, write_run):
     cases = {
         str(tmp_path / "absent"): "does not exist",
         str(tmp_path / "text.pt"): "no checkpoint that torch can read",
-        str(tmp_path / "empty"): "neither a checkpoint nor an open_clip model",
+        str(tmp_path / "empty"): "neither an open_clip folder nor a run, but is empty",
     }
     for path, words in cases.items():
         with pytest.raises(ConfigError, match=words) as refusal:

@@ -13,6 +13,7 @@ from aclip.planning import plan as plan_module
 from aclip.planning.gpus import GPUS, find_gpu
 from aclip.planning.measure_step import MODES
 from aclip.planning.plan import Memory, largest_divisor
+from aclip.planning.plan_input import read_input
 from aclip.planning.plan_report import report
 from aclip.planning.zero_memory import States, ZeroSettings, sent_bytes, zero_states
 
@@ -123,7 +124,7 @@ def plan(tmp_path):
         plain = {"recipe": "clip_vits16", "ds_config": str(path), "gpu": "a100-80", "nodes": 2}
         plain |= {"gpus_per_node": 4, "mfu": 0.5, "bandwidth": None, "samples": 4096 * 100}
         plain |= {"caption_tokens": 22, "overrides": list(overrides)}
-        return plan_module.plan(argparse.Namespace(**plain | changes))
+        return plan_module.plan(read_input(argparse.Namespace(**plain | changes)))
 
     return make
 

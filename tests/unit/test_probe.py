@@ -10,7 +10,7 @@ from aclip.ablation.ablate import _devices
 from aclip.nodes import probe
 from aclip.nodes.doctor import Examined, _gpu_problems, format_table
 from aclip.nodes.hostfile import Host
-from aclip.nodes.probe import gpus
+from aclip.nodes.probe import gpus, shown_gpus
 
 
 @pytest.fixture
@@ -47,6 +47,20 @@ def test_a_gpu_whose_memory_is_unknown_counts_as_free(nvidia_smi, value):
     answer |= {"versions": versions, "disk_bytes": 0, "shm_bytes": 0}
     assert "2 NVIDIA GB10" in format_table([Examined(Host("a", 2), "token", answer)])
     assert [device["CUDA_VISIBLE_DEVICES"] for device in _devices(None, 4)] == ["0"]
+
+
+def test_only_the_gpus_that_the_environment_shows_are_asked_about(nvidia_smi):
+    nvidia_smi("A, 70000, 81920\nA, 3, 81920\nA, 5, 81920")
+    assert shown_gpus(gpus(), None) == gpus()
+    shown = shown_gpus(gpus(), "2,0,7")
+    assert [(gpu["id"], gpu["used"]) for gpu in shown] == [("2", 5.0), ("0", 70000.0)]
+    (problem,) = _gpu_problems(Examined(Host("a", 2), "token", {"gpus": shown}), with_gpus=True)
+    assert problem.startswith("GPU 0 is in use")
+    (uuid,) = shown_gpus(gpus(), "GPU-8a1f")
+    assert uuid["id"] == "GPU-8a1f" and math.isnan(uuid["used"])
+    assert shown_gpus(gpus(), "") == shown_gpus(gpus(), "-1") == []
+    (problem,) = _gpu_problems(Examined(Host("a", 3), "token", {"gpus": shown}), with_gpus=True)
+    assert "shows 2 GPUs for slots=3" in problem and "CUDA_VISIBLE_DEVICES" in problem
 
 
 def test_what_triton_compiles_with_is_asked_for(monkeypatch, tmp_path):

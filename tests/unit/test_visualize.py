@@ -1,15 +1,17 @@
 """The picture of kept patches: what lies where, captions on the page, files written whole."""
 
+import argparse
 import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from aclip.errors import NotWritten
+from aclip.errors import ConfigError, NotWritten
 from aclip.files import write_whole
 from aclip.reports import mask_pictures
 from aclip.reports.mask_pictures import draw_figure, encode, picture_columns
+from aclip.reports.visualize import visualize
 
 R, G = 96, 4
 CELL = 192
@@ -160,3 +162,15 @@ def test_a_failed_write_keeps_the_old_picture_and_leaves_nothing_behind(tmp_path
         write_whole(path, encode(np.ones((5, 7, 3), dtype=np.uint8)))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_images_that_are_not_there_are_named_before_the_weights_are_read(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text("no weights here")
+    for images in (["nope.jpg"], [str(tmp_path / "nope.tar")]):
+        arguments = argparse.Namespace(
+            checkpoint=str(checkpoint), images=images, out=str(tmp_path / "out")
+        )
+        with pytest.raises(ConfigError, match="IMAGES is .*nope"):
+            visualize(arguments)

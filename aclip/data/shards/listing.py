@@ -19,7 +19,7 @@ from aclip.data.shards.counts import count_samples
 from aclip.data.shards.remote import RemoteShards, check_protocol, is_remote
 from aclip.data.shards.tar import RawSample, TarShard
 from aclip.errors import ConfigError
-from aclip.files import cache_folder
+from aclip.files import cache_folder, expand_home
 
 logger = logging.getLogger(__name__)
 
@@ -79,14 +79,15 @@ def list_shards(pattern: str | list[str], field: str) -> list[str]:
         if is_remote(entry):
             urls += _addresses(entry, field)
             continue
-        for path in _expand_braces(os.path.expanduser(entry), field):
+        for path in _expand_braces(expand_home(entry, field), field):
             urls += _existing_files(path, entry, field)
     return urls
 
 
 def remote_shards(config: DataConfig) -> RemoteShards:
     """How a recipe fetches its remote shards."""
-    folder = Path(config.cache).expanduser() if config.cache else cache_folder() / "shards"
+    cache = expand_home(config.cache, "data.cache")
+    folder = Path(cache) if cache else cache_folder() / "shards"
     return RemoteShards(folder.absolute(), round(config.cache_gb * 1e9), config.retries)
 
 

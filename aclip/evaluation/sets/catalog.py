@@ -13,21 +13,18 @@ import yaml
 from aclip.data.demo import ensure_demo_data
 from aclip.data.shards.listing import index_shards
 from aclip.errors import ConfigError
-from aclip.evaluation.sets.evaluation_set import EvaluationSet, ShardSet
-from aclip.evaluation.sets.folder_layouts import (
-    find_folder,
-    has_class_folders,
-    list_tars,
-    train_folders,
-)
-from aclip.evaluation.sets.image_sets import (
-    Unavailable,
-    Where,
+from aclip.evaluation.sets.class_folders import (
+    WORDNET_ID,
     class_folders,
-    karpathy_set,
-    open_torchvision,
+    has_class_folders,
+    name_some,
 )
+from aclip.evaluation.sets.evaluation_set import EvaluationSet, ShardSet
+from aclip.evaluation.sets.folder_layouts import find_folder, list_tars, train_folders
+from aclip.evaluation.sets.image_sets import Unavailable, Where, karpathy_set, open_torchvision
 from aclip.evaluation.sets.prompts import (
+    CLASS_NAMES_FILE,
+    OPEN_CLIP,
     TEMPLATES_FILE,
     ClassPrompts,
     clip_benchmark_prompts,
@@ -68,27 +65,29 @@ def find_tasks(
 
     Raises:
         ConfigError: a name means nothing, a named set is not there or malformed, or of the suite
-            `paper` nothing is there.
+            `paper` nothing is there. It tells of all such names.
     """
     if data is None and any(name == PAPER or name in catalog() for name in suite):
         raise ConfigError(
             f"--suite is {' '.join(suite)}, whose sets are looked for in --data; give that folder"
         )
     where = Where(data or Path(), download)
-    tasks, missing = [], []
+    tasks, missing, problems = [], [], []
+
+    def find(name: str) -> Task:
+        if name in catalog():
+            return _find_paper(name, where, slip_checkout)
+        return _scenes() if name == SCENES else find_folder(name, _folder(name, where.data))
+
     for name in suite:
-        if name == PAPER:
-            for member in catalog():
-                try:
-                    tasks.append(_find_paper(member, where, slip_checkout))
-                except Unavailable as error:
-                    missing.append(str(error))
-        elif name in catalog():
-            tasks.append(_find_paper(name, where, slip_checkout))
-        elif name == SCENES:
-            tasks.append(_scenes())
-        else:
-            tasks.append(find_folder(name, _folder(name, where.data)))
+        for member in catalog() if name == PAPER else [name]:
+            try:
+                tasks.append(find(member))
+            except ConfigError as error:
+                is_optional = name == PAPER and isinstance(error, Unavailable)
+                (missing if is_optional else problems).append(str(error))
+    if problems:
+        raise ConfigError("; ".join(problems))
     if not tasks:
         raise ConfigError(
             f"--data is {data}, which holds none of the {len(catalog())} sets of --suite "
@@ -149,6 +148,8 @@ def _find_paper(name: str, where: Where, slip_checkout: Path | None) -> Task:
         return replace(find_folder(name, folder), title=entry["title"], metric=metric)
     dataset, class_names, source, train = _open_paper(name, entry, folder, where)
     prompts = _paper_prompts(name, entry, folder, slip_checkout, class_names)
+    if class_names is not None and prompts.source == OPEN_CLIP:
+        _check_order(class_names, source)
     if class_names is not None and len(class_names) != len(prompts.names):
         raise ConfigError(
             f"{source} has {len(class_names)} classes, but {prompts.source} names "
@@ -163,6 +164,19 @@ def _find_paper(name: str, where: Where, slip_checkout: Path | None) -> Task:
         prompts=prompts,
         train=train,
     )
+
+
+def _check_order(class_names: list[str], source: str) -> None:
+    """Raises:
+    ConfigError: the folders are not in the order of open_clip's names, by WordNet ids.
+    """
+    others = [name for name in class_names if not (WORDNET_ID.fullmatch(name) or name.isdecimal())]
+    if others:
+        raise ConfigError(
+            f"{source} holds folders that are called {name_some(others)}, but the names of the "
+            "classes come in the order of WordNet ids; call the folders by these, such as "
+            f"n01440764, or write {source}/{CLASS_NAMES_FILE} in the order of the folders"
+        )
 
 
 def _open_paper(

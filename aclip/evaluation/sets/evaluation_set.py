@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
@@ -22,11 +22,14 @@ from aclip.data.images.views import center_crop
 from aclip.data.members import read_captions, read_image_bytes
 from aclip.data.shards.listing import Shard, Skip, read_shard
 from aclip.data.shards.tar import RawSample
+from aclip.errors import ConfigError, DataError
 
 DECODE_THREADS = 4
 MIN_SIDE = 8
 """Images with a shorter side, pixels, are skipped: a long strip scaled up would fill memory."""
 NO_LABEL = -1
+BAD_LABEL = "bad_label"
+"""The kind of a .cls that holds no class number."""
 MAX_LABEL_DIGITS = 9
 
 
@@ -47,10 +50,12 @@ class EvaluationSet(Protocol):
     Attributes:
         name: what messages call the set.
         num_samples: the number of all samples, also of those that can't be used.
+        notes: sentences about what was found, for reports.
     """
 
     name: str
     num_samples: int
+    notes: list[str]
 
     def read(self, rank: int, world_size: int) -> Iterator[tuple[int, Callable]]:
         """This rank's samples in order: the place in the set, and what loads the sample there.
@@ -75,6 +80,8 @@ class ValidationBatch:
     """Samples of this batch that could not be used, by kind."""
     noted: Counter
     """Samples of this batch whose captions' text was guessed or left out in part, by kind."""
+    error: DataError | None = None
+    """Why this rank can't read on; the set can't be scored then."""
 
 
 class ShardSet:
@@ -90,6 +97,7 @@ class ShardSet:
     def __init__(self, shards: list[Shard]):
         self.name = f"{shards[0].url} ..."
         self.num_samples = sum(shard.num_samples for shard in shards)
+        self.notes: list[str] = []
         self._shards = shards
 
     def read(self, rank: int, world_size: int) -> Iterator[tuple[int, Callable]]:
@@ -109,13 +117,10 @@ class ShardSet:
             return encoded
         captions = read_captions(sample)
         has_captions = not isinstance(captions, Skip)
-        label = NO_LABEL
-        if "cls" in sample.members:
-            text = sample.read("cls").strip()
-            if not text.isdigit() or len(text) > MAX_LABEL_DIGITS:
-                return Skip("bad_label")
-            label = int(text)
-        elif not has_captions:
+        label = read_label(sample)
+        if isinstance(label, Skip):
+            return label
+        if label == NO_LABEL and not has_captions:
             return captions
         image = decode_image(encoded, MIN_SIDE)
         if isinstance(image, Skip):
@@ -123,6 +128,16 @@ class ShardSet:
         if not has_captions:
             return Example(image, label, [])
         return Example(image, label, captions, captions.notes)
+
+
+def read_label(sample: RawSample) -> int | Skip:
+    """The class number of a sample, or NO_LABEL where there is no .cls."""
+    if "cls" not in sample.members:
+        return NO_LABEL
+    text = sample.read("cls").strip()
+    if not text.isdigit() or len(text) > MAX_LABEL_DIGITS:
+        return Skip(BAD_LABEL)
+    return int(text)
 
 
 def read_validation(
@@ -136,6 +151,8 @@ def read_validation(
     """Yields this rank's samples in order, centre-cropped; batches are equally many on every rank.
 
     What can't be used is counted. The next batch is decoded while the caller works on this one.
+    Where reading fails, the batches stay equally many, empty from there on, and hold the error: the
+    caller, who works together with other ranks, raises it when they meet.
 
     Args:
         dataset: a set of at least one sample.
@@ -157,15 +174,29 @@ def read_validation(
         pixels = center_crop(example.image, resolution, resample)
         return pixels, example.label, example.captions, example.notes
 
+    error: DataError | None = None
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        ahead = None
-        for _ in range(num_batches):
-            chunk = islice(mine, batch_size)
-            submitted = [(index, pool.submit(load, loader)) for index, loader in chunk]
-            if ahead is not None:
-                yield _assemble(ahead, resolution, batch_size)
-            ahead = submitted
-        yield _assemble(ahead, resolution, batch_size)
+
+        def submit() -> list[tuple[int, Future]]:
+            nonlocal error
+            try:
+                chunk = [] if error else list(islice(mine, batch_size))
+            except ConfigError as failure:  # a shard, or its server
+                chunk, error = [], DataError(str(failure))
+            return [(index, pool.submit(load, loader)) for index, loader in chunk]
+
+        def assemble(loading: list[tuple[int, Future]]) -> ValidationBatch:
+            nonlocal error
+            try:
+                batch = _assemble(loading, resolution, batch_size)
+            except DataError as failure:  # what holds the images
+                batch, error = _assemble([], resolution, batch_size), failure
+            return replace(batch, error=error)
+
+        ahead = submit()
+        for number in range(1, num_batches + 1):
+            loading, ahead = ahead, submit() if number < num_batches else []
+            yield assemble(loading)
 
 
 def _assemble(

@@ -4,15 +4,20 @@ captions in Karpathy's format, or a folder for each class."""
 from collections.abc import Callable
 from pathlib import Path
 
+from aclip.data.images.suffixes import is_litter
 from aclip.data.shards.listing import index_shards
 from aclip.errors import ConfigError
-from aclip.evaluation.sets.evaluation_set import EvaluationSet, ShardSet
-from aclip.evaluation.sets.image_sets import (
+from aclip.evaluation.sets.class_folders import (
     check_same_classes,
     class_folders,
-    karpathy_set,
+    count_suffixes,
+    has_class_folders,
     list_classes,
+    name_some,
+    readable_names,
 )
+from aclip.evaluation.sets.evaluation_set import EvaluationSet, ShardSet
+from aclip.evaluation.sets.image_sets import karpathy_set
 from aclip.evaluation.sets.prompts import (
     TEMPLATES_FILE,
     ClassPrompts,
@@ -38,18 +43,31 @@ def find_folder(name: str, folder: Path) -> Task:
         if task is not None:
             return task
     raise ConfigError(
-        f"--suite is {name}, a folder of no known layout; write images as {folder}/test/CLASS/"
-        f"NAME.jpg, or WebDataset shards as {folder}/test/0.tar with {folder}/classnames.txt"
+        f"--suite is {name}, a folder of no known layout ({_found(folder)}); write images as "
+        f"{folder}/test/CLASS/NAME.jpg, or WebDataset shards as {folder}/test/0.tar with "
+        f"{folder}/classnames.txt"
     )
+
+
+def _found(folder: Path) -> str:
+    """What lies in a folder, in words."""
+    files = [path for path in folder.iterdir() if not path.is_dir()]
+    folders = list_classes(folder)
+    parts = [f"folders {name_some(folders)}"] if folders else []
+    parts += [f"files {count_suffixes(files)}"] if files else []
+    return f"it holds {' and '.join(parts)}" if parts else "it is empty"
 
 
 def list_tars(folder: Path) -> list[str]:
     """The tars in a folder, by number where their names are numbers."""
-    return sorted((str(path) for path in folder.glob("*.tar")), key=_by_number)
-
-
-def has_class_folders(folder: Path) -> bool:
-    return folder.is_dir() and bool(list_classes(folder))
+    if not folder.is_dir():
+        return []
+    tars = (
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() == ".tar" and path.is_file() and not is_litter(path.name)
+    )
+    return sorted(map(str, tars), key=_by_number)
 
 
 def train_folders(
@@ -71,7 +89,7 @@ def _shards(name: str, title: str, folder: Path) -> Task | None:
     if not shards:
         return None
     kind_file = folder / DATASET_TYPE_FILE
-    if kind_file.is_file() and kind_file.read_text().strip().lower() == RETRIEVAL:
+    if kind_file.is_file() and kind_file.read_text(errors="replace").strip().lower() == RETRIEVAL:
         dataset = ShardSet(index_shards(shards))
         return retrieval_task(name, title, dataset, folder)
     train = list_tars(folder / "train")
@@ -100,11 +118,12 @@ def _classes(name: str, title: str, folder: Path) -> Task | None:
     if not has_class_folders(test):
         return None
     dataset, class_names = class_folders(test)
-    prompts = find_class_prompts(test) or ClassPrompts(
-        f"the folders of {test}",
-        [[class_name.replace("_", " ")] for class_name in class_names],
-        read_templates(folder / TEMPLATES_FILE),
-    )
+    prompts = find_class_prompts(test)
+    if prompts is None:
+        names, notes = readable_names(class_names, test)
+        dataset.notes += notes
+        templates = read_templates(folder / TEMPLATES_FILE)
+        prompts = ClassPrompts(f"the folders of {test}", [[name] for name in names], templates)
     if len(prompts.names) != len(class_names):
         raise ConfigError(
             f"{test} has {len(class_names)} folders of classes, but {prompts.source} names "

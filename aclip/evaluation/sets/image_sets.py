@@ -1,21 +1,30 @@
 """Evaluation sets that are no shards: image files with labels or captions, and torchvision's."""
 
+from __future__ import annotations
+
+import errno
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torchvision
 from filelock import FileLock
-from torchvision.datasets import VisionDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from aclip.data.images.decode import DECODE_ERRORS, decode_image, to_rgb
 from aclip.data.shards.listing import Skip
 from aclip.distributed import say
-from aclip.errors import ConfigError
+from aclip.errors import ConfigError, DataError
 from aclip.evaluation.sets.evaluation_set import MIN_SIDE, NO_LABEL, Example
+
+if TYPE_CHECKING:
+    from torchvision.datasets import VisionDataset
+
+STORE_ERRORS = (
+    *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO),
+    *(errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+)
+"""What reading says where not one file but the disk or the server is at fault."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,10 @@ class FileSet:
         paths: the images.
         labels: each image's label, or None.
         captions: each image's captions, or None.
+        root: a folder above all of them, without which the set is gone.
+
+    Attributes:
+        notes: sentences about what was found, for reports.
     """
 
     def __init__(
@@ -51,9 +64,12 @@ class FileSet:
         paths: list[Path],
         labels: list[int] | None = None,
         captions: list[list[str]] | None = None,
+        root: Path | None = None,
     ):
         self.name = name
         self.num_samples = len(paths)
+        self.notes: list[str] = []
+        self._root = root
         self._paths, self._labels, self._captions = paths, labels, captions
 
     def read(self, rank: int, world_size: int) -> Iterator[tuple[int, Callable]]:
@@ -61,15 +77,17 @@ class FileSet:
             yield index, lambda index=index: self._load(index)
 
     def _load(self, index: int) -> Example | Skip:
+        label = NO_LABEL if self._labels is None else self._labels[index]
+        captions = [] if self._captions is None else self._captions[index]
+        if label == NO_LABEL and not captions:
+            return Skip("empty_caption")
         try:
             content = self._paths[index].read_bytes()
-        except OSError:
-            return Skip("unreadable_image")
+        except OSError as error:
+            _check_store(error, self._paths[index], self._root)
+            return Skip("unreadable_file")
         image = decode_image(content, MIN_SIDE)
-        if isinstance(image, Skip):
-            return image
-        label = NO_LABEL if self._labels is None else self._labels[index]
-        return Example(image, label, [] if self._captions is None else self._captions[index])
+        return image if isinstance(image, Skip) else Example(image, label, captions)
 
 
 class TorchvisionSet:
@@ -84,6 +102,7 @@ class TorchvisionSet:
     def __init__(self, name: str, dataset: VisionDataset, labels: list[int] | None = None):
         self.name = name
         self.num_samples = len(dataset)
+        self.notes: list[str] = []
         self._dataset = dataset
         self._classes = None if labels is None else {raw: c for c, raw in enumerate(labels)}
 
@@ -95,64 +114,13 @@ class TorchvisionSet:
         try:
             image, label = self._dataset[index]
             image = to_rgb(image)
-        except DECODE_ERRORS:
+        except DECODE_ERRORS as error:
+            if isinstance(error, OSError):
+                _check_store(error, Path(error.filename or self.name), None)
             return Skip("unreadable_image")
         if self._classes is not None:
             label = self._classes[label]
         return Example(image, int(label), [])
-
-
-def list_classes(*folders: Path, by_number: bool = True) -> list[str]:
-    """The class folders that any of the folders holds, in the order of their labels.
-
-    Hidden ones, such as .ipynb_checkpoints, are no classes.
-
-    Args:
-        by_number: sort by value where all names are numbers, as lists of class names do;
-            otherwise as text, 10 before 2.
-    """
-    entries = [entry for folder in folders for entry in folder.iterdir() if entry.is_dir()]
-    names = sorted({entry.name for entry in entries if not entry.name.startswith(".")})
-    if by_number and all(name.isdecimal() for name in names):
-        names.sort(key=int)
-    return names
-
-
-def class_folders(folder: Path, by_number: bool = True) -> tuple[FileSet, list[str]]:
-    """A set with a folder of images for each class, and the folders' names by label.
-
-    Args:
-        folder: holds one class folder or more.
-        by_number: see list_classes.
-
-    Raises:
-        ConfigError: there is no image in it.
-    """
-    class_names = list_classes(folder, by_number=by_number)
-    places = {name: label for label, name in enumerate(class_names)}
-    samples = make_dataset(str(folder), places, IMG_EXTENSIONS, allow_empty=True)
-    if not samples:
-        raise ConfigError(
-            f"{folder} holds no image in a folder of its class; write images as "
-            f"{folder}/CLASS/NAME.jpg"
-        )
-    paths, labels = zip(*samples, strict=True)
-    return FileSet(str(folder), [Path(path) for path in paths], list(labels)), class_names
-
-
-def check_same_classes(train: Path, test: Path) -> None:
-    """Labels are places among a split's own folders: one too few would shift those behind it.
-
-    Raises:
-        ConfigError: a class is missing in one of the splits.
-    """
-    for name in list_classes(train, test):
-        for split, other in ((train, test), (test, train)):
-            if not (split / name).is_dir():
-                raise ConfigError(
-                    f"--linear_probe needs the same classes in both splits, but {split} has no "
-                    f"folder {name}, which {other} has; add it, or remove that one"
-                )
 
 
 def karpathy_set(file: Path, images: Path) -> FileSet:
@@ -166,10 +134,13 @@ def karpathy_set(file: Path, images: Path) -> FileSet:
         ConfigError: the file is not of that format, has no test split, or an image is missing.
     """
     try:
-        entries = json.loads(file.read_bytes())["images"]
+        entries = json.loads(file.read_bytes())["images"]  # which tells UTF-8 from UTF-16
         entries = [entry for entry in entries if entry["split"] == "test"]
         paths = [images / entry.get("filepath", "") / entry["filename"] for entry in entries]
-        captions = [[sentence["raw"] for sentence in entry["sentences"]] for entry in entries]
+        captions = [
+            [sentence["raw"] for sentence in entry["sentences"] if sentence["raw"].strip()]
+            for entry in entries
+        ]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise ConfigError(
             f"{file} is not a caption file in Karpathy's format; give the dataset_*.json of "
@@ -183,7 +154,18 @@ def karpathy_set(file: Path, images: Path) -> FileSet:
             f"{file} names {missing[0]} and {len(missing) - 1} more that are not there; put the "
             f"images into {images}"
         )
-    return FileSet(str(file), paths, captions=captions)
+    return FileSet(str(file), paths, captions=captions, root=images)
+
+
+def _check_store(error: OSError, path: Path, root: Path | None) -> None:
+    """Raises:
+    DataError: not one file is at fault, but what holds all of them.
+    """
+    if error.errno in STORE_ERRORS or (root is not None and not root.is_dir()):
+        raise DataError(
+            f"{path} can't be read ({error.strerror}), and not for a fault of its own; see that "
+            f"{root or 'the disk or server'} can be reached, and evaluate the set again"
+        ) from None
 
 
 def open_torchvision(
@@ -202,6 +184,9 @@ def open_torchvision(
         Unavailable: it is not in where.data and not to be downloaded.
         ConfigError: the download failed, or a package that reads it is missing.
     """
+    # Imported here: it takes seconds, which other sets need not wait for.
+    import torchvision
+
     build = getattr(torchvision.datasets, entry["class"])
     arguments = {"root": str(where.data), **entry[split]}
     manual = entry.get("manual")

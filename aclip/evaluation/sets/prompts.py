@@ -13,6 +13,8 @@ from aclip.errors import ConfigError
 CLASS_NAMES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 DEFAULT_TEMPLATE = "a photo of a {c}."
+OPEN_CLIP = "open_clip, 7 templates"
+"""The source of ImageNet's prompts."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def _imagenet() -> ClassPrompts:
 
     templates: list[Callable[[str], str]] = SIMPLE_IMAGENET_TEMPLATES
     return ClassPrompts(
-        "open_clip, 7 templates",
+        OPEN_CLIP,
         [[name] for name in IMAGENET_CLASSNAMES],
         [template("{c}") for template in templates],
     )
@@ -178,7 +180,7 @@ def _lines(path: Path) -> list[str]:
     text, note = decode_text(path.read_bytes())
     if note is not None:
         say(f"{path}: {NOTE_KINDS[note]}")
-    text = text.strip()
+    text = text.rstrip()  # a first line that is blank is a class without a name
     if not text:
         raise ConfigError(f"{path} is empty; fill it or remove it")
     return [line.strip() for line in text.split("\n")]

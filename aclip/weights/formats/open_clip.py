@@ -1,9 +1,11 @@
 """open_clip's `local-dir` folder: open_clip_config.json and open_clip_model.safetensors.
 
-The image tower is open_clip's adapter around a timm model, the text tower its CLIP transformer.
+The image tower is open_clip's adapter around a timm model or its own (open_clip_vit.py), the text
+tower its CLIP transformer.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,21 @@ from torch import Tensor
 
 from aclip.config.recipe import Recipe
 from aclip.method.tokens import VOCAB_SIZE
+from aclip.weights.first_look import OPEN_CLIP_CONFIG as CONFIG
+from aclip.weights.first_look import OPEN_CLIP_WEIGHTS
 from aclip.weights.formats.clip_text import from_clip_text, to_clip_text
-from aclip.weights.names import LOGIT_BIAS, LOGIT_SCALE, TowerFacts
+from aclip.weights.formats.open_clip_vit import MARK, from_open_clip_vit
+from aclip.weights.names import LOGIT_BIAS, LOGIT_SCALE, TowerFacts, vit_facts
 
-CONFIG = "open_clip_config.json"
-WEIGHTS = "open_clip_model.safetensors"
-WEIGHT_FILES = (
-    WEIGHTS,
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pth",
-)
-"""What a folder's weights may be called, in open_clip's order of preference."""
+WEIGHTS = OPEN_CLIP_WEIGHTS[0]
 BUFFERS = {"attn_mask"}
 """In files of early versions, and no weights."""
 TIMM_CONFIG = "config.json"
 _TRUNK, _OUR_TRUNK = "visual.trunk.", "image.vit."
 _PROJECTION, _OUR_PROJECTION = "visual.head.proj.weight", "image_projection.weight"
 _NUMBERS = {"logit_scale": LOGIT_SCALE, "logit_bias": LOGIT_BIAS}
+_HEAD_WIDTH = 64
+"""Of open_clip's own image towers, unless their config says otherwise."""
 
 
 def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -44,12 +43,19 @@ def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return theirs | numbers
 
 
+def is_open_clip(state: dict[str, Tensor]) -> bool:
+    """Whether the keys are of a model of open_clip's, with timm's image tower or its own."""
+    return _PROJECTION in state or MARK in state
+
+
 def from_open_clip(key: str, tensor: Tensor) -> dict[str, Tensor] | None:
     """What one tensor of open_clip's is in aclip's names; None if it has no counterpart."""
     if key.startswith(_TRUNK):
         return {_OUR_TRUNK + key.removeprefix(_TRUNK): tensor}
     if key == _PROJECTION:
         return {_OUR_PROJECTION: tensor}
+    if key.startswith("visual."):
+        return from_open_clip_vit(key.removeprefix("visual."), tensor)
     if key in _NUMBERS:
         return {_NUMBERS[key]: tensor.reshape(-1)}
     # CustomTextCLIP keeps its text tower under a name of its own.
@@ -137,25 +143,38 @@ def read_config(folder: Path) -> TowerFacts:
     """
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    except (OSError, UnicodeDecodeError, ValueError, LookupError, TypeError):
+        raise ValueError(f"has no readable {CONFIG}") from None
+    return facts_of_config(values)
+
+
+def facts_of_config(values: dict[str, Any]) -> TowerFacts:
+    """What the `model_cfg` of a config, or a config that ships with open_clip, says about a model.
+
+    Raises:
+        ValueError: a tower that aclip can't hold; the message ends a sentence.
+    """
+    try:
         vision, text = values["vision_cfg"], values["text_cfg"]
         name = vision.get("timm_model_name")
         text_heads = text.get("heads", 8)
-    except (OSError, UnicodeDecodeError, ValueError, LookupError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError):
         raise ValueError(f"has no readable {CONFIG}") from None
-    if not name:
-        raise ValueError("has an image tower that is not timm's")
     if not values.get("quick_gelu") or text.get("hf_model_name"):
         raise ValueError("has a text tower that is not CLIP's with QuickGELU")
+    if not name:
+        heads = vision.get("width", 768) // vision.get("head_width", _HEAD_WIDTH)
+        return TowerFacts(heads, text_heads, "QuickGELU")
     if vision.get("timm_pool", "avg") not in ("token", ""):
         raise ValueError(f"pools patches by {vision.get('timm_pool', 'avg')}, not by the CLS token")
     try:
         with torch.device("meta"):
             vit = timm.create_model(name, num_classes=0)
-        image_heads = vit.blocks[0].attn.num_heads
+        image = vit_facts(vit)
     except (RuntimeError, ValueError, OSError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"names the timm model {name}, which can't be built ({reason})") from None
-    return TowerFacts(image_heads, text_heads)
+    return replace(image, text_heads=text_heads)
 
 
 def recipe_values(folder: Path) -> tuple[dict[str, Any], str]:
@@ -172,7 +191,12 @@ def recipe_values(folder: Path) -> tuple[dict[str, Any], str]:
     values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     model, preprocess = values["model_cfg"], values.get("preprocess_cfg", {})
     vision, text = model["vision_cfg"], model["text_cfg"]
-    name, kwargs = vision["timm_model_name"], {}
+    name, kwargs = vision.get("timm_model_name"), {}
+    if not name:
+        raise ValueError(
+            "has open_clip's own image tower; say with --recipe which of timm's vit_..._clip "
+            "towers has its shapes"
+        )
     if name.startswith("local-dir:"):
         timm_values = json.loads((Path(name.removeprefix("local-dir:")) / TIMM_CONFIG).read_text())
         name, kwargs = timm_values["architecture"], dict(timm_values.get("model_args", {}))

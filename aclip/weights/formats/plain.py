@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from aclip.weights.names import TowerFacts
+from aclip.weights.first_look import PLAIN_WEIGHTS
+from aclip.weights.names import TEXT_SIDE, TowerFacts
+from aclip.weights.tensors_file import save_tensors
 
-WEIGHTS = "model.safetensors"
+WEIGHTS = PLAIN_WEIGHTS
 
 
 def is_plain(state: dict[str, Tensor]) -> bool:
@@ -16,23 +17,29 @@ def is_plain(state: dict[str, Tensor]) -> bool:
     return "image.vit.cls_token" in state
 
 
+def is_of_model(key: str) -> bool:
+    """Whether a key of aclip's own belongs to the model, and not to heads of training."""
+    return key.startswith((*TEXT_SIDE, "image.", "image_projection.", "logit_"))
+
+
 def from_plain(key: str, tensor: Tensor) -> dict[str, Tensor]:
     return {key: tensor}
 
 
 def write(path: Path, state: dict[str, Tensor], facts: TowerFacts) -> None:
-    """Writes a state with aclip's names, and the numbers of heads as the file's metadata."""
+    """Writes a state with aclip's names, and what shapes don't tell as the file's metadata."""
     metadata = {"format": "pt"}
-    metadata |= {name: str(n) for name, n in vars(facts).items() if n is not None}
-    save_file(state, path, metadata)
+    metadata |= {name: str(value) for name, value in vars(facts).items() if value is not None}
+    save_tensors(state, path, metadata)
 
 
 def read_facts(path: Path) -> TowerFacts:
-    """The numbers of heads that a file's metadata tells; none for other files."""
+    """What a file's metadata tells of its towers; nothing for other files."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError):
         return TowerFacts()
     numbers = {name: metadata.get(name, "") for name in ("image_heads", "text_heads")}
-    return TowerFacts(**{name: int(n) for name, n in numbers.items() if n.isdigit()})
+    heads = {name: int(n) for name, n in numbers.items() if n.isdigit()}
+    return TowerFacts(**heads, image_activation=metadata.get("image_activation"))

@@ -1,0 +1,58 @@
+"""Which model is meant, found without reading it: its place, and where its results go."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from aclip.config.recipe_file import load_recipe
+from aclip.errors import ConfigError
+from aclip.weights.first_look import LOCAL_DIR, find_checkpoint, find_weights
+
+FOLDER = "evaluation"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model that is evaluated.
+
+    Attributes:
+        identity: tells it from every other model: its place and state, in words.
+        output: the folder of its results, where none is given.
+    """
+
+    identity: str
+    output: Path
+
+
+def find_origin(path: str, model: str | None, recipe_name: str | None) -> Origin:
+    """Finds what `launch/evaluate.py` is given.
+
+    Args:
+        path, model, recipe_name: as `load_model` takes them.
+
+    Raises:
+        ConfigError: there is nothing that can be weights, no such model of the two, or no such
+            recipe.
+    """
+    source = Path(path.removeprefix(LOCAL_DIR))
+    try:
+        found = find_weights(source)
+    except ValueError as error:
+        advice = "" if ";" in str(error) else "; give a run, or a SLIP, A-CLIP or open_clip model"
+        raise ConfigError(f"the checkpoint is {path}, which {error}{advice}") from None
+    if found.kind == "checkpoint":
+        folder, model = find_checkpoint(str(found.path), found.model or model)
+        folder = folder.resolve()
+        output = folder.parent.parent / FOLDER / f"{folder.name}-{model}"
+        return Origin(f"{model} of {folder}", output)
+    if model is not None:
+        raise ConfigError(
+            f"--model is {model}, but {path} is no run and holds one model; leave --model out"
+        )
+    if recipe_name is not None:
+        load_recipe(recipe_name)
+    state = (found.weights or found.path).stat()
+    identity = (
+        f"{source.resolve()} ({state.st_size} bytes of {state.st_mtime_ns}, recipe {recipe_name})"
+    )
+    name = source.resolve().name if source.is_dir() else source.stem
+    return Origin(identity, Path("runs") / FOLDER / name)
