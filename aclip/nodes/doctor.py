@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 from aclip.cli import EXIT_BAD_INPUT, GIB, MIB, text_table
-from aclip.config.arguments import DEMO, parse, read_recipe, run_folder
 from aclip.nodes.hostfile import LOCAL, Host, check_hostfile, environment_for_nodes
 from aclip.nodes.node import Node
 from aclip.nodes.probe import BUSY_MIB
@@ -108,6 +107,9 @@ def _what_to_check(run_arguments: list[str]) -> tuple[Path, list[tuple[str, str 
     """The run folder, and the recipe's entries of training shards; the demo makes its own."""
     if not run_arguments:
         return Path("runs"), []
+    # Imported here: recipes import torch, which a mistake in the hostfile should not cost.
+    from aclip.config.arguments import DEMO, parse, read_recipe, run_folder
+
     arguments = parse(["--ds_config", "none", *run_arguments])
     data = read_recipe(arguments).data
     entries = [(f"data.sources.{i}.shards", each.shards) for i, each in enumerate(data.sources)]

@@ -162,7 +162,7 @@ def environment_for_nodes() -> dict[str, str]:
     reads them; the later one wins.
 
     Raises:
-        ConfigError: a line without an equals sign.
+        ConfigError: a file can't be read, or a line has no equals sign.
     """
     values = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
     for folder in (Path.home(), Path()):
@@ -173,12 +173,17 @@ def environment_for_nodes() -> dict[str, str]:
 
 
 def _read_environment(path: Path) -> dict[str, str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} can't be read ({why}); write NAME=VALUE a line") from None
     values = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        name, equals, value = line.partition("=")
+        name, equals, value = line.removeprefix("export ").partition("=")
         if not equals or not name.strip().isidentifier():
             raise ConfigError(f"line {number} of {path} is {line!r}; write it as NAME=VALUE")
         values[name.strip()] = value.strip().strip('"')

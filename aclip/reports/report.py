@@ -129,9 +129,12 @@ def _read(folder: Path, name: str) -> RunRecord:
     recipe = latest_record(folder, RECIPE_FILE)
     for path in (folder / METRICS_FILE, recipe):
         if not path.is_file():
+            found = f"holds no {path.name}"
+            if not folder.is_dir():
+                found = "is a file" if folder.exists() else "does not exist"
             raise ConfigError(
-                f"RUN is {folder}, which holds no {path.name}; give the folder of a run, as "
-                "--output of launch/pretrain.py named it"
+                f"RUN is {folder}, which {found}; give the folder of a run, as --output of "
+                "launch/pretrain.py named it"
             )
     metrics = read_metrics(folder)
     # A run that began anew leaves pictures whose evaluations metrics.jsonl holds no more.

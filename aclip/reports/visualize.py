@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from aclip.data.members import IMAGE_SUFFIXES
 from aclip.data.shards.listing import list_shards
 from aclip.data.shards.remote import is_remote
 from aclip.errors import ConfigError
@@ -31,6 +32,12 @@ def visualize(arguments: argparse.Namespace) -> None:
 def _check_image(entry: str) -> None:
     if entry.endswith(".tar") or is_remote(entry):
         list_shards(entry, "IMAGES")
+    elif Path(entry).is_dir():
+        if not any(p.suffix.lower()[1:] in IMAGE_SUFFIXES for p in Path(entry).iterdir()):
+            raise ConfigError(
+                f"IMAGES is {entry}, which holds no usable image ({', '.join(IMAGE_SUFFIXES)}); "
+                "give others"
+            )
     elif not Path(entry).exists():
         raise ConfigError(
             f"IMAGES is {entry}, which can't be read (it does not exist); give image files, "

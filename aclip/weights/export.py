@@ -23,10 +23,11 @@ def export(arguments: argparse.Namespace) -> None:
     find_checkpoint(arguments.checkpoint, arguments.model)
     # Imported here: the towers take seconds, which no wrong input should cost.
     from aclip.weights.checkpoint_weights import load_checkpoint_weights
+    from aclip.weights.tensors_file import writing_tensors
     from aclip.weights.write_export import write_export
 
     weights = load_checkpoint_weights(arguments.checkpoint, arguments.model)
-    with appearing_folder(out) as partial:
+    with appearing_folder(out) as partial, writing_tensors(out):
         advice = write_export(partial, out, arguments.format, weights)
     print(f"wrote the {weights.model} of {weights.folder} to {out}\n{advice}", flush=True)
 

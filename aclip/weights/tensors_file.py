@@ -1,19 +1,23 @@
 """A file of weights: read to tensors by name, without running code that it holds, and written."""
 
 import argparse
+import os
 import pickle
 import re
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from aclip.errors import NotWritten
+from aclip.files import not_written
 
 # What torch's reader raises on bytes that are no checkpoint.
 MOST_SHOWN = 80
@@ -63,18 +67,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return _without_wrappers(content)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a .safetensors file.
-
-    Raises:
-        NotWritten: it can't be written. safetensors' own error for that is no OSError.
-    """
+@contextmanager
+def writing_tensors(path: Path) -> Iterator[None]:
+    """Turns the error of safetensors for a file that can't be written, which is no OSError, into
+    NotWritten about `path`."""
     try:
-        save_file(tensors, path, metadata)
+        yield
     except SafetensorError as error:
-        raise NotWritten(
-            f"{path} can't be written ({_one_line(error)}); make room there, or give another place"
-        ) from error
+        number = re.search(r"os error (\d+)", str(error))
+        known = (int(number[1]), os.strerror(int(number[1]))) if number else (_one_line(error),)
+        raise NotWritten(not_written(path, OSError(*known))) from error
 
 
 def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

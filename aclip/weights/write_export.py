@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from aclip.config.recipe_file import dump_recipe
 from aclip.errors import ConfigError
 from aclip.run_folder.layout import RECIPE_FILE
 from aclip.weights.checkpoint_weights import CheckpointWeights
 from aclip.weights.formats import open_clip, plain
 from aclip.weights.names import tower_facts
-from aclip.weights.tensors_file import save_tensors
 
 
 def write_export(folder: Path, out: Path, output_format: str, weights: CheckpointWeights) -> str:
@@ -34,7 +35,7 @@ def _write_open_clip(folder: Path, out: Path, weights: CheckpointWeights) -> str
     tensors = open_clip.to_open_clip(weights.state)
     # open_clip's own files are contiguous, and safetensors takes no transposed view.
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_tensors(tensors, folder / open_clip.WEIGHTS, {"format": "pt"})
+    save_file(tensors, folder / open_clip.WEIGHTS, {"format": "pt"})
     config = open_clip.config(weights.recipe, out, weights.state)
     (folder / open_clip.CONFIG).write_text(json.dumps(config, indent=2))
     advice = f"load: open_clip.create_model_and_transforms('local-dir:{out.absolute()}')"

@@ -151,6 +151,12 @@ def test_nodes_get_this_shells_variables_and_the_files(tmp_path, monkeypatch):
     assert found["NCCL_DEBUG"] == "INFO"
     assert "SECRET_OF_MINE" not in found
     assert (found["A"], found["B"], found["C"]) == ("here", "home", "with = and space")
+    (here / ".deepspeed_env").write_bytes(b"\xef\xbb\xbfA=mark\r\nexport B=shell\r\n")
+    found = environment_for_nodes()
+    assert (found["A"], found["B"]) == ("mark", "shell")
+    (here / ".deepspeed_env").write_bytes(b"A=\xff\n")
+    with pytest.raises(ConfigError, match=r"^\.deepspeed_env can't be read"):
+        environment_for_nodes()
     (here / ".deepspeed_env").write_text("no value\n")
     with pytest.raises(ConfigError, match=r"line 1 of \.deepspeed_env is 'no value'"):
         environment_for_nodes()

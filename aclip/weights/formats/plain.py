@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from aclip.weights.first_look import PLAIN_WEIGHTS
 from aclip.weights.names import TEXT_SIDE, TowerFacts
-from aclip.weights.tensors_file import save_tensors
 
 WEIGHTS = PLAIN_WEIGHTS
 
@@ -30,7 +30,7 @@ def write(path: Path, state: dict[str, Tensor], facts: TowerFacts) -> None:
     """Writes a state with aclip's names, and what shapes don't tell as the file's metadata."""
     metadata = {"format": "pt"}
     metadata |= {name: str(value) for name, value in vars(facts).items() if value is not None}
-    save_tensors(state, path, metadata)
+    save_file(state, path, metadata)
 
 
 def read_facts(path: Path) -> TowerFacts:
