@@ -39,8 +39,6 @@ from aclip.errors import ConfigError, DataError
 from aclip.machine import usable_cores
 
 logger = logging.getLogger(__name__)
-TYPICAL_PIXELS = 500 * 375
-"""Of a photograph in the sets that this field trains on."""
 
 
 @dataclass(frozen=True)
@@ -233,19 +231,6 @@ def describe_rests(recipe: Recipe, shards: list[Shard]) -> list[str]:
         return [describe_rest(first.num_samples, recipe.train.global_batch_size)]
     sources = range(len(recipe.data.sources))
     return [f"data.sources.{source}: {turns.describe_rest(source)}" for source in sources]
-
-
-def shared_bytes(recipe: Recipe, local_batch_size: int) -> int:
-    """The shared memory that a rank's data workers and the parts on their way to it take: about
-    three times the pixels of its part of a batch."""
-    resolution = recipe.model.image.resolution
-    if recipe.data.crops == "device":
-        pixels = TYPICAL_PIXELS
-    else:
-        pixels = (recipe.views.student + recipe.views.ssl) * resolution**2
-        if recipe.needs_teacher_view:
-            pixels += recipe.teacher.resolution**2
-    return 3 * local_batch_size * 3 * pixels
 
 
 def count_lanes(recipe: Recipe) -> int:
