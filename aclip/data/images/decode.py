@@ -1,6 +1,7 @@
 """Encoded bytes to RGB pixels."""
 
 import io
+import logging
 import struct
 import warnings
 import zlib
@@ -15,9 +16,11 @@ from aclip.data.shards.listing import Skip
 JPEG_START = b"\xff\xd8\xff"
 
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""What a member called jpg, png or webp may hold; Pillow's other decoders are not offered bytes."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What a file of an image's suffix may hold; Pillow's other decoders are not offered bytes."""
 
+# A damaged TIFF is counted; Pillow would print a line for each besides.
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
 # What Pillow's decoders raise on damaged bytes.
 DECODE_ERRORS = (
@@ -97,7 +100,13 @@ def _decode_with_pillow(content: bytes, min_side: int) -> Image.Image | Skip:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in 8 bit RGB; of 16 bit grayscale the high byte, where Pillow would clip."""
-    if image.mode.startswith("I;16"):
+    """The image in 8 bit RGB; of 16 bit grayscale the high byte, where Pillow would clip.
+
+    Raises:
+        ValueError: grayscale in numbers of 32 bit (TIFF): nothing tells which of them is white.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}")
     return image.convert("RGB")

@@ -129,4 +129,5 @@ def _remove_unless_used(path: Path) -> bool:
 def file_name(url: str) -> str:
     """The file name for a url: its hash makes it unique, the url's end readable."""
     end = re.sub(r"[^A-Za-z0-9]+", "-", url)[-40:].strip("-")
-    return f"{hashlib.sha256(url.encode()).hexdigest()[:20]}-{end}"
+    digest = hashlib.sha256(url.encode(errors="surrogateescape")).hexdigest()
+    return f"{digest[:20]}-{end}"
