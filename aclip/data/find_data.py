@@ -21,6 +21,7 @@ from aclip.data.shards.listing import (
     read_shard,
     remote_shards,
 )
+from aclip.data.shards.remote import is_remote
 from aclip.data.shards.tar import RawSample, ShardError
 from aclip.distributed import world_size
 from aclip.errors import ConfigError
@@ -44,7 +45,10 @@ def find_data(recipe: Recipe) -> tuple[list[Shard], list[Shard]]:
     remote = remote_shards(recipe.data)
 
     def find(pattern, field: str, text_suffixes: tuple[str, ...] = TEXTS) -> list[Shard]:
-        shards = index_shards(list_shards(pattern, field), remote)
+        urls = list_shards(pattern, field)
+        if any(map(is_remote, urls)):
+            remote.check()
+        shards = index_shards(urls, remote)
         check_pairs(shards, field, text_suffixes)
         return shards
 
