@@ -109,6 +109,11 @@ class TarShard:
         finally:
             offsets.store()
 
+    def first(self) -> "RawSample | None":
+        """The first sample; None where there is none, or no header can be read."""
+        found = next(self._samples(0), None)
+        return None if found is None else found[1]
+
     def _samples(self, begin: int) -> "Iterator[tuple[int | None, RawSample]]":
         """Yields (offset of its first header, sample) from the header at `begin` on.
 
