@@ -35,6 +35,7 @@ from aclip.data.workers import (
     signals_held,
     start_method,
 )
+from aclip.distributed import ranks_of_machine
 from aclip.errors import ConfigError, DataError, NotWritten
 from aclip.machine import usable_cores
 
@@ -242,6 +243,4 @@ def count_lanes(recipe: Recipe) -> int:
 
 
 def _cores_per_rank() -> int:
-    # torchrun and deepspeed tell how many ranks share the machine, each by its own name.
-    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    return usable_cores() // max(1, int(ranks))
+    return usable_cores() // (ranks_of_machine() or 1)

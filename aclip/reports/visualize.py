@@ -15,6 +15,7 @@ from aclip.data.members import IMAGE_SUFFIXES
 from aclip.data.shards.listing import Skip, list_shards, remote_shards
 from aclip.data.shards.remote import is_remote
 from aclip.data.shards.tar import RawSample, TarShard
+from aclip.distributed import limit_threads
 from aclip.errors import ConfigError
 from aclip.files import write_whole
 from aclip.method.masks.attentive import ATTENTIVE
@@ -54,6 +55,7 @@ def visualize(arguments: argparse.Namespace) -> None:
         ConfigError: no such checkpoint, image or shard, nothing usable in them, or --out can't be
             written.
     """
+    limit_threads()
     weights = load_checkpoint_weights(arguments.checkpoint, None)
     out = Path(arguments.out or weights.folder.resolve().parent.parent / FIGURE_FOLDER)
     with writing_to(out, "--out"):
