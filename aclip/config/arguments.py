@@ -9,13 +9,39 @@ from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
 
 DEMO = "demo"
+WORDS_OF_OPEN_CLIP = {
+    "--train-data": "--train",
+    "--val-data": "--val",
+    "--train-data-upsampling-factors": "data.sources=[{shards: ..., weight: ...}, ...]",
+    "--train-num-samples": "a sizes.json beside the shards, or nothing: they are counted",
+    "--batch-size": "train.global_batch_size=..., which counts all ranks together",
+    "--epochs": "train.epochs=...",
+    "--warmup": "train.warmup_epochs=...",
+    "--lr": "optimizer.lr=...",
+    "--wd": "optimizer.weight_decay=...",
+    "--workers": "data.workers=...",
+    "--seed": "train.seed=...",
+    "--model": "--recipe",
+    "--pretrained": "--init",
+    "--imagenet-val": "--val with shards of it, or launch/evaluate.py",
+}
+"""Options of open_clip's trainer, and what stands for them here."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        words = {word.partition("=")[0].replace("_", "-") for word in message.split()}
+        hints = [
+            f"for {word} of open_clip write {ours}"
+            for word, ours in WORDS_OF_OPEN_CLIP.items()
+            if word in words
+        ]
+        super().error("; ".join([message, *hints]))
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of pretrain.py's arguments; call its parse_intermixed_args."""
-    parser = argparse.ArgumentParser(
-        prog="pretrain.py", description="Pre-train a CLIP-style model on DeepSpeed."
-    )
+    parser = _Parser(prog="pretrain.py", description="Pre-train a CLIP-style model on DeepSpeed.")
     parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON, see ds_configs/")
     parser.add_argument(
         "--recipe", default=DEMO, help="name of a recipe or path to a YAML file (default: demo)"

@@ -80,3 +80,21 @@ def test_converters_take_hyphens_and_underscores(parse, source, options, expecte
 def test_a_script_calls_the_function_of_its_own_name(script):
     text = (LAUNCH / f"{script}.py").read_text()
     assert re.search(rf"from aclip\.[\w.]+\.{script} import {script}\b", text)
+
+
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [
+        ("--train-data=/d/{0..3}.tar", "for --train-data of open_clip write --train"),
+        ("--train_data", "for --train-data of open_clip write --train"),
+        ("--batch-size", "write train.global_batch_size="),
+        ("--train-data-upsampling-factors", "write data.sources="),
+    ],
+)
+def test_options_of_open_clip_are_refused_with_those_that_stand_for_them(capsys, given, ours):
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_intermixed_args(["--ds_config", "x.json", given])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"unrecognized arguments: {given};" in error and ours in error
+    assert error.count("of open_clip") == 1
