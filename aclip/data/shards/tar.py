@@ -7,6 +7,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from aclip.data.images.suffixes import is_litter
 from aclip.data.shards.found import LINKS_ADVICE, join_words, printable, refusal_of_content
@@ -94,12 +95,15 @@ class TarShard:
         mtime_ns = 0 if self._remote else self._file().mtime_ns
         offsets = SampleOffsets(self.url, self.size, mtime_ns)
         position, begin = offsets.before(start)
+        samples = self._samples(begin)
         if position:
-            found = next(self._samples(begin), None)
+            found = next(samples, None)
             if found is None or not offsets.confirm(position, *found):
-                position, begin = 0, 0
+                position, samples = 0, self._samples(0)
+            else:
+                samples = chain([found], samples)
         try:
-            for offset, sample in self._samples(begin):
+            for offset, sample in samples:
                 offsets.note(position, offset, sample)
                 if position == start:
                     offsets.store()  # now, as the rest may take as long as the run
