@@ -12,7 +12,7 @@ from filelock import FileLock
 from aclip.data.shards.remote import RemoteShards, is_remote
 from aclip.data.shards.tar import TarShard, unreadable
 from aclip.errors import ConfigError, NotWritten
-from aclip.files import cache_folder, write_whole
+from aclip.files import cache_folder, make_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _count_by_scan(urls: list[str], remote: RemoteShards) -> dict[str, int]:
     folder = cache_folder()
     with ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             stack.enter_context(FileLock(folder / "shard_counts.lock"))
         except OSError as error:
             _warn_not_cached(error)
