@@ -62,7 +62,7 @@ def main() -> None:
     world[own] = devices_of_ranks(slots[own], os.environ.get(VISIBLE))
     encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
     launcher = [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
-    told = [f"--world_info={encoded}", f"--node_rank={node_rank}"]
+    told = [f"--world_info={encoded}", f"--node_rank={node_rank}", "--quiet"]
     os.execv(sys.executable, [*launcher, *told, *words])
 
 
