@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from aclip.benchmarks.host_pages import kept_pages
-from aclip.benchmarks.open_clip_step import OpenClipStep
+from aclip.planning.open_clip_step import OpenClipStep
 from aclip.benchmarks.peak_memory import peak_growth
 from aclip.cli import MIB, text_table
 from aclip.config.ds_config import read_ds_config
