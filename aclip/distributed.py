@@ -198,7 +198,22 @@ def default_to_one_rank() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    # Ranks that share cores lose more by waiting for each other than they gain from threads.
+    limit_threads(ranks_of_machine() or int(os.environ["WORLD_SIZE"]))
+
+
+def ranks_of_machine() -> int | None:
+    """How many ranks run on this machine; torchrun and deepspeed tell it, each by its own name."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return None if ranks is None else max(1, int(ranks))
+
+
+def limit_threads(processes: int = 1) -> None:
+    """Lets torch compute with the cores that this process may use, of which its own count takes
+    no quota into account; OMP_NUM_THREADS is left to decide where it is set.
+
+    Args:
+        processes: how many processes share these cores.
+    """
     if "OMP_NUM_THREADS" not in os.environ:
-        # Ranks that share cores lose more by waiting for each other than they gain from threads.
-        ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
-        torch.set_num_threads(max(1, usable_cores() // ranks_here))
+        torch.set_num_threads(max(1, usable_cores() // processes))

@@ -195,8 +195,18 @@ def expand_home(path: str, field: str) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder of what aclip can make again: ACLIP_CACHE, or ~/.cache/aclip."""
-    return Path(os.environ.get("ACLIP_CACHE") or Path.home() / ".cache" / "aclip").expanduser()
+    """The folder of what aclip can make again: ACLIP_CACHE, or ~/.cache/aclip.
+
+    Raises:
+        ConfigError: ACLIP_CACHE is not set, and this user has no home.
+    """
+    try:
+        return Path(os.environ.get("ACLIP_CACHE") or "~/.cache/aclip").expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            "ACLIP_CACHE is not set, and this user has no home; set it to a folder for what aclip "
+            "keeps, such as ACLIP_CACHE=/tmp/aclip"
+        ) from None
 
 
 def _belongs(named: Path, path: Path) -> bool:

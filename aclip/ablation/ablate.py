@@ -18,7 +18,7 @@ from aclip.data.synthetic import batch_of_mean_captions
 from aclip.errors import ConfigError, NotWritten
 from aclip.files import check_writable
 from aclip.lock import claim
-from aclip.machine import usable_cores
+from aclip.machine import check_gpus, usable_cores
 from aclip.method.schedules import count_steps
 from aclip.nodes.probe import BUSY_MIB, gpus
 
@@ -47,6 +47,7 @@ def ablate(arguments: argparse.Namespace) -> int:
         NotWritten: the report, which has been printed, or a run's folder could not be written.
     """
     _check(arguments)
+    check_gpus()
     runs = _make_runs(arguments)
     output = Path(arguments.output)
     # Imported here: charts take seconds, which no wrong input should cost.

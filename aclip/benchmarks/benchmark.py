@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from aclip.errors import ConfigError
+from aclip.machine import check_gpus
 
 
 def benchmark(arguments: argparse.Namespace) -> int:
@@ -37,6 +38,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--json is {arguments.json}, whose folder is not there; make it first")
     if arguments.loader or arguments.dealing:
         return
+    check_gpus()
     if arguments.scaling:
         from aclip.nodes.hostfile import read_hostfile
 

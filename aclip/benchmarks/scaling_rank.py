@@ -4,6 +4,8 @@ import json
 import os
 import time
 
+from aclip.machine import check_gpus
+
 SPEC = "ACLIP_SCALING"
 RESULT = "scaling: "
 WARM_UP = 2
@@ -24,6 +26,7 @@ def main() -> None:
     from aclip.engine.process_group import init_distributed
     from aclip.training.stepper import Stepper
 
+    check_gpus()
     spec = json.loads(os.environ[SPEC])
     recipe = load_recipe(spec["recipe"], spec["overrides"])
     world_size = int(os.environ["WORLD_SIZE"])

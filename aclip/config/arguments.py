@@ -19,6 +19,8 @@ ELSEWHERE = {
     "--train-data": "--train SHARDS",
     "--val-data": "--val SHARDS",
     "--dataset-resampled": "data.sources=[...], which says how data sets are mixed",
+    "--train-data-upsampling-factors": "data.sources=[{shards: ..., weight: ...}, ...]",
+    "--imagenet-val": "--val SHARDS, or launch/evaluate.py",
     "--train-num-samples": "nothing: samples are counted, or read from sizes.json",
     "--epochs": "train.epochs=N",
     "--batch-size": "train.global_batch_size=N (all ranks together)",

@@ -1,10 +1,14 @@
-"""Patches, blocks and how many of them a recipe keeps, without a tower: workers build none."""
+"""Patches, blocks and how many of them a recipe keeps, and the bytes of a batch, without a tower:
+workers build none."""
 
 import math
 import re
 
 from aclip.config.recipe import Recipe
 from aclip.errors import ConfigError
+
+TYPICAL_PIXELS = 500 * 375
+"""Of a photograph in the sets that this field trains on."""
 
 
 def patch_grid(recipe: Recipe) -> int:
@@ -36,3 +40,16 @@ def count_kept_blocks(grid: int, block_size: int, keep_ratio: float) -> int:
 def kept_blocks(recipe: Recipe, grid: int) -> int:
     """How many blocks of a student view with `grid` patches per side the recipe keeps."""
     return count_kept_blocks(grid, recipe.mask.block_size, recipe.mask.keep_ratio)
+
+
+def shared_bytes(recipe: Recipe, local_batch_size: int) -> int:
+    """The shared memory that a rank's data workers and the parts on their way to it take: about
+    three times the pixels of its part of a batch."""
+    resolution = recipe.model.image.resolution
+    if recipe.data.crops == "device":
+        pixels = TYPICAL_PIXELS
+    else:
+        pixels = (recipe.views.student + recipe.views.ssl) * resolution**2
+        if recipe.needs_teacher_view:
+            pixels += recipe.teacher.resolution**2
+    return 3 * local_batch_size * 3 * pixels

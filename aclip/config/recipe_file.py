@@ -6,6 +6,7 @@ A value is taken from the command line, else from the file, else it is the defau
 import difflib
 import json
 import re
+import shlex
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_origin
@@ -26,7 +27,8 @@ def recipe_names() -> list[str]:
 def load_recipe(name_or_path: str, overrides: list[str] = ()) -> Recipe:
     """Reads a recipe by its name or a YAML file's path and applies `key.sub=value` overrides.
 
-    Values of overrides are YAML: `loss.simclr=0`, `views.scale=[0.3,1]`, `teacher=null`.
+    Values of overrides are YAML: `loss.simclr=0`, `views.scale=[0.3,1]`, `teacher=null`. Inside of
+    a list YAML has braces of its own, so patterns with braces need quotes there.
 
     Raises:
         ConfigError: there is no such recipe or file, or it is not YAML, a key is unknown (the
@@ -108,10 +110,7 @@ def _apply_override(values: dict, override: str) -> None:
         )
     if not separator or not key:
         raise ConfigError(f"override is {override}; write it as key.sub=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key} is {text}, which is not YAML: {_one_line(error)}") from None
+    value = _value_of(key, text)
     *parents, leaf = key.split(".")
     for parent in parents:
         if values.get(parent) is None:
@@ -120,6 +119,46 @@ def _apply_override(values: dict, override: str) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"override is {override}, but {parent} is a value, not a section")
     values[leaf] = value
+
+
+def _value_of(key: str, text: str) -> Any:
+    """The value that an override gives: YAML, where no part of it gets another meaning than a
+    newcomer to YAML expects.
+
+    Raises:
+        ConfigError: YAML can't read the text, or it would take a part of an unquoted value for a
+            comment or for a key. Says how to write it.
+    """
+    way_out = f"put quotes around it, {_quoted(key, text)}"
+    if re.match(r"\s*\[\s*\{\s*\w+:", text):
+        way_out = (
+            f"""put quotes inside, as {key}='[{{shards: "/data/{{00..99}}.tar", weight: 1}}]'"""
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or _one_line(error)
+        raise ConfigError(f"{key} is {text}, which is not YAML ({reason}); {way_out}") from None
+    if not text.lstrip().startswith(("'", '"', "{", "[")):
+        if re.search(r"(^|\s)#", text):
+            raise ConfigError(f"{key} is {text}, in which YAML takes # for a comment; {way_out}")
+        if isinstance(value, dict | list):
+            raise ConfigError(f"{key} is {text}, which YAML reads as {value}; {way_out}")
+    return value
+
+
+def _quoted(key: str, text: str) -> str:
+    """An override for the shell whose value YAML takes as it stands; a list is quoted by item."""
+    text = text.strip()
+    items = [text]
+    is_list = text.startswith("[") and text.endswith("]")
+    if is_list:
+        # At commas outside of braces, which are the shards' own.
+        parts = re.split(r",(?![^{}]*\})", text[1:-1])
+        items = [part.strip().strip("'\"") for part in parts]
+    quoted = ", ".join(json.dumps(item, ensure_ascii=False) for item in items)
+    value = f"[{quoted}]" if is_list else quoted
+    return f"{key}={shlex.quote(value)}"
 
 
 def _numbers(value: Any) -> Any:

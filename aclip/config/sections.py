@@ -120,8 +120,8 @@ class SourceConfig(Section):
 
 class DataConfig(Section):
     train: str | list[str] = []
-    """Shards: path, glob or braces, /data/*.tar or /data/{00000..01482}.tar; `pipe:` and a command;
-    an address such as s3://bucket/{00000..01482}.tar; `demo` for the built-in scenes."""
+    """Shards: path, folder, glob or braces, /data/*.tar or /data/{00000..01482}.tar; `pipe:` and a
+    command; an address such as s3://bucket/{00000..01482}.tar; `demo` for the built-in scenes."""
     sources: list[SourceConfig] = []
     """Several data sets in place of data.train: [{shards: ..., weight: 3}, ...]. An epoch has
     as many samples as all of them hold together, shared out by weight. All samples of a source come

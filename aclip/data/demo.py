@@ -34,7 +34,7 @@ from aclip.data.scenes import (
 )
 from aclip.data.shards.counts import SIZES_FILE
 from aclip.distributed import say
-from aclip.errors import NotWritten
+from aclip.errors import ConfigError
 from aclip.files import cache_folder
 from aclip.machine import usable_cores
 
@@ -64,7 +64,7 @@ def ensure_demo_data() -> DemoData:
     whole or not at all, and its name changes with VERSION and the constants that shape the data.
 
     Raises:
-        NotWritten: the cache folder can't be written.
+        ConfigError: the cache folder can't be written.
     """
     folder = cache_folder() / _folder_name()
     if not folder.is_dir():
@@ -74,9 +74,9 @@ def ensure_demo_data() -> DemoData:
                 if not folder.is_dir():
                     say(f"writing the demo data to {folder}, once")
                     _write_folder(folder)
-        except (OSError, NotWritten) as error:
-            raise NotWritten(
-                f"the demo data can't be written to {folder} ({error}); set "
+        except OSError as error:
+            raise ConfigError(
+                f"the demo data can't be written to {folder} ({error.strerror or error}); set "
                 "ACLIP_CACHE to a folder that can be written"
             ) from None
     train = [str(folder / _shard_name(shard)) for shard in range(TRAIN_SHARDS)]

@@ -10,11 +10,12 @@ from pathlib import Path
 from aclip.config.recipe import Recipe
 from aclip.config.sections import DataConfig
 from aclip.data.loader import count_lanes
+from aclip.data.marks import describe_difference, shard_marks
 from aclip.data.shards.listing import Shard, shard_names
 from aclip.errors import ConfigError
 from aclip.run_folder.layout import SHARDS_FILE
 
-LIST = "sha256"
+LIST, MARKS = "sha256", "marks"
 ORDER, ORDER_NOW = "order", 2
 """How the samples are dealt, and the way of this version: lanes that take consecutive parts of an
 epoch. Checkpoints that name none dealt whole shards to the lanes."""
@@ -40,14 +41,15 @@ def fingerprint(recipe: Recipe, shards: list[Shard]) -> dict:
     skipped (data.min_image_side, data.on_shard_error), since a cursor counts those too.
 
     Returns:
-        JSON-compatible: the counts, the kind of order, a SHA-256 of list_lines, and a value for
-        each of FIELDS.
+        JSON-compatible: the counts, the kind of order, a SHA-256 of list_lines, the marks of
+        shard_marks, and a value for each of FIELDS.
     """
     values = (recipe.train.seed, recipe.data.shuffle_block, count_lanes(recipe))
     return {
         **count_shards(recipe.data, shards),
         ORDER: ORDER_NOW,
         LIST: _digest(list_lines(shards)),
+        MARKS: shard_marks(shards),
         **dict(zip(FIELDS, values, strict=True)),
     }
 
@@ -112,6 +114,13 @@ def check_continues(recipe: Recipe, shards: list[Shard], then: dict, checkpoint:
             f"{field} gives {_counted(now)}, but {checkpoint} was trained on {_counted(then)}"
             f"{difference}; give the same shards in the same order, {anew}"
         )
+    # A checkpoint of an earlier version has no marks.
+    for shard, mark, before in zip(shards, now[MARKS], then.get(MARKS, ()), strict=False):
+        if None not in (mark, before) and mark != before:
+            raise ConfigError(
+                f"shard {shard.url} is not the one that {checkpoint} was trained on: "
+                f"{describe_difference(mark, before)}; put that one back, {anew}"
+            )
     weights_now, weights_then = (_weights(values) for values in (now, then))
     if weights_now != weights_then:
         raise ConfigError(
@@ -152,4 +161,4 @@ def _first_difference(now: list[str], checkpoint: Path, digest: str) -> str:
 
 
 def _digest(lines: list[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()

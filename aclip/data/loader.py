@@ -35,12 +35,11 @@ from aclip.data.workers import (
     signals_held,
     start_method,
 )
-from aclip.errors import ConfigError, DataError
+from aclip.distributed import ranks_of_machine
+from aclip.errors import ConfigError, DataError, NotWritten
 from aclip.machine import usable_cores
 
 logger = logging.getLogger(__name__)
-TYPICAL_PIXELS = 500 * 375
-"""Of a photograph in the sets that this field trains on."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,9 @@ class Part:
     batch: Batch | None
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
-    is_unreadable: bool = False
-    """Whether the error is a shard's that can't be read."""
+    error_type: type[ConfigError] = ConfigError
+    """Decides the exit status: DataError for a shard that can't be read, NotWritten for a cache
+    folder that can't be written."""
 
 
 class LaneDataset(IterableDataset):
@@ -95,7 +95,9 @@ class LaneDataset(IterableDataset):
                 yield Part(batch, warnings)
         except ConfigError as error:
             # DataLoader would wrap the message in a traceback of the worker.
-            yield Part(None, error=str(error), is_unreadable=isinstance(error, ShardError))
+            types = {ShardError: DataError, NotWritten: NotWritten}
+            fitting = (types[kind] for kind in types if isinstance(error, kind))
+            yield Part(None, error=str(error), error_type=next(fitting, ConfigError))
 
     def _lane(
         self, maker: SampleMaker, orders: list[SourceOrder], turns: Turns | None, index: int
@@ -165,7 +167,7 @@ class TrainLoader:
             for _ in range(max(1, self.num_workers)):
                 part = next(parts)
                 if part.error is not None:
-                    raise (DataError if part.is_unreadable else ConfigError)(part.error)
+                    raise part.error_type(part.error)
                 for warning in sorted(set(part.warnings) - warned):
                     logger.warning("%s", warning)
                     warned.add(warning)
@@ -235,25 +237,10 @@ def describe_rests(recipe: Recipe, shards: list[Shard]) -> list[str]:
     return [f"data.sources.{source}: {turns.describe_rest(source)}" for source in sources]
 
 
-def shared_bytes(recipe: Recipe, local_batch_size: int) -> int:
-    """The shared memory that a rank's data workers and the parts on their way to it take: about
-    three times the pixels of its part of a batch."""
-    resolution = recipe.model.image.resolution
-    if recipe.data.crops == "device":
-        pixels = TYPICAL_PIXELS
-    else:
-        pixels = (recipe.views.student + recipe.views.ssl) * resolution**2
-        if recipe.needs_teacher_view:
-            pixels += recipe.teacher.resolution**2
-    return 3 * local_batch_size * 3 * pixels
-
-
 def count_lanes(recipe: Recipe) -> int:
     """The lanes that a recipe's data are dealt to, see resolve_lanes."""
     return resolve_lanes(recipe.data.lanes, recipe.train.global_batch_size)
 
 
 def _cores_per_rank() -> int:
-    # torchrun and deepspeed tell how many ranks share the machine, each by its own name.
-    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    return usable_cores() // max(1, int(ranks))
+    return usable_cores() // (ranks_of_machine() or 1)

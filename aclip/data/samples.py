@@ -12,7 +12,7 @@ from aclip.data.images.decode import decode_image
 from aclip.data.images.views import Box, crop, cut_ssl_views, draw_boxes, draw_ssl_boxes
 from aclip.data.images.whole_images import PixelBuffer, WholeImage, read_whole_image
 from aclip.data.lanes.order import sample_rng
-from aclip.data.members import read_captions, read_image_bytes
+from aclip.data.members import read_captions, read_image_bytes, with_found
 from aclip.data.shards.listing import Shard, Skip, shard_names
 from aclip.data.shards.tar import RawSample
 
@@ -80,10 +80,10 @@ class SampleMaker:
         """The sample of `raw`, which stands at (epoch, position) of a lane."""
         captions = read_captions(raw)
         if isinstance(captions, Skip):
-            return captions
+            return with_found(captions, raw)
         image = self._decode(raw)
         if isinstance(image, Skip):
-            return image
+            return with_found(image, raw)
         source = self.sources[shard_index]
         rng = sample_rng(self.recipe.train.seed, lane, epoch, position, source)
         draws = self._draw(rng, captions, image.height, image.width)

@@ -8,6 +8,9 @@ from aclip.method.tokens import VOCAB_SIZE, Tokens, clip_tokens
 MAX_CHARACTERS = 8192
 """How much of a caption is read, more than any context holds: the time to encode one
 endless word grows with the square of its length."""
+MAX_WORDS, MAX_WORD = 2**16, 64
+"""How many words a tokenizer remembers, and how many bytes the longest of them may have: at most
+about 20 MB in each worker. Captions of the web have no end of new words."""
 
 
 class Tokenizer:
@@ -30,7 +33,9 @@ class Tokenizer:
         # Here, because open_clip takes seconds to import and some commands never tokenize.
         from open_clip import SimpleTokenizer
 
-        return SimpleTokenizer(context_length=self.context_length, clean="lower")
+        tokenizer = SimpleTokenizer(context_length=self.context_length, clean="lower")
+        tokenizer.cache = _WordCache(tokenizer.cache)
+        return tokenizer
 
     def encode(self, captions: list[str]) -> Tokens:
         """Encodes cleaned captions (ftfy, HTML entities, white space, lower case).
@@ -42,6 +47,28 @@ class Tokenizer:
         if not captions:
             return clip_tokens(self._simple([""])[:0])
         return clip_tokens(self._simple([text.strip()[:MAX_CHARACTERS] for text in captions]))
+
+
+class _WordCache(dict):
+    """The encoded words that open_clip's tokenizer keeps, which would grow without end.
+
+    When it is full it starts anew: common words are back at once, and finding one stays as cheap.
+
+    Args:
+        special: what the tokenizer begins with and must always find.
+    """
+
+    def __init__(self, special: dict[str, str]):
+        super().__init__(special)
+        self._special = special
+
+    def __setitem__(self, word: str, encoded: str) -> None:
+        if len(word) > MAX_WORD:
+            return
+        if len(self) >= MAX_WORDS:
+            self.clear()
+            self.update(self._special)
+        super().__setitem__(word, encoded)
 
 
 def build_tokenizer(config: TextTowerConfig) -> Tokenizer:

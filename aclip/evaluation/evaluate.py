@@ -18,6 +18,7 @@ from aclip.evaluation.sets.evaluation_set import EvaluationSet
 from aclip.evaluation.sets.task import Task
 from aclip.files import check_writable
 from aclip.lock import claim, release
+from aclip.machine import check_gpus
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -28,6 +29,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """
     default_to_one_rank()
     _check(arguments)
+    check_gpus()
     origin = find_origin(arguments.checkpoint, arguments.model, arguments.recipe)
     tasks, missing = find_tasks(
         arguments.suite,

@@ -1,11 +1,11 @@
 """An all-reduce over all ranks, timed; doctor.py starts it on every node."""
 
 import datetime
-import os
 import statistics
 import time
 
-from aclip.cli import MIB
+from aclip.cli import MIB, run_reporting_errors
+from aclip.machine import check_gpus, own_device_index
 
 MESSAGE_BYTES = 64 * MIB
 ROUNDS = 5
@@ -17,8 +17,11 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
+    check_gpus()
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else "cpu"
+    device = "cpu"
+    if on_gpu:
+        device = torch.device("cuda", own_device_index(torch.cuda.device_count()))
     if on_gpu:
         torch.cuda.set_device(device)  # which the barrier reads
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
@@ -48,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_reporting_errors(main)

@@ -26,7 +26,8 @@ ANSWER_SECONDS = 60.0
 ALL_REDUCE_SECONDS = 180.0
 MOST_SKEW_SECONDS = 2.0
 LEAST_DISK_BYTES = 5 * GIB
-LEAST_SHM_BYTES = 512 * MIB
+SHM_BYTES_OF_SLOT = 512 * MIB
+"""Asked for where no recipe says how much a batch takes."""
 NETWORK = "set NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME without GPUs) in .deepspeed_env"
 
 
@@ -71,7 +72,7 @@ def examine(
     remote_shell = options.rsh or SSH
     if not all(is_here(remote_shell, host.name) for host in hosts):
         check_remote_shell(remote_shell)
-    output, shards = _what_to_check(run_arguments)
+    output, shards, shm_of_slot = _what_to_check(run_arguments, sum(host.slots for host in hosts))
     tokens = [f".doctor-{secrets.token_hex(8)}" for _ in hosts]
     nodes = [Examined(host, token) for host, token in zip(hosts, tokens, strict=True)]
     master = {
@@ -89,7 +90,7 @@ def examine(
     ask = partial(_ask, remote_shell=remote_shell, question=question | master, barrier=barrier)
     with ThreadPoolExecutor(max(1, len(nodes))) as pool:
         list(pool.map(ask, nodes, [index == 0 for index in range(len(nodes))]))
-    _compare(nodes, output)
+    _compare(nodes, output, shm_of_slot)
     problems = [*problems, *(f"{n.host.name}: {text}" for n in nodes for text in n.problems)]
     if nodes:
         print(format_table(nodes), flush=True)
@@ -103,19 +104,26 @@ def examine(
     return not problems
 
 
-def _what_to_check(run_arguments: list[str]) -> tuple[Path, list[tuple[str, str | list[str]]]]:
-    """The run folder, and the recipe's entries of training shards; the demo makes its own."""
+def _what_to_check(
+    run_arguments: list[str], num_ranks: int
+) -> tuple[Path, list[tuple[str, str | list[str]]], int]:
+    """The run folder, the recipe's entries of training shards (the demo makes its own), and the
+    bytes of /dev/shm that the data workers of a slot take."""
     if not run_arguments:
-        return Path("runs"), []
+        return Path("runs"), [], SHM_BYTES_OF_SLOT
     # Imported here: recipes import torch, which a mistake in the hostfile should not cost.
     from aclip.config.arguments import DEMO, parse, read_recipe, run_folder
+    from aclip.config.geometry import shared_bytes
 
     arguments = parse(["--ds_config", "none", *run_arguments])
-    data = read_recipe(arguments).data
+    recipe = read_recipe(arguments)
+    data = recipe.data
     entries = [(f"data.sources.{i}.shards", each.shards) for i, each in enumerate(data.sources)]
     if not data.sources and data.train and data.train != DEMO:
         entries = [("data.train", data.train)]
-    return run_folder(arguments), entries
+    local_batch_size = recipe.train.global_batch_size // max(1, num_ranks)
+    of_slot = 0 if data.workers == 0 else shared_bytes(recipe, local_batch_size)
+    return run_folder(arguments), entries, of_slot
 
 
 def _ask(node: Examined, is_first: bool, remote_shell, question, barrier) -> None:
@@ -180,8 +188,9 @@ def _why_silent(process: subprocess.Popen, remote_shell: str, host: Host) -> str
     )
 
 
-def _compare(nodes: list[Examined], output: Path) -> None:
-    """Adds the problems that show when a node is compared with the first one that answered."""
+def _compare(nodes: list[Examined], output: Path, shm_of_slot: int) -> None:
+    """Adds the problems that show when a node is compared with the first one that answered, or with
+    what a run needs."""
     answered = [node for node in nodes if node.answer is not None]
     with_gpus = any(node.answer["gpus"] for node in answered)
     for node in answered:
@@ -206,10 +215,12 @@ def _compare(nodes: list[Examined], output: Path) -> None:
                 f"the run folder {output} has {answer['disk_bytes'] / GIB:.2f} GiB left; free "
                 f"{LEAST_DISK_BYTES / GIB:.0f} GiB or give another --output"
             )
-        if answer["shm_bytes"] < LEAST_SHM_BYTES:
+        needed = node.host.slots * shm_of_slot
+        if answer["shm_bytes"] < needed:
             node.problems.append(
-                f"/dev/shm has {answer['shm_bytes'] / GIB:.2f} GiB left, through which data "
-                "workers hand over batches; free or enlarge it (docker: --shm-size=8g)"
+                f"/dev/shm has {answer['shm_bytes'] / GIB:.2f} GiB left, but the data workers of "
+                f"{node.host.slots} ranks put up to {needed / GIB:.2f} GiB there; start the "
+                "container with --ipc=host, or enlarge it (docker: --shm-size)"
             )
         node.problems += _gpu_problems(node, with_gpus)
 
@@ -272,6 +283,8 @@ def _all_reduce(hosts: list[Host], remote_shell: str, master: dict) -> tuple[str
     why = f"did not end in {ALL_REDUCE_SECONDS:g} s"
     if not late:
         said = [line.strip() for line in lines[node.host.name] if line.strip()]
+        if node.status == EXIT_BAD_INPUT and said:
+            return "all-reduce failed", [f"{node.host.name}: {said[-1].partition('error: ')[2]}"]
         why = f"ended with status {node.status} ({said[-1] if said else 'no output'})"
     where = f"{master['master_addr']}:{master['master_port']}"
     return "all-reduce failed", [

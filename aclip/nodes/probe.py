@@ -15,7 +15,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -25,6 +24,7 @@ from aclip.data.shards.listing import list_shards
 from aclip.data.shards.remote import check_readable, is_remote
 from aclip.data.shards.tar import unreadable
 from aclip.errors import ConfigError
+from aclip.machine import compiler_problems
 from aclip.nodes.start_ranks import VISIBLE, visible_devices
 
 PACKAGES = ("torch", "deepspeed", "timm", "transformers")
@@ -55,7 +55,7 @@ def examine(question: dict) -> dict:
     problems += _check_master(question)
     found = shown_gpus(gpus(), question["environment"].get(VISIBLE, os.environ.get(VISIBLE)))
     if found:
-        problems += _check_compiler()
+        problems += compiler_problems()
     room = next(path for path in (output, *output.absolute().parents) if path.exists())
     return {
         "versions": _versions(),
@@ -114,17 +114,6 @@ def _check_master(question: dict) -> list[str]:
                 raise
             return [f"port {port} is in use; stop what listens there or give another --master_port"]
     return []
-
-
-def _check_compiler() -> list[str]:
-    """What Triton needs to build its launcher when the first kernel starts."""
-    problems = []
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        problems.append("no C compiler is found, which Triton needs; install gcc or set CC")
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
-    if not header.is_file():
-        problems.append(f"{header} is missing, which Triton needs; install python3-dev")
-    return problems
 
 
 def _versions() -> dict[str, str]:

@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from aclip.data.members import IMAGE_SUFFIXES
+from aclip.data.images.suffixes import IMAGE_SUFFIXES, is_litter
 from aclip.data.shards.listing import list_shards
 from aclip.data.shards.remote import is_remote
+from aclip.distributed import limit_threads
 from aclip.errors import ConfigError
 from aclip.files import check_writable
 from aclip.run_folder.layout import FIGURE_FOLDER
@@ -19,6 +20,7 @@ def visualize(arguments: argparse.Namespace) -> None:
         ConfigError: no such checkpoint, image or shard, nothing usable in them, or --out can't be
             written.
     """
+    limit_threads()
     folder, _ = find_checkpoint(arguments.checkpoint, None)
     for entry in arguments.images:
         _check_image(entry)
@@ -33,9 +35,11 @@ def _check_image(entry: str) -> None:
     if entry.endswith(".tar") or is_remote(entry):
         list_shards(entry, "IMAGES")
     elif Path(entry).is_dir():
-        if not any(p.suffix.lower()[1:] in IMAGE_SUFFIXES for p in Path(entry).iterdir()):
+        names = [path.name for path in Path(entry).iterdir() if not is_litter(path.name)]
+        if not any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
+            found = ", ".join(sorted({Path(name).suffix or name for name in names})[:5])
             raise ConfigError(
-                f"IMAGES is {entry}, which holds no usable image ({', '.join(IMAGE_SUFFIXES)}); "
+                f"IMAGES is {entry}, which holds no usable image ({found or 'nothing'} was found); "
                 "give others"
             )
     elif not Path(entry).exists():

@@ -8,10 +8,11 @@ from pathlib import Path
 from aclip.config.arguments import DEMO, read_recipe
 from aclip.config.arguments import run_folder as choose_run_folder
 from aclip.config.ds_config import DsConfig, read_ds_config
+from aclip.config.geometry import shared_bytes
 from aclip.config.recipe import Recipe
 from aclip.data.find_data import find_data
 from aclip.data.fingerprint import check_progress
-from aclip.data.loader import build_train_loader, shared_bytes
+from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import Shard
 from aclip.distributed import decided_by_rank_0, default_to_one_rank, say
 from aclip.errors import ConfigError

@@ -156,6 +156,11 @@ def test_what_an_epoch_leaves_to_the_next_is_said(sources, shards):
     assert describe_rests(make_recipe(), [Shard("x.tar", 32)]) == [
         "an epoch of 32 samples is 2 batches of 16"
     ]
+    for number, words in ((5, "5 samples are"), (1, "1 sample is")):
+        assert describe_rests(make_recipe(), [Shard("x.tar", number)]) == [
+            f"{words} less than a batch of 16, in which each comes {16 / number:.1f} times on "
+            "average"
+        ]
     # 56 samples, 4 a batch; and 7, 12 a batch.
     assert describe_rests(with_sources(0), sources) == [
         "data.sources.0: 56 samples come once in 14 batches",
@@ -165,6 +170,19 @@ def test_what_an_epoch_leaves_to_the_next_is_said(sources, shards):
     assert first == (
         "data.sources.0: 56 samples come once in 5 batches; the 6 left over begin the next pass"
     )
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("number", [300, 17, 5, 1])
+def test_one_shard_of_any_size_serves_all_ranks(write_tar, encode_image, ranks, number):
+    members = []
+    for index in range(number):
+        members += [(f"{index}.png", encode_image(20, 20, index, "PNG")), (f"{index}.txt", b"x")]
+    shards = [Shard(write_tar("x.tar", members), number)]
+    keys = [key for batch in take(make_recipe(), shards, ranks, count=3) for key in batch.keys]
+    assert len(keys) == 3 * BATCH
+    passes = Counter(keys).values()
+    assert max(passes) <= -(-3 * BATCH // number) and len(passes) == min(number, 3 * BATCH)
 
 
 def test_lanes_depend_on_the_batch_alone(sources, shards):

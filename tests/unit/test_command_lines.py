@@ -168,3 +168,22 @@ def test_what_checks_the_input_imports_neither_towers_nor_deepspeed():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        ("exit 1", "aclip needs Python 3.11 or newer, but ./python is Python 3.10.4"),
+        ('case "$2" in *venv*) exit 1;; esac', "./python has no module venv: install python3-venv"),
+    ],
+)
+def test_make_says_what_python_it_needs(tmp_path, answer, said):
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\nif [ "$1" = --version ]; then echo Python 3.10.4; fi\n{answer}\n'
+    )
+    python.chmod(0o755)
+    (tmp_path / "Makefile").write_text((LAUNCH.parent / "Makefile").read_text())
+    command = ["make", ".venv/bin/python", "PYTHON=./python"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and said in done.stderr

@@ -1,11 +1,13 @@
 """Recipes: bad input is refused in one sentence."""
 
 import re
+import shlex
 
 import pytest
+import yaml
 from recipe_refusal import refusal
 
-from aclip.config.recipe_file import load_recipe
+from aclip.config.recipe_file import _apply_override, load_recipe
 from aclip.errors import ConfigError
 
 
@@ -204,3 +206,60 @@ def test_a_recipe_needs_a_loss_that_brings_images_and_captions_together():
     assert (
         message.startswith("loss.contrastive is 0") and "give loss.contrastive a weight" in message
     )
+
+
+@pytest.mark.parametrize(
+    "override, way_out",
+    [
+        ("data.train=[/d/{0..3}.tar]", """data.train='["/d/{0..3}.tar"]'"""),
+        (
+            "data.train=[/d/{a,b}/{0..3}.tar, '/e/x y.tar']",
+            """data.train='["/d/{a,b}/{0..3}.tar", "/e/x y.tar"]'""",
+        ),
+        ("data.train={0..3}.tar", """data.train='"{0..3}.tar"'"""),
+        ("data.train=*.tar", """data.train='"*.tar"'"""),
+        ("data.train=%20.tar", """data.train='"%20.tar"'"""),
+        ("data.train=/d/a #1/x.tar", """data.train='"/d/a #1/x.tar"'"""),
+        ("data.train=/d/a: b/x.tar", """data.train='"/d/a: b/x.tar"'"""),
+        ("train.wandb=- a", """train.wandb='"- a"'"""),
+    ],
+)
+def test_value_that_yaml_reads_otherwise_is_refused_with_the_way_to_write_it(override, way_out):
+    assert refusal(override).endswith(f"; put quotes around it, {way_out}")
+    (word,) = shlex.split(way_out)
+    values, key, written = {}, *override.split("=")
+    _apply_override(values, word)
+    section, name = key.split(".")
+    given = values[section][name]
+    if isinstance(given, list):
+        assert all(item in written for item in given)
+    else:
+        assert given == written
+
+
+def test_pattern_with_braces_in_a_source_is_refused_with_an_example():
+    message = refusal("data.sources=[{shards: /d/{0..3}.tar, weight: 2}]")
+    assert message.startswith("data.sources is [{shards: /d/{0..3}.tar, weight: 2}], which is not")
+    example = message.split("as data.sources=")[1]
+    assert yaml.safe_load(*shlex.split(example)) == [{"shards": "/data/{00..99}.tar", "weight": 1}]
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("/a b/x.tar", "/a b/x.tar"),
+        ("[a.tar,b.tar]", ["a.tar", "b.tar"]),
+        ("[/a b/x.tar, '/d/{0..1}.tar']", ["/a b/x.tar", "/d/{0..1}.tar"]),
+        ("/d/{a,b}/{0..9}.tar", "/d/{a,b}/{0..9}.tar"),
+        ("/d/a#1.tar", "/d/a#1.tar"),
+        ("'/d/a #1: x.tar'", "/d/a #1: x.tar"),
+        ("s3://b/{0..1}.tar", "s3://b/{0..1}.tar"),
+        ("pipe:cat {0..1}.tar", "pipe:cat {0..1}.tar"),
+    ],
+)
+def test_paths_are_taken_as_they_stand(text, value):
+    assert load_recipe("demo", [f"data.train={text}"]).data.train == value
+
+
+def test_power_of_ten_is_a_number_of_epochs():
+    assert load_recipe("demo", ["train.epochs=1e3"]).train.epochs == 1000

@@ -1,6 +1,10 @@
 """A run that continues must deal out the samples as before; what differs is refused by its name."""
 
+import io
 import json
+import os
+import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +12,9 @@ import pytest
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.fingerprint import check_continues, count_shards, fingerprint, list_lines
+from aclip.data.marks import _mark
 from aclip.data.shards.listing import Shard
+from aclip.data.shards.remote import RemoteShards
 from aclip.errors import ConfigError
 
 SOURCES = (
@@ -169,3 +175,62 @@ def test_list_of_shards_is_found_from_a_relative_path_too(checkpoint, monkeypatc
     relative = Path("checkpoints") / checkpoint.name
     then = fingerprint(make(), make_shards())
     assert "shard 2: none" in refusal(make(), make_shards(num=2), then, relative)
+
+
+def write_shards(folder: Path, changed: str = "", **change) -> list[Shard]:
+    """Three shards of four samples; `changed` names one with other keys, texts or order."""
+    folder.mkdir(exist_ok=True)
+    shards = []
+    for name in ("0", "1", "2"):
+        values = {"key": "k", "text": f"caption of {name}", "mtime": 0, "more": 0}
+        values |= change if name == changed else {}
+        path = folder / f"{name}.tar"
+        with tarfile.open(path, "w") as archive:
+            for number in range(4):
+                content = values["text"].encode() + bytes(values["more"] * (number == 3))
+                info = tarfile.TarInfo(f"{values['key']}{number}.txt")
+                info.size, info.mtime = len(content), values["mtime"]
+                archive.addfile(info, io.BytesIO(content))
+        shards.append(Shard(str(path), 4))
+    _mark.cache_clear()  # as in the next process
+    return shards
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"key": "j"}, "its first sample is another"),
+        ({"text": "CAPTION of 1"}, "its first sample is another"),
+        ({"more": 20_000}, "it has 30,720 bytes instead of 10,240"),
+    ],
+)
+def test_shard_replaced_by_one_of_as_many_samples_is_refused(checkpoint, change, words):
+    folder = checkpoint.parent.parent / "data"
+    then = fingerprint(make(), write_shards(folder))
+    check_continues(make(), write_shards(folder), then, checkpoint)
+    message = refusal(make(), write_shards(folder, "1", **change), then, checkpoint)
+    assert message.startswith(
+        f"shard {folder}/1.tar is not the one that {checkpoint} was trained on: {words}; put that"
+    )
+
+
+def test_shards_that_are_copied_packed_again_or_not_known_continue(checkpoint):
+    folder = checkpoint.parent.parent / "data"
+    shards = write_shards(folder)
+    then = fingerprint(make(), shards)
+    elsewhere = folder.parent / "elsewhere"
+    shutil.copytree(folder, elsewhere)
+    os.utime(elsewhere / "1.tar", (5, 5))
+    moved = [replace(shard, url=shard.url.replace("/data/", "/elsewhere/")) for shard in shards]
+    check_continues(make(), moved, then, checkpoint)
+    check_continues(make(), write_shards(folder, "1", mtime=10**9), then, checkpoint)
+    # A checkpoint of before, a shard that can't be read, and one at an address.
+    other = write_shards(folder, "1", key="j")
+    check_continues(make(), other, {k: v for k, v in then.items() if k != "marks"}, checkpoint)
+    assert then["marks"][1] is not None
+    remote = RemoteShards(folder.parent / "cache", 1, retries=0)
+    addressed = [replace(s, url=f"file://{s.url}", remote=remote) for s in other]
+    check_continues(make(), addressed, then, checkpoint)
+    (folder / "1.tar").unlink()
+    _mark.cache_clear()
+    check_continues(make(), other, then, checkpoint)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from aclip import machine
+from aclip import distributed, machine
+from aclip.data import loader
 from aclip.errors import ConfigError
 
 
@@ -155,3 +156,34 @@ def test_shared_memory_that_is_too_small_is_refused(tmp_path, monkeypatch):
     assert "--shm-size=1073741825g" in str(raised.value)
     monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path / "absent")
     machine.check_shared_memory(2**60, "")
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads", "workers"),
+    [
+        ({}, 6, 6),
+        ({"LOCAL_SIZE": "2"}, 3, 3),  # as deepspeed says
+        ({"LOCAL_WORLD_SIZE": "3", "WORLD_SIZE": "24"}, 2, 2),  # as torchrun does
+        ({"LOCAL_SIZE": "9", "WORLD_SIZE": "9"}, 1, 1),
+        ({"WORLD_SIZE": "2"}, 3, 6),
+        ({"OMP_NUM_THREADS": "5"}, None, 6),
+    ],
+)
+def test_ranks_share_the_usable_cores(monkeypatch, environment, threads, workers):
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    for module in (distributed, loader):
+        monkeypatch.setattr(module, "usable_cores", lambda: 6)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setenv("WORLD_SIZE", environment.get("WORLD_SIZE", "1"))
+    distributed.default_to_one_rank()
+    assert given == [threads] * (threads is not None)
+    lanes = 5040  # every number up to 9 divides it
+    per_rank = loader._cores_per_rank()
+    assert loader.resolve_workers(None, lanes, 1, per_rank) == workers

@@ -1,31 +1,24 @@
 """Reading starts at any sample without a walk through those before it, and is never wrong."""
 
-import logging
-import multiprocessing
 import os
 import random
-import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from numbered_shards import SIZE, describe, keys, numbered
 from odd_tars import ODD
 
 from aclip.data.shards import offsets
-from aclip.data.shards.listing import Shard, Skip, index_shards, read_shard
+from aclip.data.shards.listing import Shard, index_shards, read_shard
 from aclip.data.shards.offsets import SampleOffsets
-from aclip.data.shards.remote import RemoteShards
 from aclip.data.shards.tar import TarShard
-
-SIZE = 512 + 1024
-"""Bytes of a member of `numbered`, header and content."""
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(SampleOffsets, "_has_warned", False)
+    monkeypatch.setattr(offsets, "MAX_ROWS", 2)  # so that these shards are no small ones
     return tmp_path / "cache" / "offsets"
 
 
@@ -41,31 +34,14 @@ def places(monkeypatch) -> list[int]:
     return found
 
 
-def numbered(count: int, first: int = 0) -> list[tuple[str, bytes]]:
-    """Samples of one member each."""
-    return [(f"{n:05d}.txt", b"%05d" % n + bytes(700)) for n in range(first, first + count)]
-
-
-def describe(shard: Shard, start: int = 0) -> list[tuple]:
-    """All that a walk gives, contents too."""
-    return [
-        (position, raw.kind)
-        if isinstance(raw, Skip)
-        else (position, raw.key, [(suffix, raw.read(suffix)) for suffix in raw.members])
-        for position, raw in read_shard(shard, start)
-    ]
-
-
-def keys(shard: Shard, start: int = 0) -> list[str]:
-    return [raw.key for _, raw in read_shard(shard, start)]
-
-
 @pytest.mark.parametrize("content", ODD.values(), ids=ODD)
 @pytest.mark.parametrize("more", [-5, 0, 3], ids=["short index", "true index", "long index"])
 def test_every_start_gives_what_a_walk_from_the_start_does(
     tmp_path, cache, monkeypatch, content, more
 ):
-    monkeypatch.setattr(offsets, "EVERY", 3)
+    monkeypatch.setattr(offsets, "EVERY", 4)
+    if more == 0:
+        monkeypatch.setattr(offsets, "MAX_ROWS", 256)
     path = tmp_path / "x.tar"
     path.write_bytes(content)
     found = sum(1 for _ in TarShard(str(path)).walk())
@@ -88,13 +64,13 @@ def test_every_start_gives_what_a_walk_from_the_start_does(
 
 
 def test_a_walk_learns_nothing_behind_a_global_header(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(offsets, "EVERY", 3)
-    for name, rows in (("global header first", 0), ("global header among", 3), ("plain", 7)):
+    monkeypatch.setattr(offsets, "MAX_ROWS", 256)
+    for name, rows in (("global header first", 0), ("global header among", 10), ("plain", 23)):
         path = tmp_path / f"{name}.tar"
         path.write_bytes(ODD[name])
         list(TarShard(str(path)).walk())
         sizes = [file.stat().st_size for file in cache.glob(f"*{name.replace(' ', '-')}*")]
-        assert sizes == ([16 * (1 + rows)] if rows else [])
+        assert sizes == ([16 * (2 + rows)] if rows else [])
 
 
 def test_a_start_in_the_middle_reads_fewer_than_64_headers_before_it(write_tar, places):
@@ -106,6 +82,33 @@ def test_a_start_in_the_middle_reads_fewer_than_64_headers_before_it(write_tar, 
         assert (position, raw.key) == (start, f"{start:05d}")
         assert min(places) == nearest * SIZE
         assert max(places) <= (start + 1) * SIZE  # where the next one's header lies
+
+
+@pytest.mark.parametrize(
+    ("samples", "every"), [(2, 1), (64, 1), (257, 1), (258, 2), (513, 2), (600, 4)]
+)
+def test_in_a_small_shard_a_start_reads_few_headers_before_it_or_none(
+    write_tar, monkeypatch, cache, places, samples, every
+):
+    monkeypatch.setattr(offsets, "MAX_ROWS", 256)
+    shard = Shard(write_tar("x.tar", numbered(samples)), samples)
+    keys(shard)
+    (file,) = cache.iterdir()
+    assert file.stat().st_size == 16 * (2 + (samples - 1) // every) <= 16 * (2 + 256)
+    for start in {1, samples // 2, samples - 1}:
+        places.clear()
+        assert next(read_shard(shard, start))[1].key == f"{start:05d}"
+        assert min(places) == start // every * every * SIZE
+
+
+def test_a_kept_start_is_walked_once(write_tar, monkeypatch, places):
+    monkeypatch.setattr(offsets, "MAX_ROWS", 256)
+    shard = Shard(write_tar("x.tar", numbered(64)), 64)
+    keys(shard)
+    places.clear()
+    next(read_shard(shard, 40))
+    # Its header, and that of the next one, each with what tarfile reads ahead.
+    assert len(places) == len(set(places)) <= 2
 
 
 def test_a_scan_keeps_the_offsets(write_tar, places):
@@ -181,108 +184,3 @@ def test_a_file_of_the_same_size_and_time_gives_its_own_samples(write_tar, place
     places.clear()
     next(read_shard(shard, 150))
     assert min(places) > 100 * SIZE  # the offsets are right again
-
-
-def test_offsets_kept_at_other_distances_are_no_danger(write_tar, monkeypatch):
-    shard = Shard(write_tar("x.tar", numbered(100)), 100)
-    for distance in (4, 2, 8, 3):
-        monkeypatch.setattr(offsets, "EVERY", distance)
-        for start in (50, 99, 8):
-            assert keys(shard, start) == [f"{n:05d}" for n in range(start, 100)]
-
-
-@pytest.mark.parametrize("damage", ["empty", "cut", "noise", "far", "negative", "a folder"])
-def test_a_damaged_file_of_offsets_is_no_danger(write_tar, cache, damage):
-    shard = Shard(write_tar("x.tar", numbered(200)), 200)
-    keys(shard)
-    (path,) = cache.iterdir()
-    content = path.read_bytes()
-    assert len(content) == 16 * 4
-    damaged = {
-        "empty": b"",
-        "cut": content[:40],
-        "noise": random.Random(0).randbytes(64),
-        "far": content[:16] + struct.pack("<qq", 2**63 - 1, 0) * 3,
-        "negative": content[:16] + struct.pack("<qq", -512, 0) * 3,
-    }
-    path.unlink()
-    if damage == "a folder":
-        path.mkdir()
-    else:
-        path.write_bytes(damaged[damage])
-    for start in (180, 70, 0):
-        assert keys(shard, start) == [f"{n:05d}" for n in range(start, 200)]
-    if damage != "a folder":
-        assert path.read_bytes() == content
-
-
-def test_a_cache_folder_that_can_not_be_written_is_said_once(
-    tmp_path, write_tar, monkeypatch, caplog
-):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "file" / "cache"))
-    shards = [Shard(write_tar(f"{n}.tar", numbered(100)), 100) for n in range(2)]
-    with caplog.at_level(logging.WARNING):
-        for shard in shards * 2:
-            assert keys(shard, 70) == [f"{n:05d}" for n in range(70, 100)]
-    (record,) = caplog.records
-    assert "offsets of samples are not cached" in record.message
-    assert "set ACLIP_CACHE" in record.message
-
-
-def test_nothing_is_written_beside_the_data(tmp_path, write_tar):
-    keys(Shard(write_tar("x.tar", numbered(200)), 200))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "x.tar"]
-
-
-def test_offsets_of_a_remote_shard_outlive_its_copy(tmp_path, write_tar, places):
-    remote = RemoteShards(tmp_path / "shards", 10**9, retries=0)
-    url = f"file://{write_tar('x.tar', numbered(200))}"
-    shard = Shard(url, 200, remote=remote)
-    keys(shard)
-    for copy in (tmp_path / "shards").glob("*.shard"):
-        copy.unlink()
-    places.clear()
-    assert keys(shard, 150) == [f"{n:05d}" for n in range(150, 200)]
-    assert min(places) == 128 * SIZE
-
-
-def _read_often(shards: list[Shard], seed: int) -> None:
-    for start in random.Random(seed).sample(range(500), 25):
-        assert keys(shards[start % len(shards)], start) == [f"{n:05d}" for n in range(start, 500)]
-
-
-def test_processes_at_once_keep_right_offsets(write_tar, cache, monkeypatch):
-    monkeypatch.setattr(offsets, "EVERY", 2)
-    shards = [Shard(write_tar(f"{n}.tar", numbered(500)), 500) for n in range(2)]
-    context = multiprocessing.get_context("fork")
-    readers = [context.Process(target=_read_often, args=(shards, seed)) for seed in range(4)]
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join(60)
-    assert [reader.exitcode for reader in readers] == [0] * 4
-    files = sorted(cache.iterdir())
-    assert [file.stat().st_size for file in files] == [16 * 250] * 2  # and nothing half written
-
-
-def test_a_walk_that_a_process_leaves_unfinished_says_nothing(write_tar):
-    url = write_tar("x.tar", numbered(200))
-    code = (
-        "import os\n"
-        "from aclip.data.shards.tar import TarShard\n"
-        f"os.held = TarShard({url!r}).walk()\n"
-        "samples = [next(os.held) for _ in range(100)]\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_only_a_walk_that_comes_there_finds_a_shard_broken(write_tar):
-    url = write_tar("x.tar", numbered(200))
-    os.truncate(url, 199 * SIZE + 100)
-    for start in (0, 190):  # the second time from offsets
-        shard = TarShard(url)
-        walk = shard.walk(start)
-        assert next(walk).key == f"{start:05d}" and not shard.is_broken
-        assert sum(1 for _ in walk) == 198 - start and shard.is_broken

@@ -7,7 +7,6 @@ import os
 import pytest
 
 from aclip.ablation.ablate import _devices
-from aclip.nodes import probe
 from aclip.nodes.doctor import Examined, _gpu_problems, format_table
 from aclip.nodes.hostfile import Host
 from aclip.nodes.probe import gpus, shown_gpus
@@ -61,15 +60,3 @@ def test_only_the_gpus_that_the_environment_shows_are_asked_about(nvidia_smi):
     assert shown_gpus(gpus(), "") == shown_gpus(gpus(), "-1") == []
     (problem,) = _gpu_problems(Examined(Host("a", 3), "token", {"gpus": shown}), with_gpus=True)
     assert "shows 2 GPUs for slots=3" in problem and "CUDA_VISIBLE_DEVICES" in problem
-
-
-def test_what_triton_compiles_with_is_asked_for(monkeypatch, tmp_path):
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(probe.shutil, "which", lambda name: None)
-    monkeypatch.setattr(probe.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    no_compiler, no_header = probe._check_compiler()
-    assert "install gcc or set CC" in no_compiler
-    assert no_header.startswith(f"{tmp_path}/Python.h is missing")
-    (tmp_path / "Python.h").touch()
-    monkeypatch.setenv("CC", "clang")
-    assert probe._check_compiler() == []

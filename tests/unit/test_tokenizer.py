@@ -3,6 +3,7 @@
 import torch
 
 from aclip.config.sections import TextTowerConfig
+from aclip.data import tokenizer as tokenizer_module
 from aclip.data.tokenizer import build_tokenizer
 from aclip.method.tokens import Tokens
 
@@ -36,3 +37,37 @@ def test_parts_of_captions_and_their_places_follow_the_rows():
     assert part.located().real_ids.tolist() == [0, 1, 4, 5, 6]
     moved = part.map(lambda tensor: tensor + 1)
     assert moved.lengths.tolist() == [3, 4] and moved.real_ids.tolist() == [1, 2, 5, 6, 7]
+
+
+def words(count: int) -> list[str]:
+    """Words of letters that no caption holds, each another one."""
+    return ["q" + "".join(chr(ord("a") + int(digit)) for digit in f"{n:05d}") for n in range(count)]
+
+
+def test_remembered_words_are_bounded_and_change_no_ids(monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "MAX_WORDS", 50)
+    captions = [" ".join(["a", word, "<start_of_text>", "x" * 100]) for word in words(200)]
+    bounded, fresh = build_tokenizer(TextTowerConfig()), build_tokenizer(TextTowerConfig())
+    sizes = set()
+    for caption in captions:
+        bounded.encode([caption])
+        sizes.add(len(bounded._simple.cache))
+    assert max(sizes) == 50
+    assert all(len(word) <= 64 for word in bounded._simple.cache)
+    for caption in (captions[0], captions[137], captions[-1]):
+        fresh.__dict__.pop("_simple", None)
+        assert torch.equal(bounded.encode([caption]).ids, fresh.encode([caption]).ids)
+
+
+def test_a_common_word_is_encoded_once_between_two_clearings(monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "MAX_WORDS", 50)
+    simple = build_tokenizer(TextTowerConfig())._simple
+    seen, look = [], simple.cache.__class__.__setitem__
+    monkeypatch.setattr(
+        simple.cache.__class__,
+        "__setitem__",
+        lambda self, word, encoded: seen.append(word) or look(self, word, encoded),
+    )
+    for word in words(96):  # 48 fill what the two special tokens leave
+        simple.encode(f"photograph {word}")
+    assert seen.count("photograph") == 3

@@ -48,6 +48,12 @@ def even_parts(num_samples: int, batch_size: int, num_lanes: int, epoch: int) ->
 def describe_rest(num_samples: int, batch_size: int) -> str:
     """What an epoch leaves out, and where it comes in: a sentence for the log."""
     steps, rest = divmod(num_samples, batch_size)
+    if steps == 0:
+        samples = "1 sample is" if num_samples == 1 else f"{num_samples:,} samples are"
+        return (
+            f"{samples} less than a batch of {batch_size:,}, in which each comes "
+            f"{batch_size / num_samples:,.1f} times on average"
+        )
     left = f"; the {rest:,} left over begin the next epoch" if rest else ""
     return f"an epoch of {num_samples:,} samples is {steps:,} batches of {batch_size:,}{left}"
 

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from typing import Any
 
 from aclip.data.lanes.order import Span
+from aclip.data.shards.found import LINK, LINKS_ADVICE, join_words
 from aclip.data.shards.listing import Shard, Skip
 from aclip.data.shards.tar import ShardError
 from aclip.errors import ConfigError
@@ -16,6 +17,8 @@ MAX_UNUSABLE = 1000
 than MAX_UNREADABLE shards."""
 MAX_UNUSABLE_PASSES = 20
 """The same limit for small data sets, in samples of all shards."""
+MAX_FOUND = 3
+"""How often a lane names what it found in samples that lack an image or a caption."""
 MANY = 10
 """Samples of a shard that are rarely all unusable by chance."""
 
@@ -48,6 +51,7 @@ class Patience:
         self._unusable: Counter[str] = Counter()
         self._unusable_shards: dict[str, None] = {}
         self._unreadable_in_a_row = 0
+        self._found: set[tuple[str, tuple[str, ...]]] = set()
 
     def start_epoch(self, part: list[Span]) -> None:
         """Begins to count an epoch, in which the lane is to read these samples."""
@@ -72,6 +76,8 @@ class Patience:
             self.skipped[sample.kind] += 1
             self._unusable[sample.kind] += 1
             self._unusable_shards[self.shards[shard_index].url] = None
+            if sample.found and len(self._found) < MAX_FOUND:
+                self._name_found(sample)
         else:
             self._usable.add(shard_index)
             self._unusable.clear()
@@ -102,6 +108,17 @@ class Patience:
             ) from None
         self.warnings.append(f"{error}; its samples are skipped")
 
+    def _name_found(self, skip: Skip) -> None:
+        # Names no lane and no shard, so that the same words of many lanes are said once.
+        if (skip.kind, skip.found) not in self._found:
+            self._found.add((skip.kind, skip.found))
+            found = join_words([*skip.found])
+            self.warnings.append(
+                f"samples are skipped as {skip.kind}, in which {found} "
+                f"{'was' if len(skip.found) == 1 else 'were'} found"
+                f"{LINKS_ADVICE if LINK in found else ''}"
+            )
+
     def _warn_of(self, shard_index: int) -> None:
         """Says that nothing of a shard was usable: of all of it, or of what the lane took of it."""
         shard, number = self.shards[shard_index], self._of_shard[shard_index]
@@ -119,7 +136,10 @@ class Patience:
         if len(urls) > MAX_UNREADABLE + 1:
             named += f" and {len(urls) - MAX_UNREADABLE - 1} more"
         kinds = ", ".join(f"{kind} {count}" for kind, count in self._unusable.items())
+        found = [join_words([*suffixes]) for _, suffixes in sorted(self._found)]
+        held = f"; samples held {', or '.join(found)}" if found else ""
         raise ConfigError(
             f"data lane {self.lane} found nothing usable in {self._unusable.total()} samples in a "
-            f"row ({kinds}), of the shards {named}; repair them or remove them from data.train"
+            f"row ({kinds}), of the shards {named}{held}; repair them or remove them from "
+            "data.train"
         )

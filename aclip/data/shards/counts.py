@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 from filelock import FileLock
@@ -11,7 +12,7 @@ from filelock import FileLock
 from aclip.data.shards.remote import RemoteShards, is_remote
 from aclip.data.shards.tar import TarShard, unreadable
 from aclip.errors import ConfigError, NotWritten
-from aclip.files import cache_folder, write_whole
+from aclip.files import cache_folder, make_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +89,14 @@ def _count_by_scan(urls: list[str], remote: RemoteShards) -> dict[str, int]:
     if not urls:
         return {}
     folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "shard_counts.lock"):
-            return _count_with_cache(urls, folder / "shard_counts.json", remote)
-    except (OSError, NotWritten) as error:
-        logger.warning("counts of shards are not cached: %s; set ACLIP_CACHE", error)
-        return _scan(urls, remote)
+    with ExitStack() as stack:
+        try:
+            make_folder(folder)
+            stack.enter_context(FileLock(folder / "shard_counts.lock"))
+        except OSError as error:
+            _warn_not_cached(error)
+            return _scan(urls, remote)
+        return _count_with_cache(urls, folder / "shard_counts.json", remote)
 
 
 def _count_with_cache(urls: list[str], cache_file: Path, remote: RemoteShards) -> dict[str, int]:
@@ -106,8 +108,15 @@ def _count_with_cache(urls: list[str], cache_file: Path, remote: RemoteShards) -
     scanned = _scan([url for url in urls if stamps[url] not in cached], remote)
     if scanned:
         cached.update({stamps[url]: count for url, count in scanned.items()})
-        write_whole(cache_file, json.dumps(cached).encode())
+        try:
+            write_whole(cache_file, json.dumps(cached))
+        except NotWritten as error:
+            _warn_not_cached(error)
     return {url: cached[stamps[url]] for url in urls}
+
+
+def _warn_not_cached(error: Exception) -> None:
+    logger.warning("counts of shards are not cached: %s; set ACLIP_CACHE", error)
 
 
 def _stamp(url: str) -> str:

@@ -3,21 +3,17 @@
 A position is the rank of a sample in its tar. Nothing here decodes an image or knows about lanes.
 """
 
-import glob
-import itertools
 import logging
-import os
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-from braceexpand import braceexpand
 
 from aclip.config.sections import DataConfig
 from aclip.data.shards.counts import count_samples
-from aclip.data.shards.remote import RemoteShards, check_protocol, is_remote
-from aclip.data.shards.tar import RawSample, TarShard
+from aclip.data.shards.found import printable
+from aclip.data.shards.patterns import addresses, local_files
+from aclip.data.shards.remote import RemoteShards, is_remote
+from aclip.data.shards.tar import RawSample, TarShard, describe_members
 from aclip.errors import ConfigError
 from aclip.files import cache_folder, expand_home
 
@@ -57,19 +53,22 @@ class Skip:
     """A sample that can't be used, and why: one of SKIP_KINDS."""
 
     kind: str
+    found: tuple[str, ...] = field(default=(), compare=False)
+    """The suffixes that were found where the one that is missing was looked for."""
 
 
 def list_shards(pattern: str | list[str], field: str) -> list[str]:
     """The shards that a recipe's entry names, in the order given, globs sorted.
 
     Args:
-        pattern: a path, a glob, braces like {00000..01499}, `pipe:` and a command, an address that
-            fsspec understands (both with braces), or a list of those.
+        pattern: a path, a glob, a folder of tars, braces like {00000..01499}, `pipe:` and a
+            command, an address that fsspec understands (both with braces), or a list of those.
         field: the recipe's key, for the error message.
 
     Raises:
         ConfigError: nothing is named, a glob matches nothing, a file is missing, or a protocol's
-            package is.
+            package is; braces stand for too many names, or the first file is compressed. The
+            message says what was found.
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     if not any(patterns):
@@ -77,10 +76,9 @@ def list_shards(pattern: str | list[str], field: str) -> list[str]:
     urls = []
     for entry in patterns:
         if is_remote(entry):
-            urls += _addresses(entry, field)
-            continue
-        for path in _expand_braces(expand_home(entry, field), field):
-            urls += _existing_files(path, entry, field)
+            urls += addresses(entry, field)
+        else:
+            urls += local_files(expand_home(entry, field), field)
     return urls
 
 
@@ -112,7 +110,9 @@ def index_shards(urls: list[str], remote: RemoteShards | None = None) -> list[Sh
         if counts[url] > 0
     ]
     if not shards:
-        raise ConfigError(f"no shard holds a sample, {urls[0]} for one; check the shards")
+        first = urls[0]
+        found = describe_members(first, remote if is_remote(first) else None)
+        raise ConfigError(f"no shard holds a sample: {first} {found}; check the shards")
     return shards
 
 
@@ -143,41 +143,7 @@ def read_shard(shard: Shard, start: int = 0) -> Iterator[tuple[int, RawSample | 
 
 def shard_names(urls: list[str]) -> list[str]:
     """A name for each shard: its stem, or its path without suffix if some stems are equal."""
-    stems = [Path(url).stem for url in urls]
+    stems = [printable(Path(url).stem) for url in urls]
     if len(set(stems)) == len(set(urls)):
         return stems
-    return [str(Path(url).with_suffix("")) for url in urls]
-
-
-def _expand_braces(entry: str, field: str) -> list[str]:
-    try:
-        if entry.startswith("pipe:"):
-            # Only ranges: a command has braces, commas and backslashes of its own.
-            parts = re.split(r"(\{\w+\.\.\w+\})", entry)
-            parts[1::2] = map(braceexpand, parts[1::2])
-            parts[::2] = ([text] for text in parts[::2])
-            return ["".join(chosen) for chosen in itertools.product(*parts)]
-        return list(braceexpand(entry))
-    except ValueError as error:
-        raise ConfigError(f"{field} holds {entry}, whose braces do not match: {error}") from None
-
-
-def _addresses(entry: str, field: str) -> list[str]:
-    check_protocol(entry, field)
-    if "*" in entry and not entry.startswith("pipe:"):
-        raise ConfigError(
-            f"{field} holds {entry}, but what lies at an address can't be listed; write the shards "
-            "with braces, e.g. {00000..00099}.tar"
-        )
-    return _expand_braces(entry, field)
-
-
-def _existing_files(path: str, entry: str, field: str) -> list[str]:
-    if os.path.isfile(path):
-        return [path]
-    if glob.has_magic(path):
-        matches = sorted(match for match in glob.glob(path) if os.path.isfile(match))
-        if matches:
-            return matches
-        raise ConfigError(f"{field} is {entry}, but no file matches {path}; check the path")
-    raise ConfigError(f"{field} is {entry}, but there is no file {path}; check the path")
+    return [printable(str(Path(url).with_suffix(""))) for url in urls]

@@ -21,8 +21,8 @@ from select import select
 
 import fsspec
 
-from aclip.data.shards.cache import ShardCache
-from aclip.errors import ConfigError
+from aclip.data.shards.cache import FULL, CacheFull, ShardCache
+from aclip.errors import ConfigError, NotWritten
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +79,25 @@ class RemoteShards:
 
         Raises:
             OSError: it can't be fetched, after the last try. The message says why.
+            NotWritten: the cache folder can't be written, or is still full after the last try.
         """
-        cache = ShardCache(self.folder, self.limit)
-        return cache.open(url, lambda path: self._with_retries(url, lambda: _fetch(url, path)))
+        for tried in range(self.retries + 1):
+            try:
+                return self._cache.open(
+                    url, lambda path: self._with_retries(url, lambda: _fetch(url, path))
+                )
+            except CacheFull as error:
+                if tried == self.retries:
+                    raise
+                _wait(url, tried, error)  # what others fetch or read may be in use no longer
+
+    def check(self) -> None:
+        """Raises ConfigError where the cache folder can't be used."""
+        self._cache.check()
+
+    @property
+    def _cache(self) -> ShardCache:
+        return ShardCache(self.folder, self.limit)
 
     def read_text(self, url: str) -> str | None:
         """A small text file beside the shards; None if there is none, or it may not be read.
@@ -99,10 +115,10 @@ class RemoteShards:
         once = replace(self, retries=0)
 
         def run() -> None:
-            with _prefetching, suppress(OSError):
+            with _prefetching, suppress(OSError, NotWritten):
                 once.open(url).close()
 
-        if not ShardCache(self.folder, self.limit).holds(url):
+        if not self._cache.holds(url):
             threading.Thread(target=run, daemon=True).start()
 
     def _with_retries(self, url: str, attempt: Callable):
@@ -112,12 +128,18 @@ class RemoteShards:
             except FINAL_ERRORS:
                 raise
             except OSError as error:
+                if error.errno in FULL:
+                    raise
                 if tried == self.retries:
                     tries = f"{tried + 1} tries" if tried else "1 try"
                     raise OSError(f"{error} ({tries})") from None
-                wait = min(LONGEST_WAIT, FIRST_WAIT * 2**tried) * _jitter.uniform(0.5, 1.5)
-                logger.warning("%s: %s; next try in %.1f s", url, error, wait)
-                time.sleep(wait)
+                _wait(url, tried, error)
+
+
+def _wait(url: str, tried: int, error: Exception) -> None:
+    wait = min(LONGEST_WAIT, FIRST_WAIT * 2**tried) * _jitter.uniform(0.5, 1.5)
+    logger.warning("%s: %s; next try in %.1f s", url, error, wait)
+    time.sleep(wait)
 
 
 _prefetching = threading.BoundedSemaphore(PREFETCH_THREADS)
@@ -151,6 +173,11 @@ def _through_fsspec(url: str, use: Callable):
     except PermissionError as error:
         raise PermissionError(_one_line(f"access is denied, {error}")) from None
     except Exception as error:  # each protocol's client raises classes of its own
+        cause: BaseException | None = error
+        while cause is not None:  # a full disk, whatever the client makes of it
+            if isinstance(cause, OSError) and cause.errno in FULL:
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
         raise OSError(_one_line(f"{type(error).__name__}: {error}")) from None
 
 

@@ -4,9 +4,13 @@ import io
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
+from aclip.data.images.suffixes import is_litter
+from aclip.data.shards.found import LINKS_ADVICE, join_words, printable, refusal_of_content
 from aclip.data.shards.offsets import SampleOffsets
 from aclip.data.shards.open_files import OPEN_FILES, OpenFile
 from aclip.data.shards.remote import RemoteShards, is_remote
@@ -82,19 +86,24 @@ class TarShard:
         """Yields the samples in order from position `start` on, as far as headers can be read.
 
         Members are grouped as webdataset does: neighbours whose paths agree up to the first dot of
-        the file name are one sample. Of two members with one suffix the first counts.
+        the file name are one sample. Of two members with one suffix the first counts. What other
+        tools left among them (`is_litter`) is passed over. Links hold no bytes; they are noted in
+        the sample that they belong to.
 
         The walk begins at the last sample up to `start` whose offset an earlier walk has kept.
         """
         mtime_ns = 0 if self._remote else self._file().mtime_ns
         offsets = SampleOffsets(self.url, self.size, mtime_ns)
         position, begin = offsets.before(start)
+        samples = self._samples(begin)
         if position:
-            found = next(self._samples(begin), None)
+            found = next(samples, None)
             if found is None or not offsets.confirm(position, *found):
-                position, begin = 0, 0
+                position, samples = 0, self._samples(0)
+            else:
+                samples = chain([found], samples)
         try:
-            for offset, sample in self._samples(begin):
+            for offset, sample in samples:
                 offsets.note(position, offset, sample)
                 if position == start:
                     offsets.store()  # now, as the rest may take as long as the run
@@ -104,23 +113,40 @@ class TarShard:
         finally:
             offsets.store()
 
+    def first(self) -> "RawSample | None":
+        """The first sample; None where there is none, or no header can be read."""
+        found = next(self._samples(0), None)
+        return None if found is None else found[1]
+
     def _samples(self, begin: int) -> "Iterator[tuple[int | None, RawSample]]":
         """Yields (offset of its first header, sample) from the header at `begin` on.
 
         The offset is None where a walk that begins there would miss a global header before it.
         """
-        key, members, offset = None, {}, None
+        key, members, links, offset = None, {}, [], None
         for info, header in self._headers(begin):
-            match = re.match(r"^((?:.*/|)[^./]+)[.]([^/]*)$", info.name)
-            if not info.isreg() or match is None or re.match(r"__[^/]*__($|/)", info.name):
+            parts = split_name(info.name)
+            if parts is None:
                 continue
-            if match[1] != key:
+            if info.islnk() or info.issym():
+                links.append(parts)
+                continue
+            if not info.isreg():
+                continue
+            if parts[0] != key:
                 if members:
-                    yield offset, RawSample(key, members, self)
-                key, members, offset = match[1], {}, header
-            members.setdefault(match[2].lower(), (info.offset_data, info.size))
+                    yield offset, self._sample(key, members, links)
+                links = [link for link in links if link[0] == parts[0]]
+                (key, _), members, offset = parts, {}, header
+            members.setdefault(parts[1], (info.offset_data, info.size))
         if members:
-            yield offset, RawSample(key, members, self)
+            yield offset, self._sample(key, members, links)
+
+    def _sample(
+        self, key: str, members: dict[str, tuple[int, int]], links: list[tuple[str, str]]
+    ) -> "RawSample":
+        of_key = tuple(suffix for other, suffix in links if other == key)
+        return RawSample(printable(key), members, self, of_key)
 
     def _headers(self, begin: int) -> Iterator[tuple[tarfile.TarInfo, int | None]]:
         """Yields (member, offset of its first header, or None as in _samples)."""
@@ -128,7 +154,10 @@ class TarShard:
         end = begin
         try:
             with tarfile.open(
-                fileobj=_HeaderFile(self, begin), mode="r:", encoding="utf-8", errors="replace"
+                fileobj=_HeaderFile(self, begin),
+                mode="r:",
+                encoding="utf-8",
+                errors="surrogateescape",  # names that differ in such bytes stay different
             ) as archive:
                 while (info := archive.next()) is not None:
                     archive.members = []  # tarfile would keep every header
@@ -145,6 +174,38 @@ class TarShard:
             raise
         except HEADER_ERRORS:
             self.is_broken = True
+        if end == begin == 0 and self.is_broken:
+            refusal = refusal_of_content(self.url, self.read(0, 512), self._remote is not None)
+            if refusal is not None:
+                raise ShardError(self.url, refusal)
+
+
+def describe_members(url: str, remote: RemoteShards | None) -> str:
+    """What a shard without samples holds: `holds 12 links and 1 folder`."""
+    shard = TarShard(url, remote)
+    if shard.size == 0:
+        return "is an empty file"
+    kinds: Counter[str] = Counter()
+    for info, _ in shard._headers(0):
+        if info.issym() or info.islnk():
+            kinds["links"] += 1
+        elif info.isdir():
+            kinds["folders"] += 1
+        else:
+            kinds["files that belong to no sample"] += 1
+    if not kinds:
+        return "is no tar" if shard.is_broken else "is a tar of no files"
+    parts = [f"{count:,} {kind}" for kind, count in kinds.most_common()]
+    return f"holds {join_words(parts)}{LINKS_ADVICE if kinds['links'] else ''}"
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """The key of a member's sample and its suffix in lower case, as webdataset splits its path;
+    None where it belongs to no sample."""
+    match = re.match(r"((?:.*/|)[^./]+)[.]([^/]*)\Z", name, re.DOTALL)
+    if match is None or re.match(r"__[^/]*__($|/)", name) or is_litter(name):
+        return None
+    return match[1], match[2].lower()
 
 
 class _HeaderFile:
@@ -183,6 +244,9 @@ class RawSample:
     members: dict[str, tuple[int, int]]
     """Lower-case suffix -> (offset, size) in bytes."""
     source: TarShard
+    links: tuple[str, ...] = ()
+    """The suffixes of members that are links, for messages: a walk that begins at this sample does
+    not see those before its first other member."""
 
     @property
     def is_complete(self) -> bool:

@@ -16,6 +16,7 @@ from aclip.data.shards.listing import Skip
 from aclip.distributed import say
 from aclip.errors import ConfigError, DataError
 from aclip.evaluation.sets.evaluation_set import MIN_SIDE, NO_LABEL, Example
+from aclip.files import make_folder
 
 if TYPE_CHECKING:
     from torchvision.datasets import VisionDataset
@@ -194,7 +195,7 @@ def open_torchvision(
     try:
         if download:
             say(f"downloading {name} to {where.data} unless it is there")
-            where.data.mkdir(parents=True, exist_ok=True)
+            make_folder(where.data)
             with FileLock(where.data / f".{name}.lock"):
                 dataset = build(**arguments, download=True)
         else:
