@@ -100,7 +100,7 @@ def batch_of_mean_captions(
         mean_length: the captions' mean length in tokens, start and end included; rounded to a
             multiple of 1 / batch_size.
         num_columns: the length to which captions are padded.
-        batch_size: B, where it is to be as large as a real one; then all samples share one's pixels.
+        batch_size: how many samples. More than NUM_MEASURED share the pixels of one.
     """
     total = round(batch_size * mean_length)
     lengths = [(total + index) // batch_size for index in range(batch_size)]

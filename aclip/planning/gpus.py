@@ -32,8 +32,8 @@ class Gpu:
 # Bytes a second and direction of a GPU's share of the network: 200 Gb/s, an adapter for each GPU.
 NETWORK_BYTES = 25e9
 
-# What well-tuned programs reach of the peaks on a data sheet: large matrix products run at about
-# 620 of an H100's 989 TFLOP/s, since its power is limited, and copies at about 2.8 of its 3.35 TB/s.
+# What well-tuned programs reach of the peaks on a data sheet: about 620 of an H100's 989 TFLOP/s in
+# large matrix products, since its power is limited, and 2.8 of its 3.35 TB/s in copies.
 MATRIX_SHARE, MEMORY_SHARE, HOST_LINK_SHARE = 0.63, 0.84, 0.8
 
 # NVIDIA's data sheets: A10 (PCIe), A100 (SXM, 40 and 80 GB), L40S (PCIe), H100 (SXM), H200 (SXM),

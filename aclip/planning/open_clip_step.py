@@ -50,7 +50,9 @@ class OpenClipStep:
             torch.float32,
         )
         with self._autocast():
-            loss = open_clip_loss(self._model, pixels, self._tokens.to(self._device, non_blocking=True))
+            loss = open_clip_loss(
+                self._model, pixels, self._tokens.to(self._device, non_blocking=True)
+            )
         loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()

@@ -1,7 +1,7 @@
-"""Writes down every operation that runs, with the FLOPs that it computes and the bytes that it moves.
+"""Writes down every operation that runs, with its FLOPs and the bytes that it moves.
 
-The tensors need no values. Bytes are those of arguments and results, once each, unless the operation
-reads less or its kernels pass over them more often; views move nothing.
+The tensors need no values. Bytes are those of arguments and results, once each, unless an operation
+reads less of them or its kernels pass over them more often; views move nothing.
 """
 
 from collections import defaultdict
@@ -131,7 +131,7 @@ class OperationLog(TorchDispatchMode):
         )
 
     def _by_storage(self, tensors: Iterable[Tensor]) -> dict[int, int]:
-        """Bytes that an operation touches of each storage; of one storage never more than it has."""
+        """Bytes that the tensors have in each storage, never more than it holds."""
         found = defaultdict(int)
         for tensor in {id(tensor): tensor for tensor in tensors}.values():
             found[self._number(tensor)] += touched(tensor)

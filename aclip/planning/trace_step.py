@@ -15,18 +15,20 @@ from torch._subclasses import FakeTensorMode
 
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
-from aclip.data.images.augment import augment
+from aclip.kernels.augment_views import augment_views
 from aclip.method.losses.term import StudentOutput, total
 from aclip.models.student import build_student
 from aclip.planning.measure_step import META, as_first_of, of_batch, resized
 from aclip.planning.meter import fused_attention
-from aclip.planning.operations import Operation, OperationLog
+from aclip.planning.operations import Operation, OperationLog, fuse
 from aclip.training.step_inputs import StepInputs
 from aclip.training.teacher import Teacher
 
 VIEWS, TEACHER, STUDENT, LOSSES = "views", "teacher", "student forward", "losses"
 BACKWARD, UPDATE, EMA = "backward", "optimizer step", "EMA"
 PARTS = (VIEWS, TEACHER, STUDENT, LOSSES, BACKWARD, UPDATE, EMA)
+COMPILED = {TEACHER, STUDENT, BACKWARD}
+"""The parts that `model.compile` touches."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class Trace:
     operations: list[Operation]
     sizes: list[int]
     trained: list[int]
+
+    def compiled(self, parts: set[str]) -> list[Operation]:
+        """The operations when these parts are compiled."""
+        return fuse(self.operations, self.sizes, parts) if parts else self.operations
 
 
 def trace_step(
@@ -112,7 +118,7 @@ def trace_open_clip(recipe: Recipe, batch_size: int) -> Trace:
         log.operations.append(Operation("to_gpu", VIEWS, from_host=views.nbytes + ids.nbytes))
         with fused_attention(), log:
             log.begin(STUDENT)
-            pixels = augment(views, None, recipe.augment, torch.float32)
+            pixels = augment_views(views, None, *torch.ones(2, 3).unbind(), torch.float32)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = open_clip_loss(model, pixels, ids)
             log.begin(BACKWARD)

@@ -152,7 +152,13 @@ def _(tokens, cls_token, pos_embed, scores, teacher_box, view_boxes, num_kept_bl
 
 
 def _moved_bytes(
-    tokens: Tensor, cls_token, pos_embed: Tensor, scores: Tensor, teacher_box, view_boxes, *kept: int
+    tokens: Tensor,
+    cls_token,
+    pos_embed: Tensor,
+    scores: Tensor,
+    teacher_box,
+    view_boxes,
+    *kept: int,
 ) -> int:
     """Only rows that are kept are read."""
     num_blocks, block_size = kept

@@ -96,6 +96,6 @@ WORK_SPACE[torch.ops.aclip.contrastive_loss] = lambda rows, columns, scale, offs
     chunked_logits.work_space(rows, columns, chunk)
 )
 
-MOVED_BYTES[torch.ops.aclip.contrastive_loss] = lambda rows, columns, scale, offset, chunk, *grads: (
-    chunked_logits.moved_bytes(rows, columns, 3, *grads)
+MOVED_BYTES[torch.ops.aclip.contrastive_loss] = lambda rows, columns, *others: (
+    chunked_logits.moved_bytes(rows, columns, 3, *others[-2:])
 )

@@ -106,6 +106,6 @@ WORK_SPACE[torch.ops.aclip.sigmoid_loss] = lambda rows, columns, scale, bias, of
     2 * chunked_logits.work_space(rows, columns, chunk)
 )
 
-MOVED_BYTES[torch.ops.aclip.sigmoid_loss] = lambda rows, columns, scale, bias, offset, chunk, *grads: (
-    chunked_logits.moved_bytes(rows, columns, 2, *grads)
+MOVED_BYTES[torch.ops.aclip.sigmoid_loss] = lambda rows, columns, *others: (
+    chunked_logits.moved_bytes(rows, columns, 2, *others[-2:])
 )
