@@ -100,7 +100,7 @@ def batch_of_mean_captions(
         mean_length: the captions' mean length in tokens, start and end included; rounded to a
             multiple of 1 / batch_size.
         num_columns: the length to which captions are padded.
-        batch_size: how many samples. More than NUM_MEASURED share the pixels of one.
+        batch_size: how many samples. With more than NUM_MEASURED only the captions have values.
     """
     total = round(batch_size * mean_length)
     lengths = [(total + index) // batch_size for index in range(batch_size)]
@@ -109,11 +109,11 @@ def batch_of_mean_captions(
         return synthetic_batch(recipe, batch_size, tokens)
     one = synthetic_batch(recipe, 1, tokens)
 
-    def repeated(value: Any) -> Any:
+    def enlarged(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: repeated(each) for name, each in value.items()}
+            return {name: enlarged(each) for name, each in value.items()}
         if isinstance(value, Tensor):
-            return value.expand(batch_size, *value.shape[1:])
+            return value.new_empty(batch_size, *value.shape[1:])
         return value * batch_size if isinstance(value, list) else value
 
-    return replace(one, **{n: repeated(getattr(one, n)) for n in PER_SAMPLE if n != "tokens"})
+    return replace(one, **{n: enlarged(getattr(one, n)) for n in PER_SAMPLE if n != "tokens"})

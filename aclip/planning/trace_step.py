@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
+from aclip.data.images.augment import augment
 from aclip.kernels.augment_views import augment_views
 from aclip.method.losses.term import StudentOutput, total
 from aclip.models.student import build_student
@@ -73,6 +74,8 @@ def trace_step(
     inputs = StepInputs(recipe, student.terms, teacher, student.image, META, dtype)
     local_size = len(batch) * num_micro_steps
     encodings = 2 * num_micro_steps - 1
+    # A run's first step makes the mean and deviation of colours, which the others find there.
+    augment(torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=META), None, recipe.augment, dtype)
     log = OperationLog()
     with as_first_of(num_ranks), fused_attention(), log:
         log.begin(TEACHER, num_micro_steps)

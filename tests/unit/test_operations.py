@@ -121,9 +121,7 @@ def test_kernels_say_what_they_move():
 
     tokens, scores = meta(4, 16, IN, dtype=torch.bfloat16), meta(2, 2, 4, 4)
     cls_token, positions = tokens[0, 0], meta(17, IN, dtype=torch.bfloat16)
-    (pack,) = logged(
-        lambda: attentive_pack(tokens, cls_token, positions, scores, None, None, 2, 2)
-    )
+    (pack,) = logged(lambda: attentive_pack(tokens, cls_token, positions, scores, None, None, 2, 2))
     kept = 2 * 4 * (1 + 8) * IN  # bytes of four views' class token and two blocks of four patches
     ids = 4 * (8 * 8 + 16 * 4)
     assert pack.moved == 2 * kept + 2 * 17 * IN + 4 * scores.numel() + ids
