@@ -38,11 +38,11 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--json is {arguments.json}, whose folder is not there; make it first")
     if arguments.loader or arguments.dealing:
         return
-    check_gpus()
     if arguments.scaling:
         from aclip.nodes.hostfile import read_hostfile
 
         read_hostfile(arguments.scaling)
+    check_gpus()
     from aclip.config.recipe_file import load_recipe
 
     for name in arguments.recipes:

@@ -16,6 +16,7 @@ from aclip.data.images.suffixes import IMAGE_SUFFIXES, is_litter
 from aclip.data.shards.listing import Skip, list_shards, remote_shards
 from aclip.data.shards.remote import is_remote
 from aclip.data.shards.tar import RawSample, TarShard
+from aclip.distributed import limit_threads
 from aclip.errors import ConfigError
 from aclip.files import write_whole, writing
 from aclip.method.masks.attentive import ATTENTIVE
@@ -58,6 +59,7 @@ def write_figure(checkpoint: str, images: list[str], out: Path) -> None:
         ConfigError: a damaged checkpoint, or nothing usable in the images.
         NotWritten: `out` can't be written.
     """
+    limit_threads()
     weights = load_checkpoint_weights(checkpoint, None)
     samples = _raw_samples(images, weights.recipe)
     pictured = read_picture_set(weights.recipe, samples, NUM_MEASURED)

@@ -87,6 +87,8 @@ def report(arguments: argparse.Namespace) -> None:
     folders = [Path(folder) for folder in arguments.runs]
     default = folders[0] if len(folders) == 1 else Path("comparison")
     out = Path(arguments.out) if arguments.out else default
+    for folder in folders:
+        _check_run(folder)
     check_writable(out, "--out")
     write_report(folders, out)
     print(f"wrote {out / REPORT_PAGE} and {out / REPORT_MARKDOWN}", flush=True)
@@ -125,9 +127,8 @@ def _names(folders: list[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def _read(folder: Path, name: str) -> RunRecord:
-    recipe = latest_record(folder, RECIPE_FILE)
-    for path in (folder / METRICS_FILE, recipe):
+def _check_run(folder: Path) -> None:
+    for path in (folder / METRICS_FILE, latest_record(folder, RECIPE_FILE)):
         if not path.is_file():
             found = f"holds no {path.name}"
             if not folder.is_dir():
@@ -136,6 +137,11 @@ def _read(folder: Path, name: str) -> RunRecord:
                 f"RUN is {folder}, which {found}; give the folder of a run, as --output of "
                 "launch/pretrain.py named it"
             )
+
+
+def _read(folder: Path, name: str) -> RunRecord:
+    _check_run(folder)
+    recipe = latest_record(folder, RECIPE_FILE)
     metrics = read_metrics(folder)
     # A run that began anew leaves pictures whose evaluations metrics.jsonl holds no more.
     paths = {line.samples: picture_path(folder, line.samples) for line in metrics.evaluations}

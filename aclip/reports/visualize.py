@@ -6,7 +6,6 @@ from pathlib import Path
 from aclip.data.images.suffixes import IMAGE_SUFFIXES, is_litter
 from aclip.data.shards.listing import list_shards
 from aclip.data.shards.remote import is_remote
-from aclip.distributed import limit_threads
 from aclip.errors import ConfigError
 from aclip.files import check_writable
 from aclip.run_folder.layout import FIGURE_FOLDER
@@ -20,7 +19,6 @@ def visualize(arguments: argparse.Namespace) -> None:
         ConfigError: no such checkpoint, image or shard, nothing usable in them, or --out can't be
             written.
     """
-    limit_threads()
     folder, _ = find_checkpoint(arguments.checkpoint, None)
     for entry in arguments.images:
         _check_image(entry)

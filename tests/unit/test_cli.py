@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from aclip.cli import run_reporting_errors, text_table
+from aclip.cli import run_reporting_errors, show_duration, text_table
 
 
 def test_a_name_that_is_no_text_is_printed_with_escapes(monkeypatch):
@@ -33,3 +33,17 @@ def test_table_takes_other_columns_to_the_left_and_rows_that_end_early():
         "a          16  2.14.1",
         "node-2      8",
     ]
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0.4, "0 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (7620, "2 h 07 min"),
+        (273600, "3 d 04 h"),
+    ],
+)
+def test_durations_are_shown_in_two_units(seconds, text):
+    assert show_duration(seconds) == text

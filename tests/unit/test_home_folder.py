@@ -33,6 +33,7 @@ TEXT = {
     "published",
     "rows",
     "rsh",
+    "separator",
     "script",  # multinode.sh gives it
     "sizes",
     "gpu",

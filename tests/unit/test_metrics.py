@@ -10,7 +10,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aclip import distributed
-from aclip.cli import show_duration
 from aclip.reports.report import LOGGED
 from aclip.run_folder.metrics_file import EvaluationLine, StepLine, read_metrics
 from aclip.training.metrics.metrics_logger import MetricsLogger
@@ -266,20 +265,6 @@ def test_time_before_a_reset_counts_for_no_step():
     clock.now += 1.0
     timer.step(10)
     assert timer.images_per_second == 10.0
-
-
-@pytest.mark.parametrize(
-    "seconds, text",
-    [
-        (0.4, "0 s"),
-        (59.6, "1 min 00 s"),
-        (185, "3 min 05 s"),
-        (7620, "2 h 07 min"),
-        (273600, "3 d 04 h"),
-    ],
-)
-def test_durations_are_shown_in_two_units(seconds, text):
-    assert show_duration(seconds) == text
 
 
 def test_tensorboard_that_cannot_begin_is_said_once_and_the_run_goes_on(tmp_path, capsys):

@@ -211,7 +211,7 @@ def test_a_lane_takes_its_share_of_the_row_in_turn():
 def test_a_recipes_sources_are_found_in_their_order(write_tar, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
     for name, count in (("a0", 2), ("a1", 3), ("b", 4)):
-        write_tar(f"{name}.tar", [(f"{i}.txt", b"x") for i in range(count)])
+        write_tar(f"{name}.tar", [(f"{i}.{s}", b"x") for i in range(count) for s in ("jpg", "txt")])
     sources = [
         {"shards": f"{tmp_path}/b.tar", "weight": 1},
         {"shards": f"{tmp_path}/a*.tar", "weight": 2},

@@ -65,6 +65,7 @@ def test_every_start_gives_what_a_walk_from_the_start_does(
 
 def test_a_walk_learns_nothing_behind_a_global_header(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(offsets, "MAX_ROWS", 256)
+    monkeypatch.setattr(offsets, "LEAST", 1)
     for name, rows in (("global header first", 0), ("global header among", 10), ("plain", 23)):
         path = tmp_path / f"{name}.tar"
         path.write_bytes(ODD[name])
@@ -85,7 +86,7 @@ def test_a_start_in_the_middle_reads_fewer_than_64_headers_before_it(write_tar, 
 
 
 @pytest.mark.parametrize(
-    ("samples", "every"), [(2, 1), (64, 1), (257, 1), (258, 2), (513, 2), (600, 4)]
+    ("samples", "every"), [(17, 1), (64, 1), (257, 1), (258, 2), (513, 2), (600, 4)]
 )
 def test_in_a_small_shard_a_start_reads_few_headers_before_it_or_none(
     write_tar, monkeypatch, cache, places, samples, every
@@ -99,6 +100,11 @@ def test_in_a_small_shard_a_start_reads_few_headers_before_it_or_none(
         places.clear()
         assert next(read_shard(shard, start))[1].key == f"{start:05d}"
         assert min(places) == start // every * every * SIZE
+
+
+def test_of_very_few_samples_nothing_is_kept(write_tar, cache):
+    keys(Shard(write_tar("x.tar", numbered(16)), 16))
+    assert not cache.exists()
 
 
 def test_a_kept_start_is_walked_once(write_tar, monkeypatch, places):

@@ -7,7 +7,8 @@ import os
 import pytest
 
 from aclip.ablation.ablate import _devices
-from aclip.nodes.doctor import Examined, _gpu_problems, format_table
+from aclip.nodes.doctor import format_table
+from aclip.nodes.examined import Examined, gpu_problems
 from aclip.nodes.hostfile import Host
 from aclip.nodes.probe import gpus, shown_gpus
 
@@ -39,8 +40,8 @@ def test_a_gpu_whose_memory_is_unknown_counts_as_free(nvidia_smi, value):
     assert first["name"] == "NVIDIA GB10"
     assert math.isnan(first["used"]) and math.isnan(first["total"])
     assert second["used"] == 5000 and math.isnan(second["total"])
-    assert _gpu_problems(Examined(Host("a", 1), "token", answer), with_gpus=True) == []
-    (problem,) = _gpu_problems(Examined(Host("a", 2), "token", answer), with_gpus=True)
+    assert gpu_problems(Examined(Host("a", 1), "token", answer), with_gpus=True) == []
+    (problem,) = gpu_problems(Examined(Host("a", 2), "token", answer), with_gpus=True)
     assert problem.startswith("GPU 1 is in use")
     versions = dict.fromkeys(("python", "aclip", "torch", "deepspeed", "cuda"), "1")
     answer |= {"versions": versions, "disk_bytes": 0, "shm_bytes": 0}
@@ -53,10 +54,10 @@ def test_only_the_gpus_that_the_environment_shows_are_asked_about(nvidia_smi):
     assert shown_gpus(gpus(), None) == gpus()
     shown = shown_gpus(gpus(), "2,0,7")
     assert [(gpu["id"], gpu["used"]) for gpu in shown] == [("2", 5.0), ("0", 70000.0)]
-    (problem,) = _gpu_problems(Examined(Host("a", 2), "token", {"gpus": shown}), with_gpus=True)
+    (problem,) = gpu_problems(Examined(Host("a", 2), "token", {"gpus": shown}), with_gpus=True)
     assert problem.startswith("GPU 0 is in use")
     (uuid,) = shown_gpus(gpus(), "GPU-8a1f")
     assert uuid["id"] == "GPU-8a1f" and math.isnan(uuid["used"])
     assert shown_gpus(gpus(), "") == shown_gpus(gpus(), "-1") == []
-    (problem,) = _gpu_problems(Examined(Host("a", 3), "token", {"gpus": shown}), with_gpus=True)
+    (problem,) = gpu_problems(Examined(Host("a", 3), "token", {"gpus": shown}), with_gpus=True)
     assert "shows 2 GPUs for slots=3" in problem and "CUDA_VISIBLE_DEVICES" in problem

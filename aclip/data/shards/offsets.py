@@ -28,6 +28,8 @@ smaller power of two."""
 MAX_ROWS = 256
 """How many offsets are kept before every second one is given up, down to one in EVERY. So a lane
 that begins in a shard of up to so many samples begins at its very sample."""
+LEAST = 16
+"""Fewer samples than these are walked as fast as a file of their offsets is read and written."""
 ROW = struct.Struct("<qq")
 """A file's first row is the shard's size and time, and its second one FORMAT and the distance of
 the samples kept; each other one is a sample's offset and digest."""
@@ -92,6 +94,8 @@ class SampleOffsets:
         if not self._has_news or sys.is_finalizing():
             return
         self._has_news = False
+        if len(self._rows) * self._every < LEAST:
+            return
         every, rows = self._load()
         if every >= self._every:  # the more samples are known, the greater it is
             times = every // self._every
