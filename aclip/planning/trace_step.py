@@ -1,12 +1,12 @@
 """Every operation of a training step, in order, at a real batch size: what a roofline adds up.
 
 As in measure_step.py the step runs without values. What DeepSpeed does is not run; see
-engine_operations.py.
+engine_operations.py. Views are as the loader cuts them: cropping on the device is not in it.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -131,11 +131,11 @@ def trace_open_clip(recipe: Recipe, batch_size: int) -> Trace:
 
 
 def _with_views_apart(operations: list[Operation]) -> list[Operation]:
-    """Copies from the host and colours under a part of their own, in which part they ever ran."""
-    for each in operations:
-        if each.from_host or each.name == "augment_views":
-            object.__setattr__(each, "part", VIEWS)
-    return operations
+    """Copies from the host and colours as a part of their own, in which part they ever ran."""
+    return [
+        replace(each, part=VIEWS) if each.from_host or each.name == "augment_views" else each
+        for each in operations
+    ]
 
 
 @contextmanager
