@@ -120,8 +120,7 @@ class Plan:
         memory_bytes: the share of a GPU's memory that a run may use.
         rows: the memory under each stage. own: the ds_config's row.
         micro_batch_size: the micro-batch that the times are for.
-        time: the predicted time of a step on one GPU, without communication.
-        compiled: whether it is that of compiled towers.
+        time: the predicted time of a step, without communication. compiled: of compiled towers.
         stated_mfu: share of the GPU's peak FLOPs that takes the prediction's place.
         link_bytes: what a GPU can send in a second. sent_bytes: what it sends in a step.
         num_steps: the schedule's length. num_samples: of an epoch.
