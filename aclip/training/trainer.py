@@ -21,6 +21,7 @@ from aclip.run_folder.layout import CHECKPOINTS_FOLDER
 from aclip.run_folder.metrics_file import EvaluationLine, StepLine
 from aclip.training import checkpoint
 from aclip.training.evaluated_models import evaluated_models, teacher_scores
+from aclip.training.metrics.host_bound import HostBound
 from aclip.training.metrics.metrics_logger import MetricsLogger, peak_memory_gib
 from aclip.training.metrics.step_timer import StepTimer
 from aclip.training.metrics.wandb_tracker import WandbTracker
@@ -81,6 +82,7 @@ class Trainer:
         self._saved = None if resume_from is None else self._moment
         self._timer = StepTimer()
         self.watch = StepWatch()
+        self._host_bound = HostBound(recipe)
         self.loader = build_train_loader(recipe, shards, rank(), world_size(), cursors)
         self._cursors = self.loader.cursors
         tracker = None
@@ -152,6 +154,7 @@ class Trainer:
     def _after_step(self, batch: Batch, terms: dict[str, Tensor]) -> bool:
         """Logs, evaluates and saves what is due; returns whether a signal asks to stop."""
         self._settle()
+        self._host_bound.look(self.watch.was_ready, self._timer.data_wait_percent)
         signals = self.watch.take_signals()
         watched = {
             GRADIENT_NORM: self.stepper.gradient_norm(),
