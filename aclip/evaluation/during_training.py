@@ -11,7 +11,7 @@ from torch import Tensor
 from aclip import distributed
 from aclip.config.recipe import Recipe
 from aclip.data.shards.listing import Shard, read_shard
-from aclip.evaluation.evaluate_set import evaluate_set
+from aclip.evaluation.evaluate_set import evaluate_models
 from aclip.evaluation.sets.evaluation_set import ShardSet
 from aclip.evaluation.sets.prompts import find_class_prompts
 from aclip.evaluation.towers import Towers
@@ -68,7 +68,8 @@ class Evaluator:
             teacher_scores: gives the attention (n, g, g) fp32 on teacher views (n, 3, T, T) uint8,
                 both on the CPU; None where there are no such views. Rank 0 alone calls it.
         """
-        metrics = {name: self._score(towers) for name, towers in models.items()}
+        dataset = ShardSet(self._shards)
+        metrics = evaluate_models(models, dataset, self._prompts, BATCH_SIZE)
         metrics["chance"] = chance(metrics["student"])
         picture = None
         if distributed.rank() == 0 and self._recipe.mask.policy != "none":
@@ -76,9 +77,6 @@ class Evaluator:
             if share is not None:
                 metrics["mask"] = {"object_patches_kept": share}
         return Evaluation(metrics, picture)
-
-    def _score(self, towers: Towers) -> dict[str, float]:
-        return evaluate_set(towers, ShardSet(self._shards), self._prompts, BATCH_SIZE)
 
     def _inspect_mask(
         self, teacher_scores: Callable[[Tensor], Tensor] | None

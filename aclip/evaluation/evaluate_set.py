@@ -1,4 +1,4 @@
-"""Evaluates a pair of towers on one set, all ranks together: retrieval and zero-shot.
+"""Evaluates pairs of towers on one set, all ranks together: retrieval and zero-shot.
 
 Used during training and by launch/evaluate.py. The metrics are in metrics/.
 """
@@ -6,6 +6,7 @@ Used during training and by launch/evaluate.py. The metrics are in metrics/.
 from collections.abc import Callable
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from aclip import distributed
@@ -26,7 +27,6 @@ CAPTIONS_PER_IMAGE = 2**20
 """More captions than any image has."""
 
 
-@torch.no_grad()
 def evaluate_set(
     towers: Towers,
     dataset: EvaluationSet,
@@ -35,14 +35,28 @@ def evaluate_set(
     embed: Callable[..., Tensor] = embed_classes,
     progress: Progress | None = None,
 ) -> dict[str, float]:
+    """Scores one pair of towers; see evaluate_models."""
+    return evaluate_models({"": towers}, dataset, prompts, batch_size, embed, progress)[""]
+
+
+@torch.no_grad()
+def evaluate_models(
+    models: dict[str, Towers],
+    dataset: EvaluationSet,
+    prompts: ClassPrompts | None,
+    batch_size: int,
+    embed: Callable[..., Tensor] = embed_classes,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, float]]:
     """Computes what the set allows: retrieval with captions, zero-shot with labels and prompts.
 
-    Every sample counts once, whatever the number of ranks, and every rank calls each encoder
-    equally often. All ranks return the same. Embeddings stay in memory for images with captions; an
-    image with a label alone leaves its rank and its label.
+    Every sample counts once, whatever the number of ranks, is decoded once, whatever the number of
+    models, and every rank calls each encoder equally often. All ranks return the same. Embeddings
+    stay in memory for images with captions, each model's; an image with a label alone leaves its
+    rank and its label.
 
     Args:
-        towers: encoders and what they read.
+        models: the towers by name, of one resolution and resample.
         dataset: the set.
         prompts: the prompts of its classes; None for no zero-shot.
         batch_size: images or texts of one call on one rank.
@@ -50,7 +64,7 @@ def evaluate_set(
         progress: hears from time to time what is done.
 
     Returns:
-        image_to_text_r{1,5,10} and text_to_image_r{1,5,10}, zero_shot_top{1,5},
+        For each model image_to_text_r{1,5,10} and text_to_image_r{1,5,10}, zero_shot_top{1,5},
         zero_shot_mean_per_class, with two classes zero_shot_roc_auc unless only one of them has
         images: shares in [0, 1]; and counts: num_images, num_skipped, with captions num_captions,
         with classes num_classes.
@@ -58,35 +72,31 @@ def evaluate_set(
     Raises:
         ConfigError: no sample can be used, or a label has no class.
     """
-    class_embeds = None
-    if prompts is not None:
-        class_embeds = embed(towers, batch_size, prompts, progress)
     rank, world_size = distributed.rank(), distributed.world_size()
     mine = len(range(rank, dataset.num_samples, world_size))
-    images = _Images(class_embeds, mine)
-    to_embeds = image_embedder(towers)
-    batches = read_validation(
-        dataset, towers.resolution, batch_size, rank, world_size, towers.resample
-    )
-    for batch in batches:
-        images.add(to_embeds(batch.images)[: len(batch.indices)], batch)
+    held, to_embeds = {}, {}
+    for name, towers in models.items():
+        class_embeds = None
+        if prompts is not None:
+            class_embeds = embed(towers, batch_size, prompts, progress)
+        held[name], to_embeds[name] = _Images(class_embeds, mine), image_embedder(towers)
+    size, resample = _what_all_read(models)
+    num_seen = 0
+    for batch in read_validation(dataset, size, batch_size, rank, world_size, resample):
+        for name, images in held.items():
+            images.add(to_embeds[name](batch.images)[: len(batch.indices)], batch)
+        num_seen += len(batch.indices) + batch.skipped.total()
         if progress is not None:
-            progress("images", images.num_images + images.num_skipped, mine)
+            progress("images", num_seen, mine)
+    return {
+        name: _score(held[name], models[name], dataset.name, prompts, batch_size) for name in models
+    }
 
-    counts = [images.num_images, len(images.captions), images.num_skipped, images.num_labelled]
-    counts = distributed.all_gather_rows(torch.tensor([counts], device=towers.device)).sum(0)
-    num_images, num_captions, num_skipped, num_labelled = counts.tolist()
-    if not num_images:
-        raise ConfigError(
-            f"the validation set ({dataset.name}) holds no usable sample, {num_skipped} are "
-            "skipped; give images with captions or .cls labels"
-        )
-    metrics = {"num_images": num_images, "num_skipped": num_skipped}
-    if num_captions:
-        metrics |= _retrieval(images, towers, batch_size)
-    if prompts is not None and num_labelled:
-        metrics |= _classification(images, prompts)
-    return {name: float(value) for name, value in metrics.items()}
+
+def _what_all_read(models: dict[str, Towers]) -> tuple[int, Image.Resampling]:
+    """The resolution and the resample that all models have in common."""
+    (common,) = {(towers.resolution, towers.resample) for towers in models.values()}
+    return common
 
 
 class _Images:
@@ -148,6 +158,29 @@ class _Images:
             for own in (self._ranks, self._labels, self._margins)
         )
         return ranks, labels, margins if len(self._class_embeds) == 2 else None
+
+
+def _score(
+    images: _Images,
+    towers: Towers,
+    set_name: str,
+    prompts: ClassPrompts | None,
+    batch_size: int,
+) -> dict[str, float]:
+    counts = [images.num_images, len(images.captions), images.num_skipped, images.num_labelled]
+    counts = distributed.all_gather_rows(torch.tensor([counts], device=towers.device)).sum(0)
+    num_images, num_captions, num_skipped, num_labelled = counts.tolist()
+    if not num_images:
+        raise ConfigError(
+            f"the validation set ({set_name}) holds no usable sample, {num_skipped} are "
+            "skipped; give images with captions or .cls labels"
+        )
+    metrics = {"num_images": num_images, "num_skipped": num_skipped}
+    if num_captions:
+        metrics |= _retrieval(images, towers, batch_size)
+    if prompts is not None and num_labelled:
+        metrics |= _classification(images, prompts)
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _retrieval(images: _Images, towers: Towers, batch_size: int) -> dict[str, float]:
