@@ -93,7 +93,8 @@ class ShardedState:
         for pieces, dtype, is_sharded in self._pieces():
             shapes = [whole_shape(piece.parameter) for piece in pieces]
             sizes = [shape.numel() for shape in shapes]
-            flat = torch.zeros(sum(sizes), dtype=dtype, device=self._engine.device)
+            make = torch.zeros if is_sharded else torch.empty
+            flat = make(sum(sizes), dtype=dtype, device=self._engine.device)
             with gathered([] if is_sharded else [piece.parameter for piece in pieces]):
                 for piece, part in zip(pieces, flat.split(sizes), strict=True):
                     self._fill(part, piece)
@@ -224,7 +225,7 @@ class ShardedState:
                 yield some, *key
 
     def _fill(self, whole: Tensor, piece: _Piece) -> None:
-        """Writes what this rank has of a piece into its whole, flat tensor of zeros."""
+        """Writes what this rank has of a piece into its whole, flat tensor."""
         if piece.storage is None:
             whole.copy_(piece.parameter.flatten())
             return
