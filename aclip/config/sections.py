@@ -169,8 +169,11 @@ class TrainConfig(Section):
     """The seed of weights, order, views and masks."""
     log_every: int = Field(10, ge=1)
     """Steps between two progress lines; a short run shows ten."""
-    checkpoint_every: int = Field(1_000_000, ge=1)
-    """Samples between two checkpoints."""
+    checkpoint_every: int = Field(15_000_000, ge=0)
+    """Samples between two checkpoints; 0 to go by time alone."""
+    checkpoint_minutes: float = Field(20, ge=0)
+    """Minutes after which the next checkpoint is written at the latest; 0 to go by samples alone.
+    Both defaults together lose at most 20 minutes, and do not depend on the number of GPUs."""
     keep_checkpoints: int = Field(2, ge=1)
     """The newest N checkpoints stay."""
     keep_every: int = Field(0, ge=0)
@@ -178,7 +181,7 @@ class TrainConfig(Section):
     upload_to: str = ""
     """A folder that gets a copy of each checkpoint in the background, as an fsspec URL such as
     s3://bucket/run; empty for none."""
-    evaluate_every: int = Field(5_000_000, ge=0)
+    evaluate_every: int = Field(15_000_000, ge=0)
     """Samples between two evaluations; 0 for the end only."""
     wandb: str = ""
     """Project of Weights & Biases that gets the metrics too; empty for none."""

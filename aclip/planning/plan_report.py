@@ -5,6 +5,7 @@ from aclip.data.lanes.order import describe_rest
 from aclip.planning.measure_step import MODES
 from aclip.planning.meter import Flops, add_up
 from aclip.planning.plan import Plan
+from aclip.planning.zero_memory import FP32
 
 TITLES = {"image": "image tower", "text": "text tower"}
 """What parts are called in the table; any other part is shown by its name."""
@@ -63,7 +64,11 @@ def _states(plan: Plan) -> str:
         parts += [states.buffers + states.arriving, memory.heads, memory.losses]
         numbers = [f"{part / GIB:,.2f}" for part in (*parts, sum(parts), states.host)]
         lines.append([_mark(plan, row.title), *numbers])
-    return f"{title}\n{text_table(lines)}"
+    load = plan.workload
+    # Masters and AdamW's moments, frozen weights, and the teacher's average.
+    checkpoint = FP32 * (3 * sum(map(sum, load.groups)) + sum(load.frozen) + load.teacher)
+    note = f"A checkpoint takes {checkpoint / GIB:,.2f} GiB more of the host's memory on rank 0."
+    return f"{title}\n{text_table(lines)}\n{note}"
 
 
 def _micro_batches(plan: Plan) -> str:

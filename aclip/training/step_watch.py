@@ -60,15 +60,19 @@ class StepWatch:
     def listening(self) -> Iterator[None]:
         """Remembers SIGTERM and SIGUSR1 for the next step instead of dying of them."""
 
-        def remember(number, frame):
-            self._received.add(number)
-
-        previous = {number: signal.signal(number, remember) for number in SIGNALS}
+        previous = {
+            number: signal.signal(number, lambda number, frame: self.receive(number))
+            for number in SIGNALS
+        }
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def receive(self, number: int) -> None:
+        """Takes a signal, or what is to be taken as one; every rank hears of it."""
+        self._received.add(number)
 
     def put(
         self, step: int, terms: dict[str, Tensor], keys: list[str], counts: Sequence[int] = ()

@@ -56,7 +56,7 @@ def test_full_disk_costs_checkpoints_but_not_the_run(
             with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
                     file.write(bytes(1 << 16))
-        if step == 12:  # after the checkpoint of step 10 failed
+        if step == 16:  # that of step 15 was begun after the checkpoint of step 10 had failed
             found = checkpoint_folder.find(run / "checkpoints", "auto")
             seen["full"] = (found.name, checkpoint_folder.verify(found))
             filler.unlink()
