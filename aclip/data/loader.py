@@ -185,7 +185,7 @@ def build_train_loader(
     """Builds the stream of this rank's batches of global_batch_size / world_size samples.
 
     Args:
-        recipe: data.lanes and data.workers may be empty; they are resolved here.
+        recipe: data.lanes, data.workers and data.crops may be empty; they are resolved here.
         shards: all shards of the data set, the same on every rank.
         rank: this process's rank.
         world_size: number of ranks.
@@ -196,6 +196,7 @@ def build_train_loader(
         ConfigError: lanes, batch, ranks and workers do not fit, or the cursors belong to other
             lanes or sources. While iterating: a shard can't be read or a lane holds nothing usable.
     """
+    recipe = with_crops(recipe)
     num_lanes = count_lanes(recipe)
     workers = resolve_workers(recipe.data.workers, num_lanes, world_size, _cores_per_rank())
     num_sources = max(1, len(recipe.data.sources))
@@ -235,6 +236,14 @@ def describe_rests(recipe: Recipe, shards: list[Shard]) -> list[str]:
         return [describe_rest(first.num_samples, recipe.train.global_batch_size)]
     sources = range(len(recipe.data.sources))
     return [f"data.sources.{source}: {turns.describe_rest(source)}" for source in sources]
+
+
+def with_crops(recipe: Recipe, begun: str | None = None) -> Recipe:
+    """The recipe with data.crops: its own, else what the run has `begun` with, else where GPUs are
+    the device, which feeds them with a third of the cores, and on a CPU the worker."""
+    by_device = "device" if torch.cuda.is_available() else "worker"
+    crops = recipe.data.crops or begun or by_device
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"crops": crops})})
 
 
 def count_lanes(recipe: Recipe) -> int:
