@@ -142,13 +142,14 @@ class DataConfig(Section):
     """Number of virtual lanes, which fix the global order. Ranks x workers must divide it, and it
     must divide the global batch. Empty for the batch's largest divisor up to 1024."""
     workers: int | None = Field(None, ge=0)
-    """Worker processes of a rank; empty for as many, up to 8, as cores and lanes allow."""
+    """Worker processes of a rank; empty for as many, up to 16, as cores and lanes allow."""
     shuffle_block: int = Field(512, ge=1)
     """Samples that a lane shuffles together; it reads them from neighbouring places in shards."""
-    crops: Literal["worker", "device"] = "worker"
+    crops: Literal["worker", "device"] | None = None
     """Where views are cut: exactly as Pillow does, by the worker; or on the device, from the whole
     decoded image, which costs the worker about a third of the time. Boxes are the same, pixels
-    within 1 level of 255, but for images that max_image_side reduces."""
+    within 1 level of 255, but for images that max_image_side reduces. Empty for the device in a run
+    that begins on GPUs, else for the worker; a run that goes on keeps what it began with."""
     max_image_side: int = Field(
         1024, ge=64, validation_alias=AliasChoices("max_image_side", "max_slot_side")
     )

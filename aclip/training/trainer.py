@@ -21,6 +21,7 @@ from aclip.run_folder.metrics_file import EvaluationLine, StepLine
 from aclip.training import checkpoint
 from aclip.training.evaluated_models import evaluated_models, teacher_scores
 from aclip.training.metrics.host_bound import HostBound
+from aclip.training.metrics.loading_notice import LoadingNotice
 from aclip.training.metrics.metrics_logger import MetricsLogger, peak_memory_gib
 from aclip.training.metrics.step_timer import StepTimer
 from aclip.training.metrics.wandb_tracker import WandbTracker
@@ -87,6 +88,7 @@ class Trainer:
         self._host_bound = HostBound(recipe)
         self.loader = build_train_loader(recipe, shards, rank(), world_size(), cursors)
         self._cursors = self.loader.cursors
+        self._loading = LoadingNotice(self.loader, self._timer, device)
         tracker = None
         if recipe.train.wandb and rank() == 0:
             values = recipe.model_dump(mode="json")
@@ -123,6 +125,7 @@ class Trainer:
                 self.watchdog.enter(COMPUTING, self.step + 1)
                 terms = self.train_step(batch)
                 self._timer.step(self.recipe.train.global_batch_size)
+                self._loading.after_step()
                 stop = self._after_step(batch, terms)
                 if stop:
                     self._save(required=True)

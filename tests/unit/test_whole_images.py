@@ -10,12 +10,12 @@ from PIL import Image
 
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch, join
-from aclip.data.images import device_views
 from aclip.data.images.device_views import cut_views_on_device
 from aclip.data.images.views import crop, random_box
 from aclip.data.images.whole_images import PixelBuffer, read_whole_image, stack_images
 from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import Shard, Skip
+from aclip.kernels.cut_views import reference
 from aclip.training.step_inputs import StepInputs
 
 SIZES = [(64, 64), (91, 47), (47, 91), (200, 33), (33, 200), (120, 160)]
@@ -39,8 +39,7 @@ def levels_apart(first, second) -> int:
 
 
 @pytest.mark.parametrize("side", [16, 56, 224])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_views_are_within_one_level_of_pillows(side, dtype):
+def test_views_are_within_one_level_of_pillows(side):
     rng = np.random.default_rng(side)
     whole_images = [
         read_whole_image(encode(*size, seed), 1, 1024) for seed, size in enumerate(SIZES)
@@ -48,8 +47,8 @@ def test_views_are_within_one_level_of_pillows(side, dtype):
     boxes = [[random_box(rng, *size, (0.05, 1.0)) for _ in range(3)] for size in SIZES]
     for row, (height, width) in zip(boxes, SIZES, strict=True):
         row += [(0, 0, height, width), (height - 7, width - 9, 7, 9)]  # all of it, and a corner
-    images, sizes = device_views._pad(stack_images(whole_images))
-    views = device_views._resample(images, sizes, torch.tensor(boxes), side, dtype)
+    found = cut_views_on_device(stack_images(whole_images), torch.tensor(boxes), None, side, None)
+    views = found["student_views"]
     for image, row, found in zip(whole_images, boxes, views, strict=True):
         image = Image.fromarray(image.pixels)
         expected = np.stack([crop(image, box, side) for box in row])
@@ -58,7 +57,7 @@ def test_views_are_within_one_level_of_pillows(side, dtype):
 
 def test_weights_sum_to_one_inside_the_image_and_are_zero_beyond():
     start, length = torch.tensor([[0.0, 3.5]]), torch.tensor([[20.0, 16.5]])
-    weights = device_views.resampling_weights(start, length, torch.tensor([[20]]), 26, 7)
+    weights = reference.resampling_weights(start, length, torch.tensor([[20]]), 26, 7)
     assert weights.shape == (1, 2, 7, 26)
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 7))
     assert (weights[..., 20:] == 0).all()
@@ -70,7 +69,7 @@ def test_padding_and_batching_change_no_view(monkeypatch):
     ]
     boxes = torch.tensor([[(3, 5, 20, 25)]] * len(SIZES), dtype=torch.int32)
     together = cut_views_on_device(stack_images(whole_images), boxes, boxes[:, 0], 32, 16)
-    monkeypatch.setattr(device_views, "IMAGES_AT_ONCE", 4)
+    monkeypatch.setattr(reference, "IMAGES_AT_ONCE", 4)
     in_parts = cut_views_on_device(stack_images(whole_images), boxes, boxes[:, 0], 32, 16)
     for name in ("student_views", "teacher_view"):
         assert levels_apart(together[name], in_parts[name]) <= 1  # sums in another order
