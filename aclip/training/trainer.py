@@ -82,7 +82,7 @@ class Trainer:
         self._saved = None if resume_from is None else self._moment
         self._timer = StepTimer()
         self.watch = StepWatch()
-        self._host_bound = HostBound(recipe)
+        self._host_bound = HostBound(recipe, ds_config.stage)
         self.loader = build_train_loader(recipe, shards, rank(), world_size(), cursors)
         self._cursors = self.loader.cursors
         tracker = None
