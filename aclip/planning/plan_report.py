@@ -136,7 +136,7 @@ def _host_bound(plan: Plan) -> list[str]:
     ways = "fewer GPUs or a larger train.global_batch_size give each GPU more"
     if plan.micro_batch_size < plan.workload.local_batch_size:
         ways = "take larger micro-batches"
-    if not plan.compiled:
+    if not plan.compiled and plan.ds_config.stage < 3:
         ways += ", and model.compile=true saves launches"
     return [
         f"Host-bound: with {plan.micro_batch_size} images at a time the GPU would be done in "

@@ -85,7 +85,7 @@ class Trainer:
         )
         self._timer = StepTimer()
         self.watch = StepWatch()
-        self._host_bound = HostBound(recipe)
+        self._host_bound = HostBound(recipe, ds_config.stage)
         self.loader = build_train_loader(recipe, shards, rank(), world_size(), cursors)
         self._cursors = self.loader.cursors
         self._loading = LoadingNotice(self.loader, self._timer, device)

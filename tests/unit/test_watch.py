@@ -58,9 +58,9 @@ def test_a_step_that_the_device_has_ended_is_ready(ended):
     assert watch.settle() is None and watch.was_ready is None
 
 
-def look_at(looks, capsys, data_wait_percent=1.0, compiled=False):
+def look_at(looks, capsys, data_wait_percent=1.0, compiled=False, zero_stage=2):
     overrides = ["train.global_batch_size=64", f"model.compile={str(compiled).lower()}"]
-    host_bound = HostBound(load_recipe("demo", overrides))
+    host_bound = HostBound(load_recipe("demo", overrides), zero_stage)
     for was_ready in looks:
         host_bound.look(was_ready, data_wait_percent)
     return capsys.readouterr().out
@@ -70,7 +70,9 @@ def test_a_host_bound_run_says_so_once(capsys):
     text = look_at([False] * 5 + [True] * 18 + [False] * 2 + [True] * 50, capsys)
     assert text.count("host-bound") == 1
     assert "18 of 20 steps" in text and "64 images a GPU" in text and "model.compile" in text
-    assert "model.compile" not in look_at([True] * 30, capsys, compiled=True)
+    for changes in ({"compiled": True}, {"zero_stage": 3}):  # it is on, or refused
+        text = look_at([True] * 30, capsys, **changes)
+        assert "20 of 20 steps" in text and "model.compile" not in text
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ DATA_WAIT_PERCENT = 5
 class HostBound:
     """Counts in how many of a run's first steps the GPU was done before the next was launched."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, zero_stage: int):
         self._local_batch_size = recipe.train.global_batch_size // world_size()
-        self._compiled = recipe.model.compile
+        self._may_compile = not recipe.model.compile and zero_stage < 3
         self._looks: list[bool] = []
 
     def look(self, was_ready: bool | None, data_wait_percent: float | None) -> None:
@@ -31,7 +31,7 @@ class HostBound:
         waits_for_data = (data_wait_percent or 0.0) > DATA_WAIT_PERCENT
         if len(self._looks) < SKIPPED + LOOKED_AT or idle < 0.9 * LOOKED_AT or waits_for_data:
             return
-        also = "" if self._compiled else ", and model.compile=true saves launches"
+        also = ", and model.compile=true saves launches" if self._may_compile else ""
         say(
             f"host-bound: in {idle} of {LOOKED_AT} steps the GPU was done before the host had "
             f"launched the next; {self._local_batch_size} images a GPU are few: fewer GPUs or a "
