@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch, join
 from aclip.data.images.device_views import cut_views_on_device
 from aclip.data.images.views import crop, random_box
-from aclip.data.images.whole_images import PixelBuffer, read_whole_image, stack_images
+from aclip.data.images.whole_images import PixelBuffer, WholeImages, read_whole_image, stack_images
 from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import Shard, Skip
 from aclip.kernels.cut_views import reference
@@ -100,6 +101,33 @@ def test_a_large_image_is_reduced_by_the_smallest_whole_factor_to_means_of_squar
     region = tuple(edge / factor for edge in (30, 20, 75, 60))
     expected = Image.fromarray(image.pixels).resize((24, 24), Image.Resampling.BILINEAR, box=region)
     assert levels_apart(found[0, 0].permute(1, 2, 0), np.array(expected)) <= 1
+
+
+@pytest.mark.parametrize("num_ssl", [0, 2])
+def test_each_kind_of_view_takes_one_launch_and_no_value_is_read_on_the_host(num_ssl):
+    def make(*shape, dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")  # has no values
+
+    launches = []
+
+    class Launches(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if result.is_meta and "squeeze" not in str(function):  # else it is a view
+                launches.append(str(function))
+            return result
+
+    boxes = make(3, num_ssl, 4, dtype=torch.int32) if num_ssl else None
+    flips = make(3, num_ssl, dtype=torch.bool) if num_ssl else None
+    sizes = torch.tensor([[4, 5, 1], [6, 2, 1], [3, 3, 2]], dtype=torch.int32)
+    whole = WholeImages(make(41, 3, dtype=torch.uint8), sizes, boxes, flips)
+    student, teacher = make(3, 2, 4, dtype=torch.int32), make(3, 4, dtype=torch.int32)
+    with Launches():
+        views = cut_views_on_device(whole, student, teacher, 8, 4)
+    copy_of_places = "aten._to_copy.default"
+    assert launches == [copy_of_places] + ["aclip.cut_views.default"] * (3 if num_ssl else 2)
+    assert views["student_views"].shape == (3, 2, 3, 8, 8)
+    assert views["teacher_view"].shape == (3, 3, 4, 4)
 
 
 def test_images_in_a_buffer_are_handed_over_without_a_copy():
