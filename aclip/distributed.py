@@ -121,6 +121,15 @@ def all_gather_rows(x: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value on every rank; what the others pass is not looked at."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def decided_by_rank_0(decide: Callable[[], Any], name: str) -> Any:
     """What rank 0 finds out where the others can't or must not look, before the ranks have met.
 

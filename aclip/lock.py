@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import socket
 import time
 from datetime import datetime
@@ -17,6 +18,11 @@ _HELD: dict[Path, int] = {}
 """The descriptors of the locks that this process holds: closing one gives its lock up."""
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 LOOK = 0.2
+SECONDS_TO_END = 15.0
+"""The longest that a killed process is waited for."""
+PENDING = ("SigPnd:", "ShdPnd:")
+EXITING = 0x4
+"""The kernel's flag of a process that has begun to end, see proc(5) and PF_EXITING."""
 PATIENCE_VARIABLE = "ACLIP_PATIENCE"
 """Seconds that a start waits for another owner's end; a start by hand doesn't wait."""
 PATIENCE = {PATIENCE_VARIABLE: "120"}
@@ -63,10 +69,11 @@ def claim(folder: Path, option: str, doing: str, patience: float = 0.0) -> str |
                 )
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            if time.monotonic() < deadline:
+            now, facts = time.monotonic(), _facts(descriptor)
+            if now < deadline or (now < deadline + SECONDS_TO_END and _is_ending(facts)):
                 time.sleep(LOOK)
                 continue
-            owner = _describe(descriptor)
+            owner = _describe(facts)
             os.close(descriptor)
             raise ConfigError(
                 f"{option} is {folder}, which {owner} is using; wait for its end, or give another "
@@ -93,9 +100,33 @@ def release(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _describe(descriptor: int) -> str:
+def _facts(descriptor: int) -> dict:
+    """What the owner has written about itself; {} where that can't be read."""
     try:
         facts = json.loads(os.pread(descriptor, 4096, 0))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _is_ending(facts: dict) -> bool:
+    """Whether the owner is a process of this machine that has been killed: one that holds much
+    memory takes a moment to end, and has its locks until then."""
+    if facts.get("host") != socket.gethostname():
+        return False
+    folder = Path("/proc", str(facts.get("pid")))
+    try:
+        fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        status = (folder / "status").read_text()
+    except OSError:
+        return True
+    pending = [line.split()[1] for line in status.splitlines() if line[:7] in PENDING]
+    is_killed = any(int(mask, 16) >> (signal.SIGKILL - 1) & 1 for mask in pending)
+    return is_killed or fields[0] in ("Z", "X") or bool(int(fields[6]) & EXITING)
+
+
+def _describe(facts: dict) -> str:
+    try:
         return "{doing} (process {pid} on {host}, since {since})".format(**facts)
-    except (OSError, ValueError, KeyError, TypeError):
+    except KeyError:
         return "another process"

@@ -122,3 +122,13 @@ def count_flops(rows: torch.Size, columns: torch.Size, grad_rows: bool, grad_col
 def work_space(rows: Tensor, columns: Tensor, chunk_size: int) -> int:
     """Bytes that `by_chunks` holds only while it runs."""
     return min(chunk_size, len(rows)) * len(columns) * rows.itemsize
+
+
+def moved_bytes(
+    rows: Tensor, columns: Tensor, num_passes: int, grad_rows: bool, grad_columns: bool
+) -> int:
+    """Bytes that `by_chunks` reads and writes: each product its operands and result, and
+    `num_passes` of the loss's own kernel over the logits."""
+    logits = len(rows) * len(columns) * rows.itemsize
+    num_products = 1 + grad_rows + grad_columns
+    return num_products * (logits + rows.nbytes + columns.nbytes) + num_passes * logits

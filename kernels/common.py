@@ -13,6 +13,10 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 WORK_SPACE: dict[torch._ops.OpOverloadPacket, Callable[..., int]] = {}
 """Gives the bytes that an op holds only while it runs, from its arguments, where they are many."""
 
+MOVED_BYTES: dict[torch._ops.OpOverloadPacket, Callable[..., int]] = {}
+"""Gives the bytes that an op's kernels read and write, from its arguments, where these are not its
+arguments and results once each."""
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

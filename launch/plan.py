@@ -23,7 +23,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus_per_node", type=int, default=8)
     parser.add_argument(
-        "--mfu", type=float, default=0.35, help="share of the peak FLOPs that is reached"
+        "--mfu",
+        type=float,
+        help="share of the peak FLOPs that is reached (default: the time of a step is predicted)",
     )
     parser.add_argument(
         "--bandwidth",

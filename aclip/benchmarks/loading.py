@@ -132,11 +132,15 @@ def build_pipelines(urls: list[str], overrides: list[str]) -> list[Pipeline]:
         for name, crops in ((EXACT, "worker"), (ON_DEVICE, "device"))
     }
     shards = index_shards(urls)
+
+    def batches(recipe: Recipe) -> Iterator:
+        loader = build_train_loader(recipe, shards, 0, 1)
+        # Beside a GPU it would run ahead, while another pipeline is measured.
+        loader.pin_memory = False
+        return iter(loader)
+
     return [
-        *(
-            Pipeline(name, iter(build_train_loader(recipe, shards, 0, 1)))
-            for name, recipe in recipes.items()
-        ),
+        *(Pipeline(name, batches(recipe)) for name, recipe in recipes.items()),
         Pipeline(OPEN_CLIP, _open_clip_batches(urls, recipes[EXACT])),
         Pipeline(PLAIN, _plain_batches(urls, recipes[EXACT])),
     ]

@@ -21,7 +21,6 @@ from tempfile import TemporaryDirectory
 import torch
 
 from aclip.benchmarks.host_pages import kept_pages
-from aclip.benchmarks.open_clip_step import OpenClipStep
 from aclip.benchmarks.peak_memory import peak_growth
 from aclip.cli import MIB, text_table
 from aclip.config.ds_config import read_ds_config
@@ -35,6 +34,7 @@ from aclip.engine.process_group import init_distributed
 from aclip.errors import ConfigError
 from aclip.files import check_writable, write_whole
 from aclip.planning.measure_step import measure_step
+from aclip.planning.open_clip_step import OpenClipStep
 from aclip.training.stepper import Stepper
 
 

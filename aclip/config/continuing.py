@@ -25,6 +25,7 @@ MAY_CHANGE = frozenset(
         "train.log_every",
         "train.wandb",
         "train.checkpoint_every",
+        "train.checkpoint_minutes",
         "train.keep_checkpoints",
         "train.keep_every",
         "train.upload_to",

@@ -46,7 +46,7 @@ def shared_bytes(recipe: Recipe, local_batch_size: int) -> int:
     """The shared memory that a rank's data workers and the parts on their way to it take: about
     three times the pixels of its part of a batch."""
     resolution = recipe.model.image.resolution
-    if recipe.data.crops == "device":
+    if recipe.data.crops != "worker":
         pixels = TYPICAL_PIXELS
     else:
         pixels = (recipe.views.student + recipe.views.ssl) * resolution**2

@@ -142,13 +142,14 @@ class DataConfig(Section):
     """Number of virtual lanes, which fix the global order. Ranks x workers must divide it, and it
     must divide the global batch. Empty for the batch's largest divisor up to 1024."""
     workers: int | None = Field(None, ge=0)
-    """Worker processes of a rank; empty for as many, up to 8, as cores and lanes allow."""
+    """Worker processes of a rank; empty for as many, up to 16, as cores and lanes allow."""
     shuffle_block: int = Field(512, ge=1)
     """Samples that a lane shuffles together; it reads them from neighbouring places in shards."""
-    crops: Literal["worker", "device"] = "worker"
+    crops: Literal["worker", "device"] | None = None
     """Where views are cut: exactly as Pillow does, by the worker; or on the device, from the whole
     decoded image, which costs the worker about a third of the time. Boxes are the same, pixels
-    within 1 level of 255, but for images that max_image_side reduces."""
+    within 1 level of 255, but for images that max_image_side reduces. Empty for the device in a run
+    that begins on GPUs, else for the worker; a run that goes on keeps what it began with."""
     max_image_side: int = Field(
         1024, ge=64, validation_alias=AliasChoices("max_image_side", "max_slot_side")
     )
@@ -169,8 +170,11 @@ class TrainConfig(Section):
     """The seed of weights, order, views and masks."""
     log_every: int = Field(10, ge=1)
     """Steps between two progress lines; a short run shows ten."""
-    checkpoint_every: int = Field(1_000_000, ge=1)
-    """Samples between two checkpoints."""
+    checkpoint_every: int = Field(15_000_000, ge=0)
+    """Samples between two checkpoints; 0 to go by time alone."""
+    checkpoint_minutes: float = Field(20, ge=0)
+    """Minutes after which the next checkpoint is written at the latest; 0 to go by samples alone.
+    Both defaults together lose at most 20 minutes, and do not depend on the number of GPUs."""
     keep_checkpoints: int = Field(2, ge=1)
     """The newest N checkpoints stay."""
     keep_every: int = Field(0, ge=0)
@@ -178,7 +182,7 @@ class TrainConfig(Section):
     upload_to: str = ""
     """A folder that gets a copy of each checkpoint in the background, as an fsspec URL such as
     s3://bucket/run; empty for none."""
-    evaluate_every: int = Field(5_000_000, ge=0)
+    evaluate_every: int = Field(15_000_000, ge=0)
     """Samples between two evaluations; 0 for the end only."""
     wandb: str = ""
     """Project of Weights & Biases that gets the metrics too; empty for none."""

@@ -1,6 +1,7 @@
 """A batch: what one step of one rank reads, stacked, joined and split."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -55,6 +56,16 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def map_pixels(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with its views, or with its whole images, changed by `change`."""
+
+        def changed(value: Tensor | WholeImages | None) -> Tensor | WholeImages | None:
+            if isinstance(value, WholeImages):
+                return value.map(change)
+            return None if value is None else change(value)
+
+        return replace(self, **{name: changed(getattr(self, name)) for name in PIXELS})
+
     def split(self, size: int) -> list["Batch"]:
         """Micro-batches of `size` consecutive samples; each carries the whole batch's cursors."""
         return [
@@ -72,6 +83,7 @@ class Batch:
         ]
 
 
+PIXELS = ("student_views", "teacher_view", "ssl_views", "whole_images")
 OF_ALL = ("cursors", "skipped", "repeated", "noted")
 PER_SAMPLE = tuple(part.name for part in fields(Batch) if part.name not in OF_ALL)
 STACKED = tuple(

@@ -5,8 +5,10 @@ lanes, and each of its workers a consecutive part of those. So the ranks' batche
 same for any number of ranks and workers.
 """
 
+import itertools
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,6 +30,7 @@ from aclip.data.lanes.stream import LaneStream
 from aclip.data.samples import SampleMaker
 from aclip.data.shards.listing import Shard
 from aclip.data.shards.tar import ShardError
+from aclip.data.side_stream import SideStream
 from aclip.data.tokenizer import build_tokenizer
 from aclip.data.workers import (
     end_when_told_by,
@@ -49,6 +52,8 @@ class Part:
     batch: Batch | None
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
+    seconds: float = 0.0
+    """Wall time that the worker took to make it"""
     error_type: type[ConfigError] = ConfigError
     """Decides the exit status: DataError for a shard that can't be read, NotWritten for a cache
     folder that can't be written."""
@@ -84,6 +89,7 @@ class LaneDataset(IterableDataset):
         per_lane = self.recipe.train.global_batch_size // self.num_lanes
         try:
             while True:
+                start = time.perf_counter()
                 samples = [sample for stream in streams for sample in stream.take(per_lane)]
                 cursors = np.array([stream.cursor for stream in streams], dtype=np.int64)
                 skipped = sum((stream.skipped for stream in streams), Counter())
@@ -92,7 +98,7 @@ class LaneDataset(IterableDataset):
                 for stream in streams:
                     stream.clear_reports()
                 batch = collate(samples, self.tokenizer, cursors, dict(skipped), buffer, repeated)
-                yield Part(batch, warnings)
+                yield Part(batch, warnings, seconds=time.perf_counter() - start)
         except ConfigError as error:
             # DataLoader would wrap the message in a traceback of the worker.
             types = {ShardError: DataError, NotWritten: NotWritten}
@@ -130,13 +136,30 @@ class TrainLoader:
     Attributes:
         num_lanes: number of lanes of all ranks together.
         num_workers: number of this rank's workers, which live as long as the iteration.
+        advised_workers: what num_workers would be if data.workers were empty.
     """
 
-    def __init__(self, dataset: LaneDataset, num_workers: int, pin_memory: bool):
+    def __init__(
+        self, dataset: LaneDataset, num_workers: int, advised_workers: int, pin_memory: bool
+    ):
         self.num_lanes = dataset.num_lanes
         self.num_workers = num_workers
+        self.advised_workers = advised_workers
         self.pin_memory = pin_memory
         self._dataset = dataset
+        self._made: list[tuple[int, float]] = []  # images and seconds of each worker
+
+    @property
+    def crops(self) -> str:
+        """Where the views are cut, data.crops."""
+        return self._dataset.recipe.data.crops
+
+    @property
+    def images_per_second(self) -> float | None:
+        """What this rank's workers can make together, as measured where they work; None before
+        each has made two parts."""
+        rates = [images / seconds if seconds else 0.0 for images, seconds in self._made]
+        return sum(rates) if rates and all(rates) else None
 
     @property
     def cursors(self) -> Tensor:
@@ -157,14 +180,17 @@ class TrainLoader:
             parts = iter(loader)
         batches = self._joined(parts)
         if self.pin_memory:
-            batches = run_ahead(batches, torch.cuda.current_device())
+            device = torch.device("cuda", torch.cuda.current_device())
+            batches = run_ahead(batches, SideStream(device))
         yield from batches
 
     def _joined(self, parts: Iterator[Part]) -> Iterator[Batch]:
         warned = set()
-        while True:
+        num_workers = max(1, self.num_workers)
+        self._made = [(0, 0.0)] * num_workers
+        for step in itertools.count():
             batches = []
-            for _ in range(max(1, self.num_workers)):
+            for worker in range(num_workers):
                 part = next(parts)
                 if part.error is not None:
                     raise part.error_type(part.error)
@@ -172,6 +198,9 @@ class TrainLoader:
                     logger.warning("%s", warning)
                     warned.add(warning)
                 batches.append(part.batch)
+                if step:  # the first one opened shards, and warmed up
+                    images, seconds = self._made[worker]
+                    self._made[worker] = images + len(part.batch), seconds + part.seconds
             yield join(batches, self.pin_memory)
 
 
@@ -185,7 +214,7 @@ def build_train_loader(
     """Builds the stream of this rank's batches of global_batch_size / world_size samples.
 
     Args:
-        recipe: data.lanes and data.workers may be empty; they are resolved here.
+        recipe: data.lanes, data.workers and data.crops may be empty; they are resolved here.
         shards: all shards of the data set, the same on every rank.
         rank: this process's rank.
         world_size: number of ranks.
@@ -196,8 +225,11 @@ def build_train_loader(
         ConfigError: lanes, batch, ranks and workers do not fit, or the cursors belong to other
             lanes or sources. While iterating: a shard can't be read or a lane holds nothing usable.
     """
+    recipe = with_crops(recipe)
     num_lanes = count_lanes(recipe)
-    workers = resolve_workers(recipe.data.workers, num_lanes, world_size, _cores_per_rank())
+    cores = _cores_per_rank()
+    workers = resolve_workers(recipe.data.workers, num_lanes, world_size, cores)
+    advised = resolve_workers(None, num_lanes, world_size, cores)
     num_sources = max(1, len(recipe.data.sources))
     size = 3 if num_sources == 1 else 1 + 3 * num_sources
     if cursors is None:
@@ -215,7 +247,7 @@ def build_train_loader(
     share = num_lanes // world_size
     local = cursors[rank * share : (rank + 1) * share].numpy()
     dataset = LaneDataset(recipe, shards, num_lanes, rank * share, local)
-    return TrainLoader(dataset, workers, pin_memory=torch.cuda.is_available())
+    return TrainLoader(dataset, workers, advised, pin_memory=torch.cuda.is_available())
 
 
 def deal(recipe: Recipe, shards: list[Shard]) -> tuple[list[SourceOrder], Turns | None]:
@@ -235,6 +267,14 @@ def describe_rests(recipe: Recipe, shards: list[Shard]) -> list[str]:
         return [describe_rest(first.num_samples, recipe.train.global_batch_size)]
     sources = range(len(recipe.data.sources))
     return [f"data.sources.{source}: {turns.describe_rest(source)}" for source in sources]
+
+
+def with_crops(recipe: Recipe, begun: str | None = None) -> Recipe:
+    """The recipe with data.crops: its own, else what the run has `begun` with, else where GPUs are
+    the device, which feeds them with a third of the cores, and on a CPU the worker."""
+    by_device = "device" if torch.cuda.is_available() else "worker"
+    crops = recipe.data.crops or begun or by_device
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"crops": crops})})
 
 
 def count_lanes(recipe: Recipe) -> int:

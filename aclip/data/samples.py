@@ -106,9 +106,9 @@ class SampleMaker:
         if isinstance(content, Skip):
             return content
         data = self.recipe.data
-        if data.crops == "worker":
-            return decode_image(content, data.min_image_side)
-        return read_whole_image(content, data.min_image_side, data.max_image_side, self.buffer)
+        if data.crops == "device":
+            return read_whole_image(content, data.min_image_side, data.max_image_side, self.buffer)
+        return decode_image(content, data.min_image_side)
 
     def _draw(
         self, rng: np.random.Generator, captions: list[str], height: int, width: int

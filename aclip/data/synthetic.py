@@ -1,7 +1,9 @@
 """Batches that need no data set, for measurements: noise for images, captions of real lengths."""
 
 import math
+from dataclasses import replace
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
-from aclip.data.batch import Batch
+from aclip.data.batch import PER_SAMPLE, Batch
 from aclip.data.images.augment import draw_augment_params
 from aclip.method.tokens import END_ID, START_ID, Tokens
 
@@ -89,14 +91,29 @@ def synthetic_batch(recipe: Recipe, batch_size: int, tokens: Tokens | None = Non
     )
 
 
-def batch_of_mean_captions(recipe: Recipe, mean_length: float, num_columns: int) -> Batch:
+def batch_of_mean_captions(
+    recipe: Recipe, mean_length: float, num_columns: int, batch_size: int = NUM_MEASURED
+) -> Batch:
     """A batch from which one sample's share of a step can be measured.
 
     Args:
         mean_length: the captions' mean length in tokens, start and end included; rounded to a
-            multiple of 1 / NUM_MEASURED.
+            multiple of 1 / batch_size.
         num_columns: the length to which captions are padded.
+        batch_size: how many samples. With more than NUM_MEASURED only the captions have values.
     """
-    total = round(NUM_MEASURED * mean_length)
-    lengths = [(total + index) // NUM_MEASURED for index in range(NUM_MEASURED)]
-    return synthetic_batch(recipe, NUM_MEASURED, synthetic_tokens(lengths, num_columns))
+    total = round(batch_size * mean_length)
+    lengths = [(total + index) // batch_size for index in range(batch_size)]
+    tokens = synthetic_tokens(lengths, num_columns)
+    if batch_size <= NUM_MEASURED:
+        return synthetic_batch(recipe, batch_size, tokens)
+    one = synthetic_batch(recipe, 1, tokens)
+
+    def enlarged(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: enlarged(each) for name, each in value.items()}
+        if isinstance(value, Tensor):
+            return value.new_empty(batch_size, *value.shape[1:])
+        return value * batch_size if isinstance(value, list) else value
+
+    return replace(one, **{n: enlarged(getattr(one, n)) for n in PER_SAMPLE if n != "tokens"})

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,7 +18,7 @@ HANDLED_BY_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SECONDS_BETWEEN_LOOKS = 2.0
 """How long a worker may outlive a main process that was killed."""
 ITEMS_AHEAD = 2
-"""Number of batches that lie ready in pinned memory before a CUDA device asks for them."""
+"""Number of batches that lie ready in memory before the step asks for them."""
 
 
 def start_method() -> multiprocessing.context.BaseContext:
@@ -67,28 +67,39 @@ def end_when_told_by(main_process: int, worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def run_ahead(items: Iterator[Any], device: int | None) -> Iterator[Any]:
-    """Runs an iterator in a thread, so that the copy into pinned memory overlaps the step."""
-    ready: queue.Queue = queue.Queue(ITEMS_AHEAD)
+class Sender(Protocol):
+    """Brings an item to a device, see SideStream."""
+
+    device: torch.device
+
+    def send(self, item: Any) -> tuple: ...
+
+    def receive(self, *sent: Any) -> Any: ...
+
+
+def run_ahead(items: Iterator[Any], sender: Sender | None = None) -> Iterator[Any]:
+    """Runs an iterator in a thread, so that the copy into pinned memory overlaps the step.
+
+    With a sender the thread also sends the next item, one at a time, so that the device never holds
+    more than that one beside the item in use.
+    """
+    ready: queue.SimpleQueue = queue.SimpleQueue()
+    room = threading.Semaphore(ITEMS_AHEAD if sender is None else 1)
     stop = threading.Event()
 
-    def put(item: tuple) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put(item, timeout=0.5)
-            except queue.Full:
-                continue
-
     def run() -> None:
-        if device is not None:
-            torch.cuda.set_device(device)
+        if sender is not None:
+            torch.cuda.set_device(sender.device)
         try:
             for item in items:
-                put((item, None))
+                while not room.acquire(timeout=0.5):
+                    if stop.is_set():
+                        return
+                ready.put(((item,) if sender is None else sender.send(item), None))
                 if stop.is_set():
                     return
         except BaseException as error:  # handed over, and raised in the main thread
-            put((None, error))
+            ready.put((None, error))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -97,7 +108,8 @@ def run_ahead(items: Iterator[Any], device: int | None) -> Iterator[Any]:
             item, error = ready.get()
             if error is not None:
                 raise error
-            yield item
+            room.release()
+            yield item[0] if sender is None else sender.receive(*item)
     finally:
         stop.set()
         thread.join()

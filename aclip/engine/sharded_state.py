@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aclip.distributed import rank, world_size
+from aclip.engine.host_copy import bounded, finish_copies, start_copy
 from aclip.engine.optimizer import state_family
 from aclip.errors import ConfigError
 
@@ -34,6 +35,16 @@ class Fragment:
 
     values: Tensor
     start: int
+
+
+@dataclass
+class _Piece:
+    """What is gathered of one parameter, and the flat tensor that this rank's part lies in; None
+    for a frozen parameter, which has no other master than itself."""
+
+    kind: str
+    parameter: nn.Parameter
+    storage: Tensor | None
 
 
 class ShardedState:
@@ -61,24 +72,40 @@ class ShardedState:
             groups = enumerate(engine.optimizer.bit16_groups)
             self._groups = {parameter: index for index, group in groups for parameter in group}
 
-    def gather(self) -> Iterator[tuple[str, str, Tensor | None]]:
-        """Yields (parameter name, kind, whole tensor on CPU) for the fp32 master and for each state
-        tensor, whose kind is the optimizer's own name for it, such as exp_avg.
+    @torch.no_grad()
+    def gather(self) -> dict[tuple[str, str], Tensor]:
+        """Copies the fp32 masters and the optimizer's state tensors into rank 0's host memory.
 
-        A collective: every rank iterates to the end. Only rank 0 gets the tensors, others None.
-        Frozen parameters have a master only.
+        A collective, in few large pieces: every rank calls. What training does afterwards does not
+        reach the copies.
+
+        Returns:
+            Whole tensors by (parameter name, kind): "master", and for each state tensor the
+            optimizer's own name for it, such as exp_avg. Frozen parameters have a master only.
+            Empty on the other ranks.
 
         Raises:
             ConfigError: on every rank, if the optimizer keeps what is neither a tensor of the
                 parameter's shape nor a scalar.
         """
-        for name, parameter in self._parameters.items():
-            if not parameter.requires_grad:
-                yield name, MASTER, _on_rank_0(_frozen(parameter))
-                continue
-            state, _ = self._split_state(name)
-            for kind, storage in {MASTER: self._flat(parameter).data, **state}.items():
-                yield name, kind, _on_rank_0(self._whole(parameter, storage))
+        names = {parameter: name for name, parameter in self._parameters.items()}
+        copies = {}
+        for pieces, dtype, is_sharded in self._pieces():
+            shapes = [whole_shape(piece.parameter) for piece in pieces]
+            sizes = [shape.numel() for shape in shapes]
+            make = torch.zeros if is_sharded else torch.empty
+            flat = make(sum(sizes), dtype=dtype, device=self._engine.device)
+            with gathered([] if is_sharded else [piece.parameter for piece in pieces]):
+                for piece, part in zip(pieces, flat.split(sizes), strict=True):
+                    self._fill(part, piece)
+            if is_sharded and world_size() > 1:
+                dist.reduce(flat, 0)
+            if rank() == 0:
+                parts = start_copy(flat).split(sizes)
+                for piece, part, shape in zip(pieces, parts, shapes, strict=True):
+                    copies[names[piece.parameter], piece.kind] = part.view(shape)
+        finish_copies()
+        return copies
 
     def scalars(self) -> dict[str, Scalar]:
         """The optimizer's scalars by its own names, such as Adam's step; tensors are on the CPU.
@@ -182,16 +209,30 @@ class ShardedState:
         on_device = any(group.get("fused") or group.get("capturable") for group in groups)
         return value.to(flat.device if on_device else "cpu", copy=True)
 
-    def _whole(self, parameter: nn.Parameter, storage: Tensor) -> Tensor:
-        shape = whole_shape(parameter)
-        whole = torch.zeros(shape.numel(), dtype=storage.dtype, device=self._engine.device)
-        fragment = self._fragment(parameter, storage)
+    def _pieces(self) -> Iterator[tuple[list[_Piece], torch.dtype, bool]]:
+        """All that is gathered, cut into lists of one dtype, and whether ZeRO has cut these."""
+        together: dict[tuple[torch.dtype, bool], list[_Piece]] = {}
+        for name, parameter in self._parameters.items():
+            storages: dict[str, Tensor | None] = {MASTER: None}
+            if parameter.requires_grad:
+                storages = {MASTER: self._flat(parameter).data, **self._split_state(name)[0]}
+            for kind, storage in storages.items():
+                dtype = torch.float32 if storage is None else storage.dtype
+                key = dtype, self._stage > 0 and storage is not None
+                together.setdefault(key, []).append(_Piece(kind, parameter, storage))
+        for key, pieces in together.items():
+            for some in bounded(pieces, lambda piece: whole_shape(piece.parameter).numel()):
+                yield some, *key
+
+    def _fill(self, whole: Tensor, piece: _Piece) -> None:
+        """Writes what this rank has of a piece into its whole, flat tensor."""
+        if piece.storage is None:
+            whole.copy_(piece.parameter.flatten())
+            return
+        fragment = self._fragment(piece.parameter, piece.storage)
         # Without ZeRO every rank holds the whole: one of them is enough.
         if fragment is not None and (self._stage > 0 or rank() == 0):
             whole[fragment.start : fragment.start + fragment.values.numel()] = fragment.values
-        if self._stage > 0 and world_size() > 1:
-            dist.all_reduce(whole)
-        return whole.view(shape)
 
     def _flat(self, parameter: nn.Parameter) -> Tensor:
         """The tensor that the optimizer updates for a trainable parameter: itself, or this rank's
@@ -233,15 +274,6 @@ class ShardedState:
             shard.view(-1)[: part.numel()].copy_(part)
         if parameter.numel() == whole.numel():
             parameter.data.copy_(whole)
-
-
-def _frozen(parameter: nn.Parameter) -> Tensor:
-    with gathered([parameter]):
-        return parameter.detach().float().clone()
-
-
-def _on_rank_0(whole: Tensor) -> Tensor | None:
-    return whole.cpu() if rank() == 0 else None
 
 
 def _is_scalar(value: object) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from aclip import distributed
 from aclip.config.recipe import Recipe
 from aclip.data.shards.listing import Shard, read_shard
-from aclip.evaluation.evaluate_set import check_scored, evaluate_set
+from aclip.evaluation.evaluate_set import check_scored, evaluate_models
 from aclip.evaluation.progress import SpokenProgress
 from aclip.evaluation.sets.evaluation_set import ShardSet
 from aclip.evaluation.sets.prompts import find_class_prompts
@@ -74,7 +74,10 @@ class Evaluator:
             ConfigError: nothing can be scored. A run's first evaluation comes before its first
                 step, so that this costs no training.
         """
-        metrics = {name: self._score(towers) for name, towers in models.items()}
+        dataset = ShardSet(self._shards)
+        progress = SpokenProgress("evaluation", PROGRESS_SECONDS, ends=False)
+        metrics = evaluate_models(models, dataset, self._prompts, BATCH_SIZE, progress=progress)
+        check_scored(metrics["student"], "data.val", dataset.name)
         metrics["chance"] = chance(metrics["student"])
         picture = None
         if distributed.rank() == 0 and self._recipe.mask.policy != "none":
@@ -82,13 +85,6 @@ class Evaluator:
             if share is not None:
                 metrics["mask"] = {"object_patches_kept": share}
         return Evaluation(metrics, picture)
-
-    def _score(self, towers: Towers) -> dict[str, float]:
-        dataset = ShardSet(self._shards)
-        progress = SpokenProgress("evaluation", PROGRESS_SECONDS, ends=False)
-        metrics = evaluate_set(towers, dataset, self._prompts, BATCH_SIZE, progress=progress)
-        check_scored(metrics, "data.val", dataset.name)
-        return metrics
 
     def _inspect_mask(
         self, teacher_scores: Callable[[Tensor], Tensor] | None

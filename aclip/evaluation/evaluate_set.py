@@ -1,4 +1,4 @@
-"""Evaluates a pair of towers on one set, all ranks together: retrieval and zero-shot.
+"""Evaluates pairs of towers on one set, all ranks together: retrieval and zero-shot.
 
 Used during training and by launch/evaluate.py. The metrics are in metrics/.
 """
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from aclip import distributed
@@ -48,7 +49,6 @@ def check_scored(metrics: dict[str, float], field: str, where: str) -> None:
         )
 
 
-@torch.no_grad()
 def evaluate_set(
     towers: Towers,
     dataset: EvaluationSet,
@@ -57,14 +57,28 @@ def evaluate_set(
     embed: Callable[..., Tensor] = embed_classes,
     progress: Progress | None = None,
 ) -> dict[str, float]:
+    """Scores one pair of towers; see evaluate_models."""
+    return evaluate_models({"": towers}, dataset, prompts, batch_size, embed, progress)[""]
+
+
+@torch.no_grad()
+def evaluate_models(
+    models: dict[str, Towers],
+    dataset: EvaluationSet,
+    prompts: ClassPrompts | None,
+    batch_size: int,
+    embed: Callable[..., Tensor] = embed_classes,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, float]]:
     """Computes what the set allows: retrieval with captions, zero-shot with labels and prompts.
 
-    Every sample counts once, whatever the number of ranks, and every rank calls each encoder
-    equally often. All ranks return the same. Embeddings stay in memory for images with captions; an
-    image with a label alone leaves its rank and its label.
+    Every sample counts once, whatever the number of ranks, is decoded once, whatever the number of
+    models, and every rank calls each encoder equally often. All ranks return the same. Embeddings
+    stay in memory for images with captions, each model's; an image with a label alone leaves its
+    rank and its label.
 
     Args:
-        towers: encoders and what they read.
+        models: the towers by name, of one resolution and resample.
         dataset: the set.
         prompts: the prompts of its classes; None for no zero-shot.
         batch_size: images or texts of one call on one rank.
@@ -72,7 +86,7 @@ def evaluate_set(
         progress: hears from time to time what is done.
 
     Returns:
-        image_to_text_r{1,5,10} and text_to_image_r{1,5,10}, zero_shot_top{1,5},
+        For each model image_to_text_r{1,5,10} and text_to_image_r{1,5,10}, zero_shot_top{1,5},
         zero_shot_mean_per_class, with two classes zero_shot_roc_auc unless only one of them has
         images: shares in [0, 1]; and counts: num_images, num_skipped and num_skipped_KIND, with
         captions num_captions, with classes num_classes, and num_ and a kind of NOTE_KINDS where
@@ -82,43 +96,36 @@ def evaluate_set(
         ConfigError: no sample can be used, or a label has no class.
         DataError: the set can't be read to its end.
     """
-    class_embeds = None
-    if prompts is not None:
-        class_embeds = embed(towers, batch_size, prompts, progress)
     rank, world_size = distributed.rank(), distributed.world_size()
     mine = len(range(rank, dataset.num_samples, world_size))
-    images = _Images(class_embeds, mine)
-    to_embeds = image_embedder(towers)
-    batches = read_validation(
-        dataset, towers.resolution, batch_size, rank, world_size, towers.resample
-    )
-    error, skipped = None, Counter()
-    for batch in batches:
+    held, to_embeds = {}, {}
+    for name, towers in models.items():
+        class_embeds = None
+        if prompts is not None:
+            class_embeds = embed(towers, batch_size, prompts, progress)
+        held[name], to_embeds[name] = _Images(class_embeds, mine), image_embedder(towers)
+    size, resample = _what_all_read(models)
+    error, skipped, num_seen = None, Counter(), 0
+    for batch in read_validation(dataset, size, batch_size, rank, world_size, resample):
         error = batch.error
         skipped += batch.skipped
-        images.add(to_embeds(batch.images)[: len(batch.indices)], batch)
+        for name, images in held.items():
+            images.add(to_embeds[name](batch.images)[: len(batch.indices)], batch)
+        num_seen += len(batch.indices) + batch.skipped.total()
         if progress is not None:
-            progress("images", images.num_images + images.num_skipped, mine)
-
+            progress("images", num_seen, mine)
     raise_together(error)
-    counts = [images.num_images, len(images.captions), images.num_skipped, images.num_labelled]
-    counts += [images.noted[kind] for kind in NOTE_KINDS]
-    counts = distributed.all_gather_rows(torch.tensor([counts], device=towers.device)).sum(0)
-    num_images, num_captions, num_skipped, num_labelled, *noted = counts.tolist()
     skipped = count_together(skipped)
-    if not num_images:
-        raise ConfigError(
-            f"the validation set ({dataset.name}) holds no usable sample, {num_skipped} are "
-            f"skipped ({show_kinds(skipped)}); give images with captions or .cls labels"
-        )
-    metrics = {"num_images": num_images, "num_skipped": num_skipped}
-    metrics |= {f"{SKIPPED}{kind}": number for kind, number in sorted(skipped.items())}
-    metrics |= {f"num_{k}": number for k, number in zip(NOTE_KINDS, noted, strict=True) if number}
-    if num_captions:
-        metrics |= _retrieval(images, towers, batch_size, progress)
-    if prompts is not None and num_labelled:
-        metrics |= _classification(images, prompts)
-    return {name: float(value) for name, value in metrics.items()}
+    return {
+        name: _score(images, models[name], dataset.name, skipped, prompts, batch_size, progress)
+        for name, images in held.items()
+    }
+
+
+def _what_all_read(models: dict[str, Towers]) -> tuple[int, Image.Resampling]:
+    """The resolution and the resample that all models have in common."""
+    (common,) = {(towers.resolution, towers.resample) for towers in models.values()}
+    return common
 
 
 class _Images:
@@ -182,6 +189,34 @@ class _Images:
             for own in (self._ranks, self._labels, self._margins)
         )
         return ranks, labels, margins if len(self._class_embeds) == 2 else None
+
+
+def _score(
+    images: _Images,
+    towers: Towers,
+    set_name: str,
+    skipped: Counter[str],
+    prompts: ClassPrompts | None,
+    batch_size: int,
+    progress: Progress | None,
+) -> dict[str, float]:
+    counts = [images.num_images, len(images.captions), images.num_skipped, images.num_labelled]
+    counts += [images.noted[kind] for kind in NOTE_KINDS]
+    counts = distributed.all_gather_rows(torch.tensor([counts], device=towers.device)).sum(0)
+    num_images, num_captions, num_skipped, num_labelled, *noted = counts.tolist()
+    if not num_images:
+        raise ConfigError(
+            f"the validation set ({set_name}) holds no usable sample, {num_skipped} are "
+            f"skipped ({show_kinds(skipped)}); give images with captions or .cls labels"
+        )
+    metrics = {"num_images": num_images, "num_skipped": num_skipped}
+    metrics |= {f"{SKIPPED}{kind}": number for kind, number in sorted(skipped.items())}
+    metrics |= {f"num_{k}": number for k, number in zip(NOTE_KINDS, noted, strict=True) if number}
+    if num_captions:
+        metrics |= _retrieval(images, towers, batch_size, progress)
+    if prompts is not None and num_labelled:
+        metrics |= _classification(images, prompts)
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _retrieval(

@@ -16,6 +16,8 @@ class Gpu:
         fp32_flops: the same in fp32, without TF32.
         memory_bytes: its memory; a data sheet's gigabyte is 10^9 bytes.
         link_bytes: bytes a second that it can send to its neighbours in the node.
+        memory_speed: bytes a second that its memory reads or writes, at its peak.
+        host_link_bytes: bytes a second from the host's memory, PCIe x16.
     """
 
     name: str
@@ -23,10 +25,16 @@ class Gpu:
     fp32_flops: float
     memory_bytes: float
     link_bytes: float
+    memory_speed: float
+    host_link_bytes: float
 
 
 # Bytes a second and direction of a GPU's share of the network: 200 Gb/s, an adapter for each GPU.
 NETWORK_BYTES = 25e9
+
+# What well-tuned programs reach of the peaks on a data sheet: about 620 of an H100's 989 TFLOP/s in
+# large matrix products, since its power is limited, and 2.8 of its 3.35 TB/s in copies.
+MATRIX_SHARE, MEMORY_SHARE, HOST_LINK_SHARE = 0.63, 0.84, 0.8
 
 # NVIDIA's data sheets: A10 (PCIe), A100 (SXM, 40 and 80 GB), L40S (PCIe), H100 (SXM), H200 (SXM),
 # HGX B200 (an eighth of the board). Where a sheet gives speed with sparsity, half of it; where it
@@ -34,13 +42,13 @@ NETWORK_BYTES = 25e9
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a10", 125e12, 31.2e12, 24e9, 32e9),
-        Gpu("a100-40", 312e12, 19.5e12, 40e9, 300e9),
-        Gpu("a100-80", 312e12, 19.5e12, 80e9, 300e9),
-        Gpu("l40s", 362e12, 91.6e12, 48e9, 32e9),
-        Gpu("h100", 989.5e12, 67e12, 80e9, 450e9),
-        Gpu("h200", 989.5e12, 67e12, 141e9, 450e9),
-        Gpu("b200", 2250e12, 75e12, 180e9, 900e9),
+        Gpu("a10", 125e12, 31.2e12, 24e9, 32e9, 600e9, 32e9),
+        Gpu("a100-40", 312e12, 19.5e12, 40e9, 300e9, 1555e9, 32e9),
+        Gpu("a100-80", 312e12, 19.5e12, 80e9, 300e9, 2039e9, 32e9),
+        Gpu("l40s", 362e12, 91.6e12, 48e9, 32e9, 864e9, 32e9),
+        Gpu("h100", 989.5e12, 67e12, 80e9, 450e9, 3350e9, 64e9),
+        Gpu("h200", 989.5e12, 67e12, 141e9, 450e9, 4800e9, 64e9),
+        Gpu("b200", 2250e12, 75e12, 180e9, 900e9, 8000e9, 64e9),
     )
 }
 

@@ -108,7 +108,7 @@ def measure_step(
     size, local_size = len(batch), recipe.train.global_batch_size // num_ranks
     meter = Meter()
     meter.name_parts(student)
-    with _as_first_of(num_ranks), fused_attention(), meter:
+    with as_first_of(num_ranks), fused_attention(), meter:
         meter.begin(TEACHER, size)
         taught = inputs.teach(batch)
         statistics = {term.name: term.statistic([taught]) for term in student.terms}
@@ -128,14 +128,14 @@ def measure_step(
 
         meter.begin(STUDENT, local_size)
         joined = {
-            name: _resized(part, local_size).requires_grad_() for name, part in features.items()
+            name: resized(part, local_size).requires_grad_() for name, part in features.items()
         }
         output = StudentOutput.of(student("project", joined))
         heads = meter.held
         meter.begin(TEACHER, local_size)
         targets = {}
         if teacher is not None:
-            targets = teacher.targets(student.terms, [_of_batch(taught, local_size)])
+            targets = teacher.targets(student.terms, [of_batch(taught, local_size)])
         meter.begin(LOSSES, local_size)
         loss, _ = total(student.terms, output, targets)
         of_losses = meter.peak
@@ -160,18 +160,19 @@ def _encode(
     return Encoding(meter.take_flops(), meter.peak / size), features
 
 
-def _of_batch(taught: Taught, num_rows: int) -> Taught:
+def of_batch(taught: Taught, num_rows: int) -> Taught:
     """The same tensors with another number of samples."""
     values = {part.name: getattr(taught, part.name) for part in fields(taught)}
-    return Taught(**{n: None if v is None else _resized(v, num_rows) for n, v in values.items()})
+    return Taught(**{n: None if v is None else resized(v, num_rows) for n, v in values.items()})
 
 
-def _resized(tensor: Tensor, num_rows: int) -> Tensor:
+def resized(tensor: Tensor, num_rows: int) -> Tensor:
+    """A tensor with another number of rows."""
     return tensor.new_empty(num_rows, *tensor.shape[1:])
 
 
 @contextmanager
-def _as_first_of(num_ranks: int) -> Iterator[None]:
+def as_first_of(num_ranks: int) -> Iterator[None]:
     """Makes this process the first of so many ranks, whose collectives send nothing."""
     if num_ranks == world_size():
         yield

@@ -105,7 +105,7 @@ class Meter(TorchDispatchMode):
             caller, self.part = self.part, part
             result = function(*args, **kwargs)
             self.part = caller
-            for tensor in _tensors(result):
+            for tensor in tensors_in(result):
                 if tensor.requires_grad:
                     tensor.register_hook(enter)
             return result
@@ -133,13 +133,13 @@ class Meter(TorchDispatchMode):
         self._flops[self.part] += Flops(0.0, each) if self._in_backward else Flops(each)
 
     def _add_collective(self, func, tensors) -> None:
-        num_bytes = sum(tensor.nbytes for tensor in _tensors(tensors))
+        num_bytes = sum(tensor.nbytes for tensor in tensors_in(tensors))
         self.collectives += num_bytes * (2 if "allreduce" in func.name() else 1)
 
     def _hold(self, args, kwargs, result) -> None:
         """Counts the memory that an operation has made until it is freed; a view makes none."""
-        known = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
-        for tensor in _tensors(result):
+        known = {id(tensor.untyped_storage()) for tensor in tensors_in((args, kwargs))}
+        for tensor in tensors_in(result):
             storage = tensor.untyped_storage()
             if id(storage) not in known:
                 known.add(id(storage))
@@ -171,7 +171,7 @@ def fused_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = plain
 
 
-def _tensors(tree) -> list[Tensor]:
+def tensors_in(tree) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

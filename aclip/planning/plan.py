@@ -1,8 +1,9 @@
 """Plans a run before it starts: memory per GPU, the largest micro-batch, time, communication.
 
-A step is measured without values (measure_step.py), what ZeRO holds is arithmetic (zero_memory.py),
-and this file puts them together; no GPU is needed. Not counted: the time of an offloaded optimizer
-on the host, the teacher's activations (one block's, without gradient), what torch.compile saves.
+A step is measured without values (measure_step.py), its time predicted (step_time.py), what ZeRO
+holds is arithmetic (zero_memory.py), and this file puts them together; no GPU is needed. Not
+counted: the time of an offloaded optimizer, the teacher's activations (one block's, without
+gradient), the memory that torch.compile saves.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from aclip.models.student import Student, build_student
 from aclip.planning.gpus import NETWORK_BYTES, Gpu
 from aclip.planning.measure_step import META, MODES, Measured, measure_step
 from aclip.planning.plan_input import PlanInput
+from aclip.planning.step_time import StepTime, recipe_step_times
 from aclip.planning.zero_memory import (
     FP32,
     States,
@@ -118,7 +120,8 @@ class Plan:
         memory_bytes: the share of a GPU's memory that a run may use.
         rows: the memory under each stage. own: the ds_config's row.
         micro_batch_size: the micro-batch that the times are for.
-        mfu: share of the GPU's peak FLOPs that the run reaches.
+        time: the predicted time of a step, without communication. compiled: of compiled towers.
+        stated_mfu: share of the GPU's peak FLOPs that takes the prediction's place.
         link_bytes: what a GPU can send in a second. sent_bytes: what it sends in a step.
         num_steps: the schedule's length. num_samples: of an epoch.
     """
@@ -130,7 +133,9 @@ class Plan:
     rows: list[MemoryRow]
     own: MemoryRow
     micro_batch_size: int
-    mfu: float
+    time: StepTime
+    compiled: bool
+    stated_mfu: float | None
     link_bytes: float
     sent_bytes: float
     num_steps: int
@@ -150,11 +155,24 @@ class Plan:
         return self.measured.repeated_flops(self.num_micro_steps)
 
     @property
-    def compute_seconds(self) -> float:
-        flops = self.measured.total_flops + self.repeated_flops
+    def peak_seconds(self) -> float:
+        """The time of a step's matrix products, each one needed once, at the GPU's peak."""
         in_bf16 = self.ds_config.dtype == torch.bfloat16
         peak = self.gpu.bf16_flops if in_bf16 else self.gpu.fp32_flops
-        return self.workload.local_batch_size * flops / (self.mfu * peak)
+        return self.workload.local_batch_size * self.measured.total_flops / peak
+
+    @property
+    def compute_seconds(self) -> float:
+        """The time of a step without communication."""
+        if self.stated_mfu is None:
+            return self.time.seconds
+        again = self.repeated_flops / self.measured.total_flops
+        return self.peak_seconds * (1 + again) / self.stated_mfu
+
+    @property
+    def mfu(self) -> float:
+        """Share of the peak that the FLOPs which are needed once reach in a step."""
+        return self.peak_seconds / self.step_seconds
 
     @property
     def communication_seconds(self) -> float:
@@ -175,7 +193,8 @@ def plan(given: PlanInput) -> Plan:
     arguments, gpu, recipe, ds_config = given.arguments, given.gpu, given.recipe, given.ds_config
     num_ranks, settings = given.num_ranks, given.settings
     context = recipe.model.text.context_length
-    batch = batch_of_mean_captions(recipe, min(arguments.caption_tokens, context), context)
+    length = min(arguments.caption_tokens, context)
+    batch = batch_of_mean_captions(recipe, length, context)
     workload = describe_workload(recipe, batch, num_ranks, {ds_config.dtype, torch.float32})
     memory_bytes = USABLE_SHARE * gpu.memory_bytes
     rows = [memory_row(workload, stage, memory_bytes) for stage in all_stages(settings)]
@@ -186,6 +205,7 @@ def plan(given: PlanInput) -> Plan:
         workload.groups, workload.frozen, settings, num_micro_steps, bool(workload.teacher)
     )
     sent += ring_share(num_ranks) * workload.measured[settings.dtype_bytes].collectives
+    eager, compiled = recipe_step_times(recipe, ds_config.dtype, settings, gpu, micro, length)
     link = gpu.link_bytes if arguments.nodes == 1 else NETWORK_BYTES
     if arguments.bandwidth is not None:
         link = arguments.bandwidth * 1e9
@@ -198,7 +218,9 @@ def plan(given: PlanInput) -> Plan:
         rows=rows,
         own=own,
         micro_batch_size=micro,
-        mfu=arguments.mfu,
+        time=compiled if recipe.model.compile else eager,
+        compiled=recipe.model.compile,
+        stated_mfu=arguments.mfu,
         link_bytes=link,
         sent_bytes=sent,
         num_steps=num_steps,

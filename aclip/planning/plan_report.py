@@ -5,6 +5,7 @@ from aclip.data.lanes.order import describe_rest
 from aclip.planning.measure_step import MODES
 from aclip.planning.meter import Flops, add_up
 from aclip.planning.plan import Plan
+from aclip.planning.zero_memory import FP32
 
 TITLES = {"image": "image tower", "text": "text tower"}
 """What parts are called in the table; any other part is shown by its name."""
@@ -63,7 +64,11 @@ def _states(plan: Plan) -> str:
         parts += [states.buffers + states.arriving, memory.heads, memory.losses]
         numbers = [f"{part / GIB:,.2f}" for part in (*parts, sum(parts), states.host)]
         lines.append([_mark(plan, row.title), *numbers])
-    return f"{title}\n{text_table(lines)}"
+    load = plan.workload
+    # Masters and AdamW's moments, frozen weights, and the teacher's average.
+    checkpoint = FP32 * (3 * sum(map(sum, load.groups)) + sum(load.frozen) + load.teacher)
+    note = f"A checkpoint takes {checkpoint / GIB:,.2f} GiB more of the host's memory on rank 0."
+    return f"{title}\n{text_table(lines)}\n{note}"
 
 
 def _micro_batches(plan: Plan) -> str:
@@ -101,15 +106,42 @@ def _time(plan: Plan) -> str:
     seconds = plan.num_steps * plan.step_seconds
     images = plan.workload.global_batch_size / plan.step_seconds
     lines += [
-        f"Step: {plan.step_seconds:.3f} s, {images:,.0f} images/s (arithmetic "
-        f"{plan.compute_seconds:.3f} s at MFU {plan.mfu:.0%}; {plan.sent_bytes / 1e9:.2f} GB sent "
-        f"by each GPU, {plan.communication_seconds:.3f} s at {plan.link_bytes / 1e9:g} GB/s, "
-        "overlapped)",
+        f"Step: {plan.step_seconds:.3f} s, {images:,.0f} images/s, MFU {plan.mfu:.0%} "
+        f"({_compute(plan)}; {plan.sent_bytes / 1e9:.2f} GB sent by each GPU, "
+        f"{plan.communication_seconds:.3f} s at {plan.link_bytes / 1e9:g} GB/s, overlapped)",
+        *_host_bound(plan),
         f"Schedule: {plan.num_steps:,} steps, {show_duration(seconds)}, "
         f"{plan.gpu_hours:,.0f} GPU-hours",
         f"Data: {describe_rest(plan.num_samples, plan.workload.global_batch_size)}",
     ]
     return "\n".join(lines)
+
+
+def _compute(plan: Plan) -> str:
+    """What the step's time comes from."""
+    if plan.stated_mfu is not None:
+        return f"arithmetic {plan.compute_seconds:.3f} s at --mfu {plan.stated_mfu:g}"
+    whole = plan.time.whole
+    return (
+        f"predicted: device {whole.device_seconds:.3f} s, host {whole.host_seconds:.3f} s for "
+        f"{whole.launches:,} launches"
+    )
+
+
+def _host_bound(plan: Plan) -> list[str]:
+    """What a GPU that waits for the host is told; nothing for another."""
+    if not plan.time.is_host_bound:
+        return []
+    whole = plan.time.whole
+    ways = "fewer GPUs or a larger train.global_batch_size give each GPU more"
+    if plan.micro_batch_size < plan.workload.local_batch_size:
+        ways = "take larger micro-batches"
+    if not plan.compiled and plan.ds_config.stage < 3:
+        ways += ", and model.compile=true saves launches"
+    return [
+        f"Host-bound: with {plan.micro_batch_size} images at a time the GPU would be done in "
+        f"{whole.device_seconds:.3f} s, and the host (+-40 %) in {whole.host_seconds:.3f} s; {ways}"
+    ]
 
 
 def _mark(plan: Plan, title: str) -> str:

@@ -5,7 +5,7 @@ checkpoint_folder.py says what a checkpoint's folder holds and what makes it com
 
 import json
 import shutil
-from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aclip.distributed import rank, say, world_size
+from aclip.distributed import from_rank_0, rank, world_size
+from aclip.engine.host_copy import host_copies
 from aclip.engine.optimizer import ADAM
 from aclip.engine.sharded_state import MASTER, ShardedState, whole_shape
 from aclip.errors import ConfigError, NotWritten
 from aclip.files import writing
 from aclip.run_folder.checkpoint_folder import (
     OPTIMIZER,
+    PREFIX,
     RNG,
     STATE,
     STUDENT,
     TEACHER,
     complete,
-    prune,
     publish,
     remove_partial,
     verify,
@@ -44,77 +45,82 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written; the previous one is intact."""
 
 
-def save(
-    root: Path,
-    engine,
-    teacher: Teacher | None,
-    state: dict[str, Any],
-    keep: int,
-    keep_every: int = 0,
-    spared: Collection[Path] = (),
-) -> Path:
-    """Writes a checkpoint and makes it the latest. A collective: every rank calls.
+@dataclass(frozen=True)
+class Content:
+    """All that a checkpoint holds, in host memory of its own: training may go on.
+
+    Attributes:
+        name: its folder's.
+        state: state.json.
+        tensors: by the file that they go into; empty on other ranks than 0.
+        described: what the optimizer's file says of itself.
+    """
+
+    name: str
+    state: str
+    tensors: dict[str, dict[str, Tensor]]
+    described: dict[str, str]
+
+
+def gather(engine, teacher: Teacher | None, state: dict[str, Any]) -> Content:
+    """Copies what a checkpoint holds into rank 0's host memory. A collective: every rank calls.
 
     Args:
-        root: the run's `checkpoints` folder, shared by all ranks.
         engine: the DeepSpeed engine.
         teacher: its fp32 average is saved by rank 0.
         state: JSON-compatible progress; `samples` names the checkpoint.
-        keep, keep_every, spared: which older checkpoints stay, see prune.
+
+    Raises:
+        ConfigError: on every rank, when the optimizer keeps what no checkpoint can hold.
+    """
+    sharded = ShardedState(engine)
+    scalars = sharded.scalars()
+    numbers = {kind: value for kind, value in scalars.items() if not torch.is_tensor(value)}
+    masters: dict[str, Tensor] = {}
+    # Scalars on the CPU are the optimizer's own, which the next step changes.
+    optimizer = {kind: value.clone() for kind, value in scalars.items() if kind not in numbers}
+    for (name, kind), whole in sharded.gather().items():
+        tensors, key = (masters, name) if kind == MASTER else (optimizer, f"{name}/{kind}")
+        tensors[key] = whole
+    files = {STUDENT: masters, OPTIMIZER: optimizer, RNG: _gather_rng()}
+    if teacher is not None and rank() == 0:
+        files[TEACHER] = host_copies(teacher.state_dict())
+    return Content(
+        f"{PREFIX}{state['samples']:012d}",
+        json.dumps(state, indent=1),
+        files if rank() == 0 else {},
+        {FAMILY: sharded.family, NUMBERS: json.dumps(numbers)},
+    )
+
+
+def write(root: Path, content: Content) -> Path:
+    """Writes a checkpoint and makes it the latest; on rank 0, in any thread.
+
+    Args:
+        root: the run's `checkpoints` folder, shared by all ranks.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: on every rank, when rank 0 could not write (disk full, no permission).
-        ConfigError: on every rank, when the optimizer keeps what no checkpoint can hold.
+        NotWritten, SafetensorError: it can't be written (disk full, no permission); the one before
+            is intact.
     """
-    folder = root / f"samples-{state['samples']:012d}"
+    folder = root / content.name
     partial = folder.with_suffix(".tmp")
-    masters: dict[str, Tensor] = {}
-    optimizer: dict[str, Tensor] = {}
-    sharded = ShardedState(engine)
-    for name, kind, whole in sharded.gather():
-        if whole is not None:
-            tensors, key = (masters, name) if kind == MASTER else (optimizer, f"{name}/{kind}")
-            tensors[key] = whole
-    scalars = sharded.scalars()
-    numbers = {kind: value for kind, value in scalars.items() if not torch.is_tensor(value)}
-    optimizer |= {kind: value for kind, value in scalars.items() if kind not in numbers}
-    rng = _gather_rng()
-    problem = None
-    if rank() == 0:
-        try:
-            with writing(folder):
-                remove_partial(root)
-                partial.mkdir(parents=True)
-                save_file(masters, partial / STUDENT)
-                described = {FAMILY: sharded.family, NUMBERS: json.dumps(numbers)}
-                save_file(optimizer, partial / OPTIMIZER, described)
-                if teacher is not None:
-                    average = {n: t.cpu().contiguous() for n, t in teacher.state_dict().items()}
-                    save_file(average, partial / TEACHER)
-                save_file(rng, partial / RNG)
-                (partial / STATE).write_text(json.dumps(state, indent=1))
-            publish(root, partial, folder)
-        except (NotWritten, SafetensorError) as error:
-            problem = str(error)
-            # A full disk gets its room back.
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            _prune(root, folder, keep, keep_every, spared)
-    problem = _from_rank_0(problem)
-    if problem is not None:
-        raise CheckpointError(f"checkpoint {folder} was not written: {problem}")
-    return folder
-
-
-def _prune(root: Path, newest: Path, *keeps) -> None:
-    """Removes what no setting keeps; an old checkpoint that can't be removed must not end a run."""
     try:
-        prune(root, newest, *keeps)
-    except OSError as error:
-        say(f"an older checkpoint can't be removed ({error}); the run goes on")
+        with writing(folder):
+            remove_partial(root)
+            partial.mkdir(parents=True)
+            for name, tensors in content.tensors.items():
+                save_file(tensors, partial / name, content.described if name == OPTIMIZER else None)
+            (partial / STATE).write_text(content.state)
+        publish(root, partial, folder)
+    except (NotWritten, SafetensorError):
+        # A full disk gets its room back.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -123,7 +129,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: a file is missing or its content changed.
     """
-    problem = _from_rank_0(verify(folder) if rank() == 0 else None)
+    problem = from_rank_0(verify(folder) if rank() == 0 else None)
     if problem is not None:
         others = [path.name for path in complete(folder.parent) if path != folder]
         anew = "--resume none with another --output"
@@ -212,11 +218,3 @@ def _load_rng(folder: Path) -> None:
     prefix = f"{rank()}."
     mine = {k.removeprefix(prefix): v for k, v in states.items() if k.startswith(prefix)}
     set_random_state(mine)
-
-
-def _from_rank_0(value: Any) -> Any:
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

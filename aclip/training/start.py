@@ -12,7 +12,7 @@ from aclip.config.geometry import shared_bytes
 from aclip.config.recipe import Recipe
 from aclip.data.find_data import find_data
 from aclip.data.fingerprint import check_progress
-from aclip.data.loader import build_train_loader
+from aclip.data.loader import build_train_loader, with_crops
 from aclip.data.shards.listing import Shard
 from aclip.distributed import decided_by_rank_0, default_to_one_rank, say
 from aclip.errors import ConfigError
@@ -72,6 +72,7 @@ def check_start(arguments: argparse.Namespace) -> Start:
     beginning = Beginning(**decided_by_rank_0(take, "beginning"))
     if beginning.checkpoint is None:
         check_init(recipe.model.init)
+    recipe = with_crops(recipe, beginning.crops)
     _give_hints(recipe)
     shards, val_shards = find_data(recipe)
     for sentence in check_validation(val_shards) if val_shards else []:

@@ -39,6 +39,10 @@ class StepWatch:
 
     Reading at once would make the host wait for the device; whoever writes a checkpoint settles
     first, so that none holds the weights of an unread step.
+
+    Attributes:
+        was_ready: whether the device had ended the step that was settled last before it was asked;
+            None without a GPU, or where there was none to settle.
     """
 
     def __init__(self):
@@ -50,20 +54,25 @@ class StepWatch:
         self._on_host: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
         self._signals: set[int] = set()
+        self.was_ready: bool | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Remembers SIGTERM and SIGUSR1 for the next step instead of dying of them."""
 
-        def remember(number, frame):
-            self._received.add(number)
-
-        previous = {number: signal.signal(number, remember) for number in SIGNALS}
+        previous = {
+            number: signal.signal(number, lambda number, frame: self.receive(number))
+            for number in SIGNALS
+        }
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def receive(self, number: int) -> None:
+        """Takes a signal, or what is to be taken as one; every rank hears of it."""
+        self._received.add(number)
 
     def put(
         self, step: int, terms: dict[str, Tensor], keys: list[str], counts: Sequence[int] = ()
@@ -100,6 +109,7 @@ class StepWatch:
         Raises:
             NonFiniteLoss: on every rank, if a term is not finite.
         """
+        self.was_ready = None
         if self._sums is None:
             return None
         values = self._read()
@@ -115,6 +125,7 @@ class StepWatch:
     def _read(self) -> list[float]:
         """The sums, once they are on the host; what the device got to do since may go on."""
         if self._copied is not None:
+            self.was_ready = self._copied.query()
             self._copied.synchronize()
         return self._on_host.tolist()
 

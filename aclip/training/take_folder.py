@@ -46,6 +46,7 @@ class Beginning:
         is_first: whether the folder's run begins now, so that nothing in it goes on.
         is_rewind: whether the run goes back to an older checkpoint of its own.
         is_complete: whether the run was complete before.
+        crops: data.crops of a run that goes on; None for a new run, or if nothing tells.
     """
 
     checkpoint: str | None
@@ -53,6 +54,7 @@ class Beginning:
     is_first: bool = False
     is_rewind: bool = False
     is_complete: bool = False
+    crops: str | None = None
 
     @property
     def record(self) -> dict | None:
@@ -73,6 +75,10 @@ def take_folder(
     own_folder(run_folder)
     beginning = find_beginning(run_folder, resume)
     if beginning.checkpoint is not None and not beginning.is_first:
+        if recipe.data.crops is None:
+            beginning = replace(beginning, crops=_recorded_crops(run_folder, beginning))
+            data = recipe.data.model_copy(update={"crops": beginning.crops})
+            recipe = recipe.model_copy(update={"data": data})
         complete = check_changes(run_folder, beginning, recipe, ds_config, allow_changes)
         beginning = replace(beginning, is_complete=complete)
     elif beginning.checkpoint is not None and recipe.model.init:
@@ -172,6 +178,18 @@ def check_changes(
     elif changes and is_complete:
         say(f"the run is complete, so these have no effect (then -> now): {', '.join(changes)}")
     return is_complete and progress["step"] >= steps
+
+
+def _recorded_crops(run_folder: Path, beginning: Beginning) -> str | None:
+    """Where the run's views were cut until now."""
+    progress = checkpoint_folder.read_progress(Path(beginning.checkpoint))
+    if progress is None:
+        return None
+    try:
+        recorded = record_before(run_folder, RECIPE_FILE, progress["samples"])
+        return load_recipe(str(recorded)).data.crops
+    except (OSError, ValueError):
+        return None
 
 
 def _begun_from(run_folder: Path) -> str:

@@ -1,7 +1,6 @@
 """The training loop: batches in, steps, and what is due between two of them."""
 
 import signal
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,19 +14,21 @@ from aclip.data.captions import NOTE_KINDS
 from aclip.data.fingerprint import check_progress, fingerprint
 from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import SKIP_KINDS, Shard
-from aclip.distributed import all_gather_rows, rank, say, world_size
+from aclip.distributed import all_gather_rows, rank, world_size
 from aclip.evaluation.during_training import Evaluator
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER
 from aclip.run_folder.metrics_file import EvaluationLine, StepLine
 from aclip.training import checkpoint
 from aclip.training.evaluated_models import evaluated_models, teacher_scores
+from aclip.training.metrics.host_bound import HostBound
+from aclip.training.metrics.loading_notice import LoadingNotice
 from aclip.training.metrics.metrics_logger import MetricsLogger, peak_memory_gib
 from aclip.training.metrics.step_timer import StepTimer
 from aclip.training.metrics.wandb_tracker import WandbTracker
 from aclip.training.run_schedule import RunSchedule
+from aclip.training.saver import Moment, Saver
 from aclip.training.step_watch import StepWatch, WatchedStep
 from aclip.training.stepper import Stepper
-from aclip.training.upload import Uploader
 from aclip.training.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
 
 GRADIENT_NORM, LOGIT_SCALE = "gradient_norm", "logit_scale"
@@ -78,27 +79,29 @@ class Trainer:
         self.wandb_id = ""
         self._fingerprint = fingerprint(recipe, shards)
         cursors = None if resume_from is None else self._resume(resume_from, shards)
-        self._saved = None if resume_from is None else self._moment
+        saved = None if resume_from is None else self._moment
+        self._saver = Saver(
+            self.checkpoints, self.stepper.engine, self.stepper.teacher, recipe.train, saved
+        )
         self._timer = StepTimer()
         self.watch = StepWatch()
+        self._host_bound = HostBound(recipe, ds_config.stage)
         self.loader = build_train_loader(recipe, shards, rank(), world_size(), cursors)
         self._cursors = self.loader.cursors
+        self._loading = LoadingNotice(self.loader, self._timer, device)
         tracker = None
         if recipe.train.wandb and rank() == 0:
             values = recipe.model_dump(mode="json")
             tracker = WandbTracker(recipe.train.wandb, run_folder, self.wandb_id, values)
             self.wandb_id = tracker.id
         self.logger = MetricsLogger(run_folder, self.schedule.total_samples, self.samples, tracker)
-        url = recipe.train.upload_to
-        self._uploader = Uploader(url) if url and rank() == 0 else None
 
     @property
     def samples(self) -> int:
         return self.step * self.recipe.train.global_batch_size
 
     @property
-    def _moment(self) -> tuple[int, list[str]]:
-        """What tells a checkpoint from one before: samples seen and evaluations made."""
+    def _moment(self) -> Moment:
         return self.samples, list(self.evaluations)
 
     @property
@@ -122,6 +125,7 @@ class Trainer:
                 self.watchdog.enter(COMPUTING, self.step + 1)
                 terms = self.train_step(batch)
                 self._timer.step(self.recipe.train.global_batch_size)
+                self._loading.after_step()
                 stop = self._after_step(batch, terms)
                 if stop:
                     self._save(required=True)
@@ -135,10 +139,9 @@ class Trainer:
             return True
 
     def close(self) -> None:
-        """Ends the log files and waits for an upload."""
+        """Ends the log files and waits for a checkpoint and an upload that are under way."""
         self.logger.close()
-        if self._uploader is not None:
-            self._uploader.close()
+        self._saver.close()
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer update on this rank's part of the global batch; see Stepper.step."""
@@ -152,11 +155,14 @@ class Trainer:
     def _after_step(self, batch: Batch, terms: dict[str, Tensor]) -> bool:
         """Logs, evaluates and saves what is due; returns whether a signal asks to stop."""
         self._settle()
+        self._host_bound.look(self.watch.was_ready, self._timer.data_wait_percent)
         signals = self.watch.take_signals()
         watched = {
             GRADIENT_NORM: self.stepper.gradient_norm(),
             LOGIT_SCALE: self.stepper.logit_scale,
         }
+        if self._saver.asks():
+            self.watch.receive(signal.SIGUSR1)
         counted = batch.skipped | batch.noted
         counts = [*(counted.get(kind, 0) for kind in COUNTED_KINDS), batch.repeated]
         self.watch.put(self.step, terms | watched, batch.keys, counts)
@@ -234,17 +240,15 @@ class Trainer:
             self.logger.write_report()
 
     def _save(self, required: bool = False, uploads: bool = True) -> None:
-        """Writes a checkpoint of this moment unless there is one, and uploads it if the recipe and
-        `uploads` say so.
+        """Saves a checkpoint of this moment unless there is one; see Saver.save.
 
         Raises:
-            CheckpointError: on every rank, if it could not be written and is `required`; otherwise
-                the run says so and goes on.
+            CheckpointError: on every rank, if it could not be written and is `required`.
         """
-        if self._saved == self._moment:
-            return
         self.watchdog.enter(SAVING, self.step)
         self._settle()
+        if self._saver.is_saved(self._moment):
+            return
         state = {
             "samples": self.samples,
             "step": self.step,
@@ -256,29 +260,7 @@ class Trainer:
             "data": self._fingerprint,
             "wandb_id": self.wandb_id,
         }
-        start = time.perf_counter()
-        train, uploader = self.recipe.train, self._uploader
-        try:
-            folder = checkpoint.save(
-                self.checkpoints,
-                self.stepper.engine,
-                self.stepper.teacher,
-                state,
-                keep=train.keep_checkpoints,
-                keep_every=train.keep_every,
-                spared=uploader.unfinished if uploader is not None else set(),
-            )
-        except checkpoint.CheckpointError as error:
-            if required:
-                raise
-            say(f"{error}; the run goes on, and the checkpoint before is intact")
-            return
-        if self._saved is None or self._saved[0] != self.samples:
-            # The last one is written once more, with the evaluation that follows it.
-            say(f"checkpoint {folder.name} in {time.perf_counter() - start:.2f} s")
-        if uploader is not None and uploads:
-            uploader.put(folder)
-        self._saved = self._moment
+        self._saver.save(state, self._moment, required, uploads)
 
     def _resume(self, folder: Path, shards: list[Shard]) -> Tensor:
         """Continues from a checkpoint; returns the cursors of all ranks' lanes."""

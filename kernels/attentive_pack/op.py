@@ -11,6 +11,7 @@ from aclip.kernels.attentive_pack.reference import (
 )
 from aclip.kernels.common import (
     FLOAT_DTYPES,
+    MOVED_BYTES,
     check_device,
     check_dtype,
     check_shape,
@@ -148,6 +149,26 @@ def _(tokens, cls_token, pos_embed, scores, teacher_box, view_boxes, num_kept_bl
         tokens.new_empty(batch, views, kept, dtype=torch.int64),
         tokens.new_empty(batch, views, patches, dtype=torch.int32),
     )
+
+
+def _moved_bytes(
+    tokens: Tensor,
+    cls_token,
+    pos_embed: Tensor,
+    scores: Tensor,
+    teacher_box,
+    view_boxes,
+    *kept: int,
+) -> int:
+    """Only rows that are kept are read."""
+    num_blocks, block_size = kept
+    num_kept = num_blocks * block_size**2
+    packed = len(tokens) * (1 + num_kept) * tokens.shape[2] * tokens.itemsize
+    ids = len(tokens) * (num_kept * 8 + tokens.shape[1] * 4)
+    return 2 * packed + pos_embed.nbytes + scores.nbytes + ids
+
+
+MOVED_BYTES[torch.ops.aclip.attentive_pack] = _moved_bytes
 
 
 @torch.library.custom_op("aclip::attentive_pack_backward", mutates_args=())

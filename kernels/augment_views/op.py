@@ -10,6 +10,7 @@ from aclip.kernels.augment_views.reference import (
 )
 from aclip.kernels.common import (
     FLOAT_DTYPES,
+    MOVED_BYTES,
     check_device,
     check_dtype,
     check_shape,
@@ -62,3 +63,12 @@ def _augment_views(
 @_augment_views.register_fake
 def _(views, params, mean, std, dtype):
     return views.new_empty(views.shape, dtype=dtype)
+
+
+def _moved_bytes(views: Tensor, params: Tensor | None, mean, std, dtype: torch.dtype) -> int:
+    """Contrast reads the views once more. Not counted: the buffers of those that are blurred."""
+    num_reads = 1 if params is None else 2
+    return num_reads * views.nbytes + views.numel() * dtype.itemsize
+
+
+MOVED_BYTES[torch.ops.aclip.augment_views] = _moved_bytes

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from aclip.kernels import chunked_logits
-from aclip.kernels.common import WORK_SPACE, use_triton
+from aclip.kernels.common import MOVED_BYTES, WORK_SPACE, use_triton
 from aclip.kernels.contrastive_loss.reference import contrastive_loss_reference
 
 
@@ -94,4 +94,8 @@ def _flops(rows, columns, scale, offset, chunk, grad_rows, grad_columns, out_sha
 
 WORK_SPACE[torch.ops.aclip.contrastive_loss] = lambda rows, columns, scale, offset, chunk, *_: (
     chunked_logits.work_space(rows, columns, chunk)
+)
+
+MOVED_BYTES[torch.ops.aclip.contrastive_loss] = lambda rows, columns, *others: (
+    chunked_logits.moved_bytes(rows, columns, 3, *others[-2:])
 )

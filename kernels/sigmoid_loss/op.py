@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from aclip.kernels import chunked_logits
-from aclip.kernels.common import WORK_SPACE, use_triton
+from aclip.kernels.common import MOVED_BYTES, WORK_SPACE, use_triton
 from aclip.kernels.sigmoid_loss.reference import sigmoid_loss_reference
 
 
@@ -104,4 +104,8 @@ def _flops(rows, columns, scale, bias, offset, chunk, grad_rows, grad_columns, o
 
 WORK_SPACE[torch.ops.aclip.sigmoid_loss] = lambda rows, columns, scale, bias, offset, chunk, *_: (
     2 * chunked_logits.work_space(rows, columns, chunk)
+)
+
+MOVED_BYTES[torch.ops.aclip.sigmoid_loss] = lambda rows, columns, *others: (
+    chunked_logits.moved_bytes(rows, columns, 2, *others[-2:])
 )

@@ -23,7 +23,7 @@ FILES = {*(f"{name}.safetensors" for name in TENSORS), "state.json"}
 
 def save(root, run, samples, keep=2):
     state = {"samples": samples, "step": samples // 8, "marker": f"at {samples}"}
-    return checkpoint.save(root, run.engine, run.teacher, state, keep)
+    return run.save(root, state, keep)
 
 
 def names(root):
@@ -237,7 +237,7 @@ def test_kill_between_any_two_file_operations_leaves_a_loadable_latest(
             state = {"samples": 16 if again else 24, "step": 3, "marker": "new"}
             try:
                 with KillSwitch(len(outcomes)):
-                    checkpoint.save(root, run.engine, run.teacher, state, 2)
+                    run.save(root, state)
                 outcomes.append("finished")
             except Killed:
                 folder = checkpoint_folder.find(root, "auto")
@@ -246,7 +246,7 @@ def test_kill_between_any_two_file_operations_leaves_a_loadable_latest(
                 if len(outcomes) % 5 == 0:
                     checkpoint.load(folder, run.engine, run.teacher, 2)
             # The next save finishes whatever was left behind.
-            checkpoint.save(root, run.engine, run.teacher, {**state, "marker": "next"}, 2)
+            run.save(root, {**state, "marker": "next"})
             assert marker_of_latest(root) == "next"
             assert not [name for name in names(root) if name.endswith(".tmp")]
             assert len(names(root)) == 3  # two checkpoints and `latest`

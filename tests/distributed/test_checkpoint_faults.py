@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 
 def save(root, run, samples, keep=2):
     state = {"samples": samples, "step": samples // 8, "marker": f"at {samples}"}
-    return checkpoint.save(root, run.engine, run.teacher, state, keep)
+    return run.save(root, state, keep)
 
 
 def names(root):

@@ -18,7 +18,7 @@ from aclip.config.sections import TextTowerConfig
 from aclip.data.shards.listing import index_shards
 from aclip.data.tokenizer import build_tokenizer
 from aclip.errors import DataError
-from aclip.evaluation.evaluate_set import evaluate_set
+from aclip.evaluation.evaluate_set import evaluate_models, evaluate_set
 from aclip.evaluation.linear_probe import fit
 from aclip.evaluation.sets.evaluation_set import ShardSet
 from aclip.evaluation.sets.prompts import find_class_prompts
@@ -54,9 +54,9 @@ def write_set(folder, num_samples, class_names=CLASSES):
     return index_shards([str(folder / "0.tar")])
 
 
-def evaluate_with_random_towers(shards, batch_size):
-    """Metrics, and how often each encoder was called."""
-    generator = torch.Generator().manual_seed(0)
+def random_towers(seed=0):
+    """Towers of random weights, and how often each encoder was called."""
+    generator = torch.Generator().manual_seed(seed)
     image_weight = torch.randn(3 * 6 * 6, 5, generator=generator)
     text_weight = torch.randn(49408, 5, generator=generator)
     calls = {"image": 0, "text": 0}
@@ -79,6 +79,12 @@ def evaluate_with_random_towers(shards, batch_size):
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
     )
+    return towers, calls
+
+
+def evaluate_with_random_towers(shards, batch_size):
+    """Metrics, and how often each encoder was called."""
+    towers, calls = random_towers()
     prompts = find_class_prompts(Path(shards[0].url).parent)
     return evaluate_set(towers, ShardSet(shards), prompts, batch_size), calls
 
@@ -106,6 +112,36 @@ def test_ranks_together_score_what_one_rank_scores(
         assert metrics == expected
         assert calls == results[0][1]
     assert results[0][1]["image"] == math.ceil(math.ceil(num_samples / world_size) / batch_size)
+
+
+def test_models_together_score_what_each_scores_and_every_image_is_decoded_once(
+    run_distributed, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
+    shards = write_set(tmp_path, 23)
+    prompts = find_class_prompts(tmp_path)
+    seeds = {"student": 0, "teacher": 1}
+    expected = {
+        name: evaluate_set(random_towers(seed)[0], ShardSet(shards), prompts, 4)
+        for name, seed in seeds.items()
+    }
+    assert expected["student"] != expected["teacher"]
+
+    def evaluate():
+        loaded, load = [], ShardSet._load
+
+        def count(dataset, sample):
+            loaded.append(sample.key)
+            return load(dataset, sample)
+
+        ShardSet._load = count
+        models = {name: random_towers(seed)[0] for name, seed in seeds.items()}
+        return evaluate_models(models, ShardSet(shards), prompts, 4), loaded
+
+    results = run_distributed(evaluate, 2)
+    assert [metrics for metrics, _ in results] == [expected] * 2
+    keys = sorted(key for _, loaded in results for key in loaded)
+    assert keys == [f"{number:04d}" for number in range(23)]
 
 
 def test_ranks_together_give_the_roc_auc_of_one(run_distributed, tmp_path, monkeypatch):

@@ -143,8 +143,8 @@ def test_new_run_starts_from_the_given_weights_and_a_resumed_one_does_not(
         trainer = build(tmp_path / "second", shards, stage, dtype, init)
         masters = {
             name: whole.clone()
-            for name, kind, whole in ShardedState(trainer.stepper.engine).gather()
-            if kind == "master" and whole is not None
+            for (name, kind), whole in ShardedState(trainer.stepper.engine).gather().items()
+            if kind == "master"
         }
         average = {n: t.clone() for n, t in trainer.stepper.teacher.state_dict().items()}
         report = trainer.stepper.init_report

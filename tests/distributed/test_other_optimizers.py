@@ -29,7 +29,7 @@ def sgd(groups):
 
 
 def save(root, run, step):
-    return checkpoint.save(root, run.engine, run.teacher, {"samples": 8 * step, "step": step}, 9)
+    return run.save(root, {"samples": 8 * step, "step": step}, keep=9)
 
 
 def load(folder, run):

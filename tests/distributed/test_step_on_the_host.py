@@ -19,6 +19,9 @@ from aclip.data.batch import join
 from aclip.data.synthetic import synthetic_batch
 from aclip.engine.process_group import init_distributed
 from aclip.method.tokens import Tokens
+from aclip.planning.engine_operations import engine_operations
+from aclip.planning.trace_step import trace_step
+from aclip.planning.zero_memory import zero_settings
 from aclip.training.stepper import Stepper
 
 pytestmark = pytest.mark.distributed
@@ -92,9 +95,20 @@ def test_a_step_launches_few_operations(run_distributed, tmp_path, ranks):
             stepper.gradient_norm()
         return dict(operations.counts)
 
+    predicted = predicted_launches(ranks)
     for counts in run_distributed(count, ranks):
         assert 0 < counts["update"] <= 50, counts
         assert 1000 < sum(counts.values()) <= 2600, counts
+        # What a plan says that the step launches.
+        assert sum(counts.values()) == pytest.approx(predicted, rel=0.1)
+
+
+def predicted_launches(ranks: int) -> int:
+    recipe = load_recipe("aclip_vitb16", NARROW)
+    ds_config = read_ds_config(str(ROOT / "ds_configs" / "zero2.json"), 4, ranks)
+    trace = trace_step(recipe, synthetic_batch(recipe, 4 // ranks), ranks)
+    engine = engine_operations(trace.trained, zero_settings(ds_config, ranks))
+    return sum(each.times for each in trace.operations + engine)
 
 
 class Waits(Operations):

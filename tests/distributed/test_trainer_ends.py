@@ -53,10 +53,12 @@ def test_full_disk_costs_checkpoints_but_not_the_run(
         if int(os.environ["RANK"]) > 0:
             return
         if step == 7:
+            while checkpoint_folder.find(run / "checkpoints", "auto") is None:
+                time.sleep(0.01)  # that of step 5 is still written
             with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
                     file.write(bytes(1 << 16))
-        if step == 12:  # after the checkpoint of step 10 failed
+        if step == 16:  # that of step 15 was begun after the checkpoint of step 10 had failed
             found = checkpoint_folder.find(run / "checkpoints", "auto")
             seen["full"] = (found.name, checkpoint_folder.verify(found))
             filler.unlink()
@@ -75,7 +77,7 @@ def test_full_disk_costs_checkpoints_but_not_the_run(
     assert last.name == f"samples-{STEPS * BATCH:012d}"
     assert checkpoint_folder.verify(last) is None
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    assert {13, STEPS} <= {json.loads(line)["step"] for line in lines}, "whole lines only"
+    assert {17, STEPS} <= {json.loads(line)["step"] for line in lines}, "whole lines only"
 
 
 def test_loss_that_is_not_finite_stops_every_rank_and_keeps_the_checkpoint(

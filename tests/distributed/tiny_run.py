@@ -1,6 +1,7 @@
 """A tiny A-CLIP run on this rank: student, teacher, engine, and steps on fixed batches."""
 
 import json
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe_file import load_recipe
+from aclip.config.sections import TrainConfig
 from aclip.distributed import rank, world_size
 from aclip.engine.build import build_engine
 from aclip.engine.process_group import init_distributed
@@ -17,6 +19,7 @@ from aclip.method.masks.attentive import select_attentive
 from aclip.method.masks.policy import ViewsToMask
 from aclip.method.tokens import END_ID, START_ID, clip_tokens
 from aclip.models.student import StudentInput, build_student
+from aclip.training.saver import Saver
 from aclip.training.teacher import Teacher
 
 BATCH = 8
@@ -113,10 +116,17 @@ class TinyRun:
             return parameter.detach().clone()
         return deepspeed.utils.safe_get_full_fp32_param(parameter).clone()
 
+    def save(self, root: Path, state: dict, keep: int = 2) -> Path:
+        """Writes a checkpoint and waits for it; every rank must call. Returns its folder."""
+        saver = Saver(root, self.engine, self.teacher, TrainConfig(keep_checkpoints=keep))
+        saver.save(state, (state["samples"], []), required=True)
+        saver.close()
+        return root / f"samples-{state['samples']:012d}"
+
     def gathered(self) -> dict[tuple[str, str], Tensor]:
-        """ShardedState.gather as a dictionary; empty on other ranks than 0."""
-        entries = {(name, kind): whole for name, kind, whole in self.state.gather()}
-        return {key: whole for key, whole in entries.items() if whole is not None}
+        """See ShardedState.gather; every rank must call. Clones, since pickle writes all of the
+        memory that a tensor is a view into."""
+        return {key: whole.clone() for key, whole in self.state.gather().items()}
 
 
 def make_batch(seed: int) -> tuple[Tensor, Tensor]:

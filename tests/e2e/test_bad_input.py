@@ -44,7 +44,7 @@ def _cases(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
             ["data.workers is 3", "data lanes", "data.workers to 2"],
         ),
         "shards and sources": (
-            [*ZERO0, "data.sources=[{shards: /x.tar, weight: 1}]"],
+            [*ZERO0, "--train", "/x.tar", "data.sources=[{shards: /x.tar, weight: 1}]"],
             ["data.train", "data.sources", "one of the two"],
         ),
         "an address without its package": (

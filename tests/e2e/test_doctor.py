@@ -131,7 +131,7 @@ def test_finds_a_run_folder_that_is_not_shared(nodes):
 
 def test_finds_missing_shards(nodes):
     (nodes.folder / "b" / "data" / "0.tar").unlink()
-    _assert_one(nodes, "problem: b: ", "data.train", "~/data/*.tar")
+    _assert_one(nodes, "problem: b: ", "data.train", f"{nodes.folder}/b/data/*.tar")
 
 
 def test_finds_a_remote_shard_that_is_not_there(nodes):

@@ -22,6 +22,7 @@ from aclip.kernels.attentive_pack import kernel_backward as pack_backward
 from aclip.kernels.augment_views import kernel as augment
 from aclip.kernels.cls_attention_scores import kernel as scores
 from aclip.kernels.contrastive_loss import kernel as contrastive
+from aclip.kernels.cut_views import kernel as cut
 from aclip.kernels.sigmoid_loss import kernel as sigmoid
 
 ARCHITECTURES = (80, 90, 100)
@@ -82,6 +83,16 @@ def cases():
             scores.NUM_WARPS,
         )
     yield from augment_cases()
+    for has_flips in (False, True):
+        yield Case(
+            f"cut_views{' with flips' if has_flips else ''}",
+            cut.cut_views_kernel,
+            {"pixels_ptr": "u8", "places_ptr": "i64", "boxes_ptr": "i32"}
+            | {"flips_ptr": "i1" if has_flips else "u8", "out_ptr": "u8"},
+            {"V": VIEWS, "SIDE": 224},
+            {"HAS_FLIPS": has_flips, "BLOCK_Y": cut.BLOCK_Y, "BLOCK_X": cut.BLOCK_X},
+            cut.NUM_WARPS,
+        )
     num_columns = 32768
     yield Case(
         "contrastive_loss softmax",

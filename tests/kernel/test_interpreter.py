@@ -20,6 +20,7 @@ OPS = (
     "cls_attention_scores",
     "augment_views",
     "contrastive_loss",
+    "cut_views",
     "sigmoid_loss",
 )
 

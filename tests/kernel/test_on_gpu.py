@@ -10,6 +10,7 @@ from aclip.kernels.cls_attention_scores import (
     cls_attention_scores_reference,
 )
 from aclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_reference
+from aclip.kernels.cut_views import cut_views, cut_views_reference
 from aclip.kernels.sigmoid_loss import sigmoid_loss, sigmoid_loss_reference
 
 pytestmark = [
@@ -62,6 +63,19 @@ def test_augmented_views_equal_their_reference_at_224_pixels():
     actual = augment_views(views, params, *statistics, torch.float32)
     expected = augment_views_reference(views, params, *statistics, torch.float32)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_cut_views_equal_their_reference_at_224_pixels():
+    height, width, count = 375, 500, 48
+    pixels = torch.randint(0, 256, (count * height * width, 3), dtype=torch.uint8, device="cuda")
+    first = height * width * torch.arange(count)
+    places = torch.stack([torch.full_like(first, size) for size in (height, width, 1)] + [first], 1)
+    boxes = torch.tensor([[[0, 0, 375, 500], [30, 41, 301, 280], [200, 300, 90, 77]]] * count)
+    flips = torch.rand(count, 3) < 0.5
+    arguments = (pixels, places.cuda(), boxes.cuda(), flips.cuda(), 224)
+    apart = (cut_views(*arguments).int() - cut_views_reference(*arguments).int()).abs()
+    assert apart.max() <= 1
+    assert apart.float().mean() < 1e-3
 
 
 def rank_of_eight():

@@ -213,9 +213,9 @@ def test_running_ahead_keeps_order_and_hands_on_the_end_as_an_error():
 
     found = []
     with pytest.raises(ConfigError, match="stopped"):
-        for item in run_ahead(items(), device=None):
+        for item in run_ahead(items()):
             found.append(item)
     assert found == [0, 1, 2, 3, 4]
-    ahead = run_ahead(iter(range(100)), device=None)
+    ahead = run_ahead(iter(range(100)))
     assert [next(ahead) for _ in range(50)] == list(range(50))
     ahead.close()

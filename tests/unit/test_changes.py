@@ -1,11 +1,15 @@
 """A run goes on with the settings that it was trained with, unless its user says otherwise."""
 
 import pytest
-from run_starts import SIZE, ZERO1, at, save, start
+import torch
+from run_starts import SIZE, TINY, ZERO1, at, config, save, start
 
 from aclip.config.continuing import MAY_CHANGE, NEVER_CHANGE
 from aclip.config.recipe_file import dump_recipe, load_recipe
+from aclip.data.loader import with_crops
 from aclip.errors import ConfigError
+from aclip.lock import release
+from aclip.training.take_folder import take_folder
 
 
 @pytest.fixture
@@ -61,6 +65,41 @@ def test_what_computes_the_same_may_change(run):
         "train_micro_batch_size_per_gpu": 2,
     }
     assert start(run, overrides=overrides, ds_values=stage3) == at(8)
+
+
+def test_a_run_goes_on_with_the_crops_it_began_with_unless_told_otherwise(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    recipe, ds_config = load_recipe("demo", TINY), config(run.parent, ZERO1)
+    assert recipe.data.crops is None
+    start(run, overrides=["data.crops=worker"], saves=[8])
+
+    def found(recipe):
+        try:
+            return take_folder(run, "auto", recipe, ds_config, allow_changes=False)["crops"]
+        finally:
+            release(run)
+
+    assert found(recipe) == "worker"
+    assert with_crops(recipe, found(recipe)).data.crops == "worker"
+    assert with_crops(recipe).data.crops == "device"  # a run that begins now
+    with pytest.raises(ConfigError, match=r'data.crops "worker" -> "device"'):
+        found(load_recipe("demo", [*TINY, "data.crops=device"]))
+
+
+@pytest.mark.parametrize(
+    ("own", "begun", "on_gpu", "expected"),
+    [
+        (None, None, False, "worker"),
+        (None, None, True, "device"),
+        (None, "device", False, "device"),
+        ("worker", None, True, "worker"),
+        ("worker", "device", True, "worker"),
+    ],
+)
+def test_empty_crops_are_those_that_feed_the_device(own, begun, on_gpu, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    recipe = load_recipe("demo", [] if own is None else [f"data.crops={own}"])
+    assert with_crops(recipe, begun).data.crops == expected
 
 
 def test_keys_that_may_change_are_keys_of_the_recipe():

@@ -159,6 +159,7 @@ def test_what_checks_the_input_imports_neither_towers_nor_deepspeed():
         "evaluation.evaluate",
         "nodes.doctor",
         "planning.plan_input",
+        "planning.roofline",
         "reports.visualize",
         "training.start",
         "weights.export",

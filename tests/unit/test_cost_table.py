@@ -11,7 +11,6 @@ from statistics import mean, median
 import pytest
 import torch
 
-from aclip.benchmarks.open_clip_step import OpenClipStep
 from aclip.benchmarks.step_cost import System, benchmark_steps, format_table, make_row
 from aclip.config.recipe_file import load_recipe
 from aclip.data.synthetic import (
@@ -21,6 +20,7 @@ from aclip.data.synthetic import (
     synthetic_tokens,
 )
 from aclip.errors import ConfigError
+from aclip.planning.open_clip_step import OpenClipStep
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

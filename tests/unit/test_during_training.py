@@ -13,6 +13,7 @@ from aclip.config.sections import TextTowerConfig
 from aclip.data.shards.listing import index_shards
 from aclip.data.tokenizer import build_tokenizer
 from aclip.errors import ConfigError
+from aclip.evaluation import during_training
 from aclip.evaluation.during_training import Evaluator
 from aclip.evaluation.towers import Towers
 
@@ -103,7 +104,8 @@ def test_without_a_mask_or_on_another_rank_nothing_is_pictured(shards, monkeypat
     evaluation = Evaluator(load_recipe("demo", plain), shards)({"student": always(0)}, None)
     assert evaluation.picture is None and "mask" not in evaluation.metrics
     evaluator = Evaluator(load_recipe("demo", RECIPE), shards)
-    monkeypatch.setattr(evaluator, "_score", lambda towers: {"num_images": 1.0})
+    found = {"student": {"num_images": 1.0, "zero_shot_top1": 1.0, "num_classes": 3.0}}
+    monkeypatch.setattr(during_training, "evaluate_models", lambda *_, **__: found)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     evaluation = evaluator({"student": always(0)}, scores_of_the_object)
     assert evaluation.picture is None and "mask" not in evaluation.metrics

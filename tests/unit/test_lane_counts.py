@@ -30,7 +30,8 @@ def test_lanes_that_do_not_divide_the_batch_are_refused():
 @pytest.mark.parametrize(
     ("workers", "lanes", "ranks", "cores", "expected"),
     [
-        pytest.param(None, 16, 2, 16, 8, id="up to 8"),
+        pytest.param(None, 64, 2, 64, 16, id="up to 16"),
+        pytest.param(None, 1024, 8, 12, 8, id="12 cores a rank"),
         pytest.param(None, 12, 2, 5, 3, id="a divisor of a rank's lanes"),
         pytest.param(None, 48, 1, 2, 2, id="as many as cores"),
         pytest.param(None, 4, 4, 16, 1, id="one lane a rank"),

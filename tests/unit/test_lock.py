@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 
+from aclip import lock
 from aclip.errors import ConfigError
 from aclip.lock import claim, release
 
@@ -81,3 +83,16 @@ def test_file_system_without_locks_is_said_and_hinders_nothing(tmp_path, monkeyp
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     assert "knows no locks" in claim(tmp_path, "--output", "a run")
+
+
+def test_process_that_was_killed_is_waited_for_and_one_that_runs_is_not(tmp_path, owner):
+    process = owner()
+    facts = json.loads((tmp_path / ".owner").read_text())
+    assert not lock._is_ending(facts)
+    process.send_signal(signal.SIGSTOP)
+    process.kill()  # ends only now and then, since nobody has asked for its status yet
+    assert lock._is_ending(facts) and not lock._is_ending({**facts, "host": "elsewhere"})
+    assert claim(tmp_path, "--output", "a run") is None
+    release(tmp_path)
+    process.wait()
+    assert lock._is_ending(facts)

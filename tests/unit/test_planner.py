@@ -145,6 +145,23 @@ def test_time_of_a_plan(plan):
     assert planned.gpu_hours == pytest.approx(2500 * longer * 8 / 3600)
 
 
+def test_time_of_a_plan_without_a_stated_mfu_is_predicted(plan):
+    planned = plan(mfu=None, nodes=1, gpus_per_node=8)
+    assert planned.compute_seconds == planned.time.seconds == planned.time.whole.device_seconds
+    flops = sum(part.total for part in planned.measured.flops.values())
+    assert planned.time.whole.flops == pytest.approx(512 * flops)
+    assert planned.mfu == pytest.approx(512 * flops / 312e12 / planned.step_seconds)
+    assert 0.1 < planned.mfu < 0.6
+    assert "Host-bound" not in report(planned)
+
+
+def test_a_plan_says_when_the_gpu_waits_for_the_host(plan):
+    planned = plan(mfu=None, nodes=8, gpus_per_node=8, overrides=["train.global_batch_size=512"])
+    assert planned.compute_seconds == planned.time.whole.host_seconds
+    (line,) = [line for line in report(planned).splitlines() if "Host-bound" in line]
+    assert "with 8 images at a time" in line and "model.compile=true" in line
+
+
 def test_recomputation_takes_time_and_saves_memory(plan):
     planned = plan()
     again = plan(overrides=["model.image.recompute=blocks"])

@@ -22,6 +22,7 @@ import aclip.training.pretrain
 
 start = check_start(parse(sys.argv[1:]))
 print([shard.num_samples for shard in start.shards], start.val_shards, start.resume_from)
+print(start.recipe.data.crops)
 print(sorted(sys.modules.keys() & {"deepspeed", "timm", "open_clip"}))
 """
 
@@ -35,7 +36,7 @@ def test_all_is_checked_without_deepspeed_and_without_a_tower(write_tar, encode_
     words = ["--ds_config", str(tmp_path / "ds.json"), "--output", str(tmp_path / "run")]
     words += ["--train", write_tar("a.tar", members), "train.global_batch_size=2"]
     done = subprocess.run([sys.executable, "-c", CODE, *words], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-2:] == ["[4] [] None", "[]"], done.stderr
+    assert done.stdout.splitlines()[-3:] == ["[4] [] None", "worker", "[]"], done.stderr
     assert (tmp_path / "run").is_dir()
 
 

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch, join
-from aclip.data.images import device_views
 from aclip.data.images.device_views import cut_views_on_device
 from aclip.data.images.views import crop, random_box
-from aclip.data.images.whole_images import PixelBuffer, read_whole_image, stack_images
+from aclip.data.images.whole_images import PixelBuffer, WholeImages, read_whole_image, stack_images
 from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import Shard, Skip
+from aclip.kernels.cut_views import reference
 from aclip.training.step_inputs import StepInputs
 
 SIZES = [(64, 64), (91, 47), (47, 91), (200, 33), (33, 200), (120, 160)]
@@ -39,8 +40,7 @@ def levels_apart(first, second) -> int:
 
 
 @pytest.mark.parametrize("side", [16, 56, 224])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_views_are_within_one_level_of_pillows(side, dtype):
+def test_views_are_within_one_level_of_pillows(side):
     rng = np.random.default_rng(side)
     whole_images = [
         read_whole_image(encode(*size, seed), 1, 1024) for seed, size in enumerate(SIZES)
@@ -48,8 +48,8 @@ def test_views_are_within_one_level_of_pillows(side, dtype):
     boxes = [[random_box(rng, *size, (0.05, 1.0)) for _ in range(3)] for size in SIZES]
     for row, (height, width) in zip(boxes, SIZES, strict=True):
         row += [(0, 0, height, width), (height - 7, width - 9, 7, 9)]  # all of it, and a corner
-    images, sizes = device_views._pad(stack_images(whole_images))
-    views = device_views._resample(images, sizes, torch.tensor(boxes), side, dtype)
+    found = cut_views_on_device(stack_images(whole_images), torch.tensor(boxes), None, side, None)
+    views = found["student_views"]
     for image, row, found in zip(whole_images, boxes, views, strict=True):
         image = Image.fromarray(image.pixels)
         expected = np.stack([crop(image, box, side) for box in row])
@@ -58,7 +58,7 @@ def test_views_are_within_one_level_of_pillows(side, dtype):
 
 def test_weights_sum_to_one_inside_the_image_and_are_zero_beyond():
     start, length = torch.tensor([[0.0, 3.5]]), torch.tensor([[20.0, 16.5]])
-    weights = device_views.resampling_weights(start, length, torch.tensor([[20]]), 26, 7)
+    weights = reference.resampling_weights(start, length, torch.tensor([[20]]), 26, 7)
     assert weights.shape == (1, 2, 7, 26)
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 7))
     assert (weights[..., 20:] == 0).all()
@@ -70,7 +70,7 @@ def test_padding_and_batching_change_no_view(monkeypatch):
     ]
     boxes = torch.tensor([[(3, 5, 20, 25)]] * len(SIZES), dtype=torch.int32)
     together = cut_views_on_device(stack_images(whole_images), boxes, boxes[:, 0], 32, 16)
-    monkeypatch.setattr(device_views, "IMAGES_AT_ONCE", 4)
+    monkeypatch.setattr(reference, "IMAGES_AT_ONCE", 4)
     in_parts = cut_views_on_device(stack_images(whole_images), boxes, boxes[:, 0], 32, 16)
     for name in ("student_views", "teacher_view"):
         assert levels_apart(together[name], in_parts[name]) <= 1  # sums in another order
@@ -101,6 +101,33 @@ def test_a_large_image_is_reduced_by_the_smallest_whole_factor_to_means_of_squar
     region = tuple(edge / factor for edge in (30, 20, 75, 60))
     expected = Image.fromarray(image.pixels).resize((24, 24), Image.Resampling.BILINEAR, box=region)
     assert levels_apart(found[0, 0].permute(1, 2, 0), np.array(expected)) <= 1
+
+
+@pytest.mark.parametrize("num_ssl", [0, 2])
+def test_each_kind_of_view_takes_one_launch_and_no_value_is_read_on_the_host(num_ssl):
+    def make(*shape, dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")  # has no values
+
+    launches = []
+
+    class Launches(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if result.is_meta and "squeeze" not in str(function):  # else it is a view
+                launches.append(str(function))
+            return result
+
+    boxes = make(3, num_ssl, 4, dtype=torch.int32) if num_ssl else None
+    flips = make(3, num_ssl, dtype=torch.bool) if num_ssl else None
+    sizes = torch.tensor([[4, 5, 1], [6, 2, 1], [3, 3, 2]], dtype=torch.int32)
+    whole = WholeImages(make(41, 3, dtype=torch.uint8), sizes, boxes, flips)
+    student, teacher = make(3, 2, 4, dtype=torch.int32), make(3, 4, dtype=torch.int32)
+    with Launches():
+        views = cut_views_on_device(whole, student, teacher, 8, 4)
+    copy_of_places = "aten._to_copy.default"
+    assert launches == [copy_of_places] + ["aclip.cut_views.default"] * (3 if num_ssl else 2)
+    assert views["student_views"].shape == (3, 2, 3, 8, 8)
+    assert views["teacher_view"].shape == (3, 3, 4, 4)
 
 
 def test_images_in_a_buffer_are_handed_over_without_a_copy():

@@ -2,6 +2,7 @@
 saves most of its time. The views are cut on the device (device_views.py).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -147,15 +148,19 @@ class WholeImages:
 
     def to(self, device: torch.device | str) -> "WholeImages":
         """Moves all tensors but `sizes`; asynchronous from pinned memory."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+    def map(self, change: Callable[[Tensor], Tensor]) -> "WholeImages":
+        """All tensors but `sizes`, changed by `change`."""
+
+        def changed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
 
         return replace(
             self,
-            pixels=move(self.pixels),
-            ssl_boxes=move(self.ssl_boxes),
-            ssl_flips=move(self.ssl_flips),
+            pixels=change(self.pixels),
+            ssl_boxes=changed(self.ssl_boxes),
+            ssl_flips=changed(self.ssl_flips),
         )
 
 

@@ -4,7 +4,7 @@ from aclip.errors import ConfigError
 
 MAX_LANES = 1024
 """Lanes by default at most: each holds a block of samples that wait and a shard that is open."""
-MAX_WORKERS = 8
+MAX_WORKERS = 16
 
 
 def resolve_lanes(lanes: int | None, global_batch_size: int) -> int:

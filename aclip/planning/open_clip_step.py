@@ -1,6 +1,7 @@
-"""open_clip's own CLIP training step with a recipe's towers, as the yardstick of the cost table."""
+"""open_clip's own CLIP training step with a recipe's towers: what other steps are compared with."""
 
 import contextlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,29 +35,7 @@ class OpenClipStep:
         self._tokens = F.pad(batch.tokens.ids, (0, missing))
         if device.type == "cuda":
             self._views, self._tokens = self._views.pin_memory(), self._tokens.pin_memory()
-        with torch.device("meta"):
-            vit = ImageTower(**recipe.model.image.model_dump()).vit
-        text = recipe.model.text
-        # A little dropout builds the module; `step` sets what is dropped.
-        self._model = CLIP(
-            recipe.model.embed_dim,
-            {
-                "image_size": recipe.model.image.resolution,
-                "patch_size": vit.patch_embed.patch_size[0],
-                "width": vit.embed_dim,
-                "head_width": vit.embed_dim // vit.blocks[0].attn.num_heads,
-                "layers": len(vit.blocks),
-                "patch_dropout": 0.5,
-            },
-            {
-                "context_length": CONTEXT_LENGTH,
-                "width": text.width,
-                "heads": text.heads,
-                "layers": text.layers,
-            },
-            output_dict=True,
-        ).to(device)
-        self._loss = ClipLoss()
+        self._model = CLIP(**open_clip_sizes(recipe)).to(device)
         config = recipe.optimizer
         groups = parameter_groups(self._model, config.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
@@ -71,8 +50,9 @@ class OpenClipStep:
             torch.float32,
         )
         with self._autocast():
-            output = self._model(pixels, self._tokens.to(self._device, non_blocking=True))
-            loss = self._loss(**output)
+            loss = open_clip_loss(
+                self._model, pixels, self._tokens.to(self._device, non_blocking=True)
+            )
         loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -89,3 +69,34 @@ class OpenClipStep:
         if self._device.type == "cuda":
             return torch.autocast("cuda", dtype=torch.bfloat16)
         return contextlib.nullcontext()
+
+
+def open_clip_sizes(recipe: Recipe) -> dict[str, Any]:
+    """The arguments of open_clip's CLIP for the recipe's towers."""
+    with torch.device("meta"):
+        vit = ImageTower(**recipe.model.image.model_dump()).vit
+    text = recipe.model.text
+    return {
+        "embed_dim": recipe.model.embed_dim,
+        "vision_cfg": {
+            "image_size": recipe.model.image.resolution,
+            "patch_size": vit.patch_embed.patch_size[0],
+            "width": vit.embed_dim,
+            "head_width": vit.embed_dim // vit.blocks[0].attn.num_heads,
+            "layers": len(vit.blocks),
+            # A little dropout builds the module; the caller sets what is dropped.
+            "patch_dropout": 0.5,
+        },
+        "text_cfg": {
+            "context_length": CONTEXT_LENGTH,
+            "width": text.width,
+            "heads": text.heads,
+            "layers": text.layers,
+        },
+        "output_dict": True,
+    }
+
+
+def open_clip_loss(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
+    """The loss () of pixels (B, 3, R, R) and captions (B, CONTEXT_LENGTH), on one rank."""
+    return ClipLoss()(**model(pixels, ids))

@@ -1,0 +1,155 @@
+"""Steps of recipes and of open_clip on a GPU that need not be there, and how they read."""
+
+from dataclasses import dataclass
+
+from aclip.cli import text_table
+from aclip.config.ds_config import DsConfig
+from aclip.config.recipe import Recipe
+from aclip.data.synthetic import batch_of_mean_captions
+from aclip.planning.engine_operations import fused_adamw
+from aclip.planning.gpus import Gpu
+from aclip.planning.measure_step import measure_step
+from aclip.planning.step_time import PartTime, StepTime, recipe_step_times, step_time
+from aclip.planning.trace_step import COMPILED, LOSSES, trace_open_clip
+from aclip.planning.zero_memory import zero_settings
+
+OPEN_CLIP = "open_clip"
+NOTE = """Host: the time to launch a step, +-40 %.
+Device: each operation takes as long as its bytes or its matrix products. Compiled: neighbours
+without matrix products count as one operation that reads and writes once."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A step of a system at a batch size.
+
+    Attributes:
+        system: a recipe's name, or open_clip. compiled: with torch.compile.
+        batch_size: images of the step, on one GPU.
+        time: the step by part.
+        flops: of matrix products that are needed once, of the whole batch.
+        gpu: what it is predicted for. in_bf16: which of its peaks the MFU is a share of.
+    """
+
+    system: str
+    compiled: bool
+    batch_size: int
+    time: StepTime
+    flops: float
+    gpu: Gpu
+    in_bf16: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.system}, compiled" if self.compiled else self.system
+
+    @property
+    def images_per_second(self) -> float:
+        return self.batch_size / self.time.seconds
+
+    @property
+    def mfu(self) -> float:
+        peak = self.gpu.bf16_flops if self.in_bf16 else self.gpu.fp32_flops
+        return self.flops / (self.time.seconds * peak)
+
+
+def predict(
+    name: str, recipe: Recipe, ds_config: DsConfig, gpu: Gpu, caption_tokens: float
+) -> list[Prediction]:
+    """A recipe's step on one GPU, without and with model.compile.
+
+    Args:
+        name: what the recipe is called.
+        ds_config: checked for one rank.
+        caption_tokens: the captions' mean length; they are padded to the context length.
+    """
+    size, context = recipe.train.global_batch_size, recipe.model.text.context_length
+    length = min(caption_tokens, context)
+    settings, dtype = zero_settings(ds_config, 1), ds_config.dtype
+    eager, compiled = recipe_step_times(recipe, dtype, settings, gpu, size, length)
+    few = batch_of_mean_captions(recipe, length, context)
+    flops = size * measure_step(recipe, few, modes=("none",)).total_flops
+    in_bf16 = dtype.itemsize == 2
+    return [
+        Prediction(name, False, size, eager, flops, gpu, in_bf16),
+        Prediction(name, True, size, compiled, flops, gpu, in_bf16),
+    ]
+
+
+def predict_open_clip(recipe: Recipe, gpu: Gpu) -> list[Prediction]:
+    """open_clip's step with the recipe's towers, eager and compiled."""
+    batch_size = recipe.train.global_batch_size
+    trace = trace_open_clip(recipe, batch_size)
+    flops = sum(each.flops for each in trace.operations)
+    update = fused_adamw(trace.trained)
+    return [
+        Prediction(
+            OPEN_CLIP,
+            compiled,
+            batch_size,
+            step_time(
+                trace.compiled(COMPILED | {LOSSES} if compiled else set()) + update,
+                gpu,
+                len(trace.trained),
+                stage=None,
+                compiled=compiled,
+            ),
+            flops,
+            gpu,
+        )
+        for compiled in (False, True)
+    ]
+
+
+def report(predictions: list[Prediction]) -> str:
+    """The predictions as text: the parts of each at the largest batch, then all of them."""
+    largest = max(each.batch_size for each in predictions)
+    parts = [_parts(each) for each in predictions if each.batch_size == largest]
+    gpu = predictions[0].gpu
+    note = f"Predicted for one {gpu.name}, not measured. {NOTE}"
+    return "\n\n".join([*parts, _summary(predictions), note])
+
+
+def _parts(prediction: Prediction) -> str:
+    title = f"{prediction.name}, {prediction.batch_size} images"
+    rows = [[title, "launches", "host ms", "GB", "TFLOP", "device ms"]]
+
+    def row(name: str, part: PartTime) -> list[str]:
+        return [
+            name,
+            f"{part.launches:,}",
+            f"{part.host_seconds * 1e3:.1f}",
+            f"{part.moved / 1e9:.1f}",
+            f"{part.flops / 1e12:.2f}",
+            f"{part.device_seconds * 1e3:.1f}",
+        ]
+
+    rows += [row(name, part) for name, part in prediction.time.parts.items() if part.launches]
+    return text_table([*rows, row("sum", prediction.time.whole)])
+
+
+def _summary(predictions: list[Prediction]) -> str:
+    baselines = [OPEN_CLIP, f"{OPEN_CLIP}, compiled"]
+    seconds = {(each.name, each.batch_size): each.time.seconds for each in predictions}
+    compares = any(each.system == OPEN_CLIP for each in predictions)
+    titles = ["images", "", "host ms", "device ms", "step ms", "bound by", "img/s", "MFU"]
+    rows = [[*titles, *(f"/ {name}" for name in baselines if compares)]]
+    for each in predictions:
+        time = each.time
+        rows.append(
+            [
+                str(each.batch_size),
+                each.name,
+                f"{time.whole.host_seconds * 1e3:.1f}",
+                f"{time.whole.device_seconds * 1e3:.1f}",
+                f"{time.seconds * 1e3:.1f}",
+                "host" if time.is_host_bound else "device",
+                f"{each.images_per_second:,.0f}",
+                f"{each.mfu:.0%}",
+            ]
+        )
+        if compares:
+            rows[-1] += [
+                f"{time.seconds / seconds[name, each.batch_size]:.2f}" for name in baselines
+            ]
+    return text_table(rows, left=(1,))
