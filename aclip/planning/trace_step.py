@@ -102,7 +102,7 @@ def trace_step(
         if teacher is not None:
             teacher.update(student, 0.99)
     trained = [p.numel() for p in student.parameters() if p.requires_grad]
-    return Trace(_with_views_apart(log.operations), log.sizes, trained)
+    return Trace(_copied_beside(_with_views_apart(log.operations)), log.sizes, trained)
 
 
 def trace_open_clip(recipe: Recipe, batch_size: int) -> Trace:
@@ -128,6 +128,12 @@ def trace_open_clip(recipe: Recipe, batch_size: int) -> Trace:
             loss.backward()
         trained = [p.numel() for p in model.parameters()]
     return Trace(_with_views_apart(log.operations), log.sizes, trained)
+
+
+def _copied_beside(operations: list[Operation]) -> list[Operation]:
+    """The batch's copies from the host take no time of a step: they run beside the step before it
+    (data/workers.py)."""
+    return [replace(each, from_host=0) if each.from_host else each for each in operations]
 
 
 def _with_views_apart(operations: list[Operation]) -> list[Operation]:

@@ -202,6 +202,8 @@ def test_checkpoint_of_other_data_or_batch_size_is_refused(run_distributed, shar
     state = json.loads((run / f"checkpoints/samples-{2 * BATCH:012d}/state.json").read_text())
     data = state["data"]
     assert len(data.pop("sha256")) == 64
+    sizes = [Path(shard.url).stat().st_size for shard in shards]
+    assert [mark.partition("-")[0] for mark in data.pop("marks")] == list(map(str, sizes))
     assert data == {
         "shards": 4,
         "samples": 4 * SHARD_SIZE,
