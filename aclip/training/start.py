@@ -110,6 +110,6 @@ def _give_hints(recipe: Recipe) -> None:
     train = recipe.train
     if train.warmup_epochs >= train.epochs:
         say(
-            f"train.warmup_epochs is {train.warmup_epochs:g}, as long as the run: the learning "
-            f"rate only rises; set it lower, e.g. to {train.epochs / 25:g}"
+            f"train.warmup_epochs is {train.warmup_epochs:g} and train.epochs {train.epochs:g}, so "
+            f"the learning rate only rises; set it lower, e.g. to {train.epochs / 25:g}"
         )
