@@ -49,6 +49,15 @@ class Start:
         found = self.beginning.checkpoint
         return None if found is None else Path(found)
 
+    @property
+    def reached(self) -> dict | None:
+        """state.json of a run that was complete before, with nothing left to do; else None."""
+        if not self.beginning.is_complete:
+            return None
+        progress = read_progress(self.resume_from)
+        is_evaluated = not self.val_shards or "end" in progress.get("evaluations", {})
+        return progress if is_evaluated else None
+
 
 def check_start(arguments: argparse.Namespace) -> Start:
     """Checks all input that can be checked without the other ranks and without a tower.
