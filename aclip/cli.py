@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from itertools import zip_longest
 
-from aclip.errors import ConfigError, DataError, NotWritten
+from aclip.errors import ConfigError, DataError, NotWritten, PortInUse
 from aclip.files import expand_home
 
 EXIT_FAILED_RUNS = 1
-"""Some of an ablation's runs, or of an evaluation's sets, have failed."""
+"""Some of an ablation's runs, or of an evaluation's sets, have failed; or the ranks' port is in
+use, for which another start can help."""
 EXIT_BAD_INPUT = 2
 """Also a node that is not fit for a run. Nothing restarts after this status or the next one."""
 EXIT_NON_FINITE = 3
@@ -115,6 +116,8 @@ def print_any_name() -> None:
 def _status(error: ConfigError) -> int:
     if isinstance(error, NotWritten):
         return EXIT_NOT_SAVED
+    if isinstance(error, PortInUse):
+        return EXIT_FAILED_RUNS
     return EXIT_UNREADABLE_DATA if isinstance(error, DataError) else EXIT_BAD_INPUT
 
 

@@ -106,9 +106,10 @@ def _make_runs(arguments: argparse.Namespace) -> list[Run]:
     dataset_size = sum(shard.num_samples for shard in shards)
     steps = count_steps(train.epochs, dataset_size, train.global_batch_size)
     if steps < LEAST_STEPS:
+        enough = math.ceil(100 * LEAST_STEPS * train.global_batch_size / dataset_size) / 100
         raise ConfigError(
-            f"train.epochs is {train.epochs:g}, which is {steps} steps; give enough of them for "
-            f"{LEAST_STEPS}"
+            f"train.epochs is {train.epochs:g}, which is {steps} steps, but the rows are compared "
+            f"after {LEAST_STEPS} steps at the least; raise it to {enough:g} or more"
         )
     every = math.ceil(steps / QUARTERS) * train.global_batch_size
     schedule = [

@@ -111,7 +111,7 @@ class Runner:
         waiting = deque(run for run in runs if not run.is_finished)
         print(
             f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before; "
-            f"{self._num_devices} at a time",
+            f"{self._num_devices} at a time; each writes its lines to {LOG_FILE} in its folder",
             flush=True,
         )
         failed = []

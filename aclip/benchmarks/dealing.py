@@ -192,8 +192,10 @@ def format_table(rows: list[Dealt], epochs: int) -> str:
 def _count(sizes: list[int], spans: list[Span]) -> np.ndarray:
     """(samples,) int64: how often each sample lies in the spans."""
     firsts = np.cumsum([0, *sizes])
-    shards = np.array([span.shard for span in spans], dtype=np.int64)
+    # An epoch of less than a batch may have no span, and an empty list would be of floats.
+    fields = [(span.shard, span.samples.start, span.samples.stop) for span in spans]
+    shards, starts, stops = np.array(fields, dtype=np.int64).reshape(-1, 3).T
     changes = np.zeros(firsts[-1] + 1, dtype=np.int64)
-    np.add.at(changes, firsts[shards] + [span.samples.start for span in spans], 1)
-    np.add.at(changes, firsts[shards] + [span.samples.stop for span in spans], -1)
+    np.add.at(changes, firsts[shards] + starts, 1)
+    np.add.at(changes, firsts[shards] + stops, -1)
     return changes.cumsum()[:-1]

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from aclip.errors import PortInUse
 from aclip.machine import own_device_index
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -19,6 +20,9 @@ def init_distributed(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> torch.
 
     Args:
         timeout: how long the rendezvous and each collective may take.
+
+    Raises:
+        PortInUse: on rank 0, if another process listens where the ranks are to meet.
     """
     avoid_shared_memory_build()
     accelerator = get_accelerator()
@@ -31,12 +35,21 @@ def init_distributed(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> torch.
         accelerator.set_device(own_device_index(accelerator.device_count()))
     # DeepSpeed 0.19.8 calls torch's collectives by names that torch 2.14 warns about at every call.
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-    deepspeed.init_distributed(
-        accelerator.communication_backend_name(),
-        auto_mpi_discovery=False,
-        timeout=timeout,
-        verbose=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            accelerator.communication_backend_name(),
+            auto_mpi_discovery=False,
+            timeout=timeout,
+            verbose=False,
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise PortInUse(
+            f"MASTER_PORT is {os.environ.get('MASTER_PORT')}, which another process of this "
+            "machine uses, perhaps another run; give the launcher a free one in front of the "
+            "script, e.g. deepspeed --master_port 29501 launch/pretrain.py"
+        ) from None
     return torch.device(accelerator.current_device_name())
 
 

@@ -45,14 +45,20 @@ def evaluate_sets(
     """
     loaded = load_model(arguments.checkpoint, arguments.model, arguments.recipe)
     towers = loaded.towers(_join_ranks())
+    world_size = distributed.world_size()
     say(
-        f"evaluating the {loaded.description} at {towers.resolution} px on {len(tasks)} sets, "
-        f"{distributed.world_size()} ranks"
+        f"evaluating the {loaded.description} at {towers.resolution} px on {len(tasks)} "
+        f"set{'s'[: len(tasks) > 1]}, {world_size} rank{'s'[: world_size > 1]}"
     )
+    if missing:
+        say(
+            f"--data is {arguments.data}, which lacks {len(missing)} of the paper's sets; they are "
+            "left out, and results.md says where each is expected"
+        )
     facts = {
         "model": loaded.description,
         "resolution": towers.resolution,
-        "ranks": distributed.world_size(),
+        "ranks": world_size,
         "left_out": missing,
     }
     not_written = None if folder is None else folder.not_written

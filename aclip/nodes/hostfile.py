@@ -57,7 +57,7 @@ def check_hostfile(path: str) -> tuple[list[Host], list[str]]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
-        return [], [f"hostfile is {path}, which can't be read ({why}); see hostfile.example"]
+        return [], [f"hostfile is {path}, which can't be read ({why}); see launch/hostfile.example"]
     hosts: dict[str, Host] = {}
     loopback, problems = "", []
     for number, line in enumerate(text.splitlines(), 1):

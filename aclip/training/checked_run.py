@@ -81,7 +81,8 @@ def print_headline(start: Start, trainer: Trainer) -> None:
     device = torch.cuda.get_device_name(trainer.device) if on_gpu else "CPU"
     say(
         f"{recipe.description or 'recipe'}: {trainer.num_steps:,} steps of "
-        f"{recipe.train.global_batch_size} images on {world_size()} ranks ({device}, micro-batch "
+        f"{recipe.train.global_batch_size} images on {world_size()} "
+        f"rank{'s'[: world_size() > 1]} ({device}, micro-batch "
         f"{ds_config.micro_batch_size} x {ds_config.num_micro_steps}), ZeRO-{ds_config.stage}, "
         f"{precision}; run folder {start.run_folder}"
     )

@@ -19,6 +19,10 @@ def pretrain(arguments: argparse.Namespace) -> int:
     # Until training listens for it: a request for a checkpoint must not end a run that starts.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     start = check_start(arguments)
+    if (reached := start.reached) is not None:
+        print_results(start.run_folder, reached["samples"], reached["evaluations"])
+        return 0
+    say("the input is checked; loading DeepSpeed and building the towers")
     # Imported here: DeepSpeed and the towers take seconds, which no wrong input should cost.
     from aclip.training.checked_run import build_trainer, join_ranks, print_headline, train
 

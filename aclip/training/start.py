@@ -49,6 +49,15 @@ class Start:
         found = self.beginning.checkpoint
         return None if found is None else Path(found)
 
+    @property
+    def reached(self) -> dict | None:
+        """state.json of a run that was complete before, with nothing left to do; else None."""
+        if not self.beginning.is_complete:
+            return None
+        progress = read_progress(self.resume_from)
+        is_evaluated = not self.val_shards or "end" in progress.get("evaluations", {})
+        return progress if is_evaluated else None
+
 
 def check_start(arguments: argparse.Namespace) -> Start:
     """Checks all input that can be checked without the other ranks and without a tower.
@@ -110,6 +119,6 @@ def _give_hints(recipe: Recipe) -> None:
     train = recipe.train
     if train.warmup_epochs >= train.epochs:
         say(
-            f"train.warmup_epochs is {train.warmup_epochs:g}, as long as the run: the learning "
-            f"rate only rises; set it lower, e.g. to {train.epochs / 25:g}"
+            f"train.warmup_epochs is {train.warmup_epochs:g} and train.epochs {train.epochs:g}, so "
+            f"the learning rate only rises; set it lower, e.g. to {train.epochs / 25:g}"
         )

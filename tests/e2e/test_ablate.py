@@ -55,7 +55,7 @@ def test_wrong_arguments_end_with_a_sentence(launcher, tmp_path):
         (["--seeds", "0"], "--seeds is 0; give 1 or more"),
         (["--rows", "all"], "--rows names all; take some of masks, systems, clip"),
         (["--keep_ratio", "0.5", "0.5"], "--keep_ratio is 0.5 0.5; give each ratio once"),
-        (["train.epochs=0.01"], "train.epochs is 0.01, which is 2 steps; give enough"),
+        (["train.epochs=0.01"], "train.epochs is 0.01, which is 2 steps, but"),
         (["mask.keep_ratio=0.1"], "override is mask.keep_ratio=0.1, but an ablation decides"),
         (["loss.simclr=1"], "override is loss.simclr=1, but an ablation decides"),
         (["--recipe", "clip_vitb16"], "data.train is empty in clip_vitb16; give shards"),

@@ -89,6 +89,7 @@ def test_complete_run_prints_its_table_again_and_refuses_other_settings(launcher
         return lines[start : start + 5]
 
     assert again.status == 0
+    assert "building the towers" not in again.output, "nothing is trained, so nothing is built"
     assert table(first.output) == table(again.output)
 
     other = launcher.run(*arguments, "model.embed_dim=64", launcher=False)

@@ -150,8 +150,8 @@ def test_a_conversion_that_gives_nothing_says_why_and_leaves_its_folder_free(tmp
         return make_job(tmp_path, source)
 
     words = (
-        rf"no entry of the source became a sample \(no_image 1, empty_caption 1\): no_image is the "
-        rf"image is not there, e\.g\. a: no file a\.jpg in {tmp_path} \(.*report\.json has more"
+        rf"no entry of the source became a sample \(no_image 1, empty_caption 1\); no_image means: "
+        rf"the image is not there, e\.g\. a: no file a\.jpg in {tmp_path} \(.*report\.json has more"
     )
     with pytest.raises(ConfigError, match=words):
         run(job(None), processes=1)
@@ -169,8 +169,8 @@ def test_a_conversion_that_gives_nothing_says_why_and_leaves_its_folder_free(tmp
         ((), r"the source holds no entry; check it"),
         (("a.xml", "b.xml", "Thumbs.db"), r"no entry, only litter 1, other_file \(\.xml\) 2;"),
         (("a.heic", "a.txt"), r"\(unsupported_format \(\.heic\) 1\)"),
-        (("a.jpg",), r"no_caption is the caption is not there, e\.g\. a: no \.txt, "),
-        (("a.txt",), r"no_image is the image is not there, e\.g\. a: no image beside a\.txt"),
+        (("a.jpg",), r"no_caption means: the caption is not there, e\.g\. a: no \.txt, "),
+        (("a.txt",), r"no_image means: the image is not there, e\.g\. a: no image beside a\.txt"),
     ],
 )
 def test_a_folder_that_gives_nothing_is_described(tmp_path, names, words):

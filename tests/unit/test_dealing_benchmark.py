@@ -37,6 +37,12 @@ def test_a_set_that_fills_its_batches_is_seen_whole():
     assert row.opened == 8  # two lanes a shard
 
 
+def test_a_set_smaller_than_a_batch_gives_none_in_the_first_epoch():
+    # 6 samples in batches of 8: 0, 1, 1 and 1 batches in the epochs, which are 24 places.
+    row = deal(DataSet("small", [3, 3], 8), num_workers=2, epochs=4)
+    assert (row.unseen, row.carried, row.sample_passes) == (6, 6, (4, 4))
+
+
 def test_the_default_sets_are_those_of_the_manual():
     sets = {each.name: (len(each.sizes), each.batch_size) for each in default_sets()}
     assert sets["YFCC-15M"] == (1483, 4096) and sets["the built-in scenes"] == (48, 32)

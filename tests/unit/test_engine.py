@@ -1,6 +1,9 @@
 """What depends on a GPU in building the engine, seen without one."""
 
 import os
+import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import deepspeed
@@ -51,6 +54,22 @@ def test_each_rank_takes_its_own_device_before_anything_is_made(monkeypatch):
     assert process_group.init_distributed() == torch.device("cuda:1")
     assert at_start == [1]
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_a_port_in_use_is_named_and_a_start_may_be_tried_again(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**place, "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        code = (
+            "from aclip.cli import run_reporting_errors\n"
+            "from aclip.engine.process_group import init_distributed\n"
+            "run_reporting_errors(init_distributed)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"[rank 0] error: MASTER_PORT is {port}, which another process" in done.stderr
 
 
 def sharded_state(model, optimizer):

@@ -16,6 +16,7 @@ from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
 from aclip.evaluation import evaluate_sets
 from aclip.evaluation.evaluate import evaluate
+from aclip.evaluation.sets.catalog import find_tasks
 from aclip.lock import claim, release
 
 
@@ -203,3 +204,15 @@ def test_nothing_at_all_is_refused(arguments, tmp_path):
     words += "no_image holds no image in a folder of its class, of which there are 1 .cat"
     with pytest.raises(ConfigError, match=words):
         evaluate(arguments(suite=["empty", "no_sample", "no_image"]))
+
+
+def test_sets_of_the_paper_that_are_not_there_are_counted_aloud(run, tmp_path, capsys, monkeypatch):
+    write_colours(tmp_path / "food", 1)
+    missing = ["cars is not in it: put it there", "dtd is not in it: put it there"]
+    found = find_tasks(["food"], tmp_path)[0], missing
+    monkeypatch.setattr("aclip.evaluation.evaluate.find_tasks", lambda *_: found)
+    assert evaluate(arguments_for(tmp_path, checkpoint=str(run))) == 0
+    output = capsys.readouterr().out
+    assert f"--data is {tmp_path}, which lacks 2 of the paper's sets; they are left out" in output
+    assert "px on 1 set, 1 rank\n" in output
+    assert "- left out: cars is not in it" in (tmp_path / "out" / "results.md").read_text()

@@ -127,7 +127,11 @@ def test_two_stars_mean_any_depth(tmp_path):
         ("d/sub/*/x.tar", "no file matches {}/d/sub/*/x.tar; {}/d/sub is empty; check the path"),
         ("d/{0..3}.tar", "there is no file {}/d/0.tar; {}/d holds 3 .tgz"),
         ("d/su*", "only folders match {}/d/su*"),
-        ("gone/deep/{0..3}.tar", "there is no file {}/gone/deep/0.tar; {} holds 1 folder; check"),
+        (
+            "gone/deep/{0..3}.tar",
+            "no file {}/gone/deep/0.tar; there is no folder {}/gone, and {} holds 1 folder; check",
+        ),
+        ("gone/*.tar", "no file matches {}/gone/*.tar; there is no folder {}/gone, and {} holds"),
     ],
 )
 def test_what_is_not_there_is_refused_with_what_was_found(tmp_path, pattern, words):

@@ -92,7 +92,9 @@ def say_nothing_was_usable(report: dict[str, Any]) -> str:
         return f"the source holds no entry{f', only {found}' * bool(found)}; check it"
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in skipped.items())
     kind = max(skipped, key=skipped.get)
-    return f"no entry of the source became a sample ({kinds}): {kind} is {_explain(kind, report)}"
+    return (
+        f"no entry of the source became a sample ({kinds}); {kind} means: {_explain(kind, report)}"
+    )
 
 
 def _place(counted: tuple[str, int]) -> tuple[int, str]:

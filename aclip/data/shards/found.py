@@ -1,5 +1,6 @@
 """What lies where shards were looked for, in words: for messages."""
 
+import glob
 import os
 import shlex
 import tarfile
@@ -33,11 +34,15 @@ SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".tbz", ".xz", ".txz", ".zst", ".tzs
 
 
 def describe_parent(path: str) -> str:
-    """What the folder of an absent file, or of a pattern, holds: `/d holds 12 .tar files`."""
-    folder = Path(path).absolute().parent
+    """What the folder of an absent file, or of a pattern, holds: `/d holds 12 .tar files`. If that
+    folder is absent too, this says so, and what the nearest one above it holds."""
+    folder, absent = Path(path).absolute().parent, None
     while not folder.is_dir():
-        folder = folder.parent
-    return f"{folder} {describe_folder(folder)}"
+        folder, absent = folder.parent, folder
+    found = f"{folder} {describe_folder(folder)}"
+    if absent is None or glob.has_magic(absent.name):
+        return found
+    return f"there is no folder {absent}, and {found}"
 
 
 def describe_folder(folder: Path) -> str:
