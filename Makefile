@@ -34,14 +34,9 @@ soak: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/kernel --benchmark-only -o python_files='bench_*.py'
 
-# On a machine with a GPU: the tests that need one, the kernel benchmarks, the cost of a step.
+# On a machine with a GPU: runs, the tests that need one, the cost of a step and of the kernels, in one report.
 gpu-check: $(VENV)/.installed-dev
-	$(BIN)/python -c "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() \
-		else 'no GPU: gpu tests are skipped, and so is the cost table', torch.__version__)"
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest -m gpu -q
-	$(BIN)/pytest tests/kernel --benchmark-only -o python_files='bench_*.py'
-	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
-		then $(BIN)/python launch/benchmark.py --against open_clip; fi
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m aclip.benchmarks.gpu_check
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

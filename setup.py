@@ -32,6 +32,8 @@ setup(
         "safetensors>=0.6",
         "fsspec>=2025.3",
         "filelock>=3.16",
+        # DeepSpeed needs it too; gpu-check finds a launcher's ranks with it.
+        "psutil>=5.9",
         "braceexpand>=0.1.7",
         "tqdm>=4.66",
         "numpy>=2.0",

@@ -3,7 +3,7 @@ open_clip`. Needs no GPU, and measures none."""
 
 import argparse
 
-from aclip.cli import DefaultsShown, run_reporting_errors
+from aclip.cli import DefaultsShown, path, run_reporting_errors
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -15,11 +15,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "recipes",
         nargs="*",
+        type=path,
         default=["clip_vitb16", "aclip_vitb16", "aclip_eff_vitb16"],
         help="names of recipes or YAML files",
     )
     parser.add_argument("--gpu", required=True, help="such as a100-80 or h100")
-    parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed JSON")
+    parser.add_argument(
+        "--ds_config", type=path, default="ds_configs/zero2.json", help="DeepSpeed JSON"
+    )
     parser.add_argument(
         "--batch_sizes", type=int, nargs="+", default=[64, 128, 512], help="images of a step"
     )

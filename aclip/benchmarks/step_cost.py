@@ -131,7 +131,8 @@ def format_table(rows: list[Row], baselines: list[str], environment: dict) -> st
 
 def _build(name: str, recipe: Recipe, batch_size: int, device: torch.device) -> System:
     on_gpu = device.type == "cuda"
-    values = {"zero_optimization": {"stage": 1 if on_gpu else 0}, "gradient_clipping": 0.0}
+    zero = {"stage": 1, "reduce_bucket_size": 25_000_000} if on_gpu else {"stage": 0}
+    values = {"zero_optimization": zero, "gradient_clipping": 0.0}
     if on_gpu:
         values["bf16"] = {"enabled": True}
     with TemporaryDirectory() as folder:

@@ -1,8 +1,17 @@
 """The compiled kernels at a real tower's shapes; the other files' tests run on a GPU as well."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 
+from aclip.config.ds_config import read_ds_config
+from aclip.config.recipe_file import load_recipe
+from aclip.data.batch import join
+from aclip.data.synthetic import synthetic_batch
+from aclip.distributed import default_to_one_rank
+from aclip.engine.process_group import init_distributed
 from aclip.kernels.attentive_pack import attentive_pack, attentive_pack_reference
 from aclip.kernels.augment_views import augment_views, augment_views_reference
 from aclip.kernels.cls_attention_scores import (
@@ -12,7 +21,10 @@ from aclip.kernels.cls_attention_scores import (
 from aclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_reference
 from aclip.kernels.cut_views import cut_views, cut_views_reference
 from aclip.kernels.sigmoid_loss import sigmoid_loss, sigmoid_loss_reference
+from aclip.training.step_watch import StepWatch
+from aclip.training.stepper import Stepper
 
+ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -101,3 +113,35 @@ def test_losses_equal_their_references_for_a_rank_of_eight(op, reference, number
     expected = reference(*(part.detach() for part in inputs), 1024, 200, True, True)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    """This rank's device. All tests share the process group, since DeepSpeed keeps groups that it
+    has made from one (0.19.8)."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            patch.delenv(name, raising=False)
+        default_to_one_rank()
+        yield init_distributed()
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_never_waits_for_the_device(one_rank, stage):
+    recipe = load_recipe("aclip_vits16", ["train.global_batch_size=32"])
+    ds_config = read_ds_config(str(ROOT / f"ds_configs/zero{stage}.json"), 32, 1)
+    stepper = Stepper(recipe, ds_config, one_rank)
+    batch = join([synthetic_batch(recipe, 32)], pin=True)
+    watch = StepWatch()
+    for step in range(4):
+        if step == 3:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            terms = stepper.step(batch, 1e-3, 0.99)
+            terms = {**terms, "gradient_norm": stepper.gradient_norm()}
+            watch.settle()  # waits for an event, which is no synchronisation of the device
+            watch.put(step, terms, batch.keys, [0, 0])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(value > 0 for value in watch.settle().terms.values())

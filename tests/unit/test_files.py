@@ -188,8 +188,9 @@ ALLOWED = {
     # The cache of shards, which has its own way to appear, and to make room.
     "data/shards/cache.py",
     "data/shards/remote.py",
-    # Temporary files, a token, the log that a started process writes, a switch of the kernel.
+    # Temporary files, a token, logs that started processes write, a switch of the kernel.
     "ablation/runs.py",
+    "benchmarks/gpu_check.py",
     "benchmarks/loading.py",
     "benchmarks/peak_memory.py",
     "benchmarks/step_cost.py",

@@ -93,7 +93,7 @@ def _count_by_scan(urls: list[str], remote: RemoteShards) -> dict[str, int]:
         try:
             make_folder(folder)
             stack.enter_context(FileLock(folder / "shard_counts.lock"))
-        except OSError as error:
+        except (OSError, NotWritten) as error:
             _warn_not_cached(error)
             return _scan(urls, remote)
         return _count_with_cache(urls, folder / "shard_counts.json", remote)
