@@ -34,9 +34,10 @@ soak: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/kernel --benchmark-only -o python_files='bench_*.py'
 
-# On a machine with a GPU: runs, the tests that need one, the cost of a step and of the kernels, in one report.
+# On a machine with a GPU: runs, the tests that need one, the cost of a step and of the kernels, in one report. OPTIONS="--minutes 30
+# --compiled" gives it more time and times the kernels' references under torch.compile too.
 gpu-check: $(VENV)/.installed-dev
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m aclip.benchmarks.gpu_check
+	$(BIN)/python -m aclip.benchmarks.gpu_check $(OPTIONS)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

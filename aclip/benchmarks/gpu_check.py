@@ -1,71 +1,61 @@
-"""What a machine with a GPU makes of this project, as one report: `make gpu-check`.
-
-Parts run one after another, each a program of its own with a limit of time. One that fails or runs
-into its limit is reported, and the next one runs. The report grows as they end.
-"""
+"""What a machine with a GPU makes of this project, as one report: `make gpu-check`."""
 
 import argparse
+import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import psutil
 import torch
 
-from aclip.cli import EXIT_FAILED_RUNS, run_reporting_errors, show_duration, text_table
+from aclip.benchmarks.demo_check import (
+    check_continued,
+    check_losses,
+    check_stopped,
+    has_trained,
+)
+from aclip.benchmarks.parts import FAILED, OK, RUNNING, CheckFailed, Outcome, Part, run_parts
+from aclip.cli import (
+    EXIT_FAILED_RUNS,
+    EXIT_STOPPED_BY_SIGNAL,
+    path,
+    run_reporting_errors,
+    show_duration,
+    text_table,
+)
 from aclip.errors import ConfigError
 from aclip.files import check_writable, write_whole
-from aclip.machine import SHARED_MEMORY, check_gpus, usable_cores
+from aclip.machine import SHARED_MEMORY, VISIBLE, check_gpus, usable_cores
 
-REPORT, LOGS = "gpu-check.md", "logs"
-LAST_LINES = 12
-"""Of a part's output, in the report."""
-LOOK = 0.5
-SECONDS_TO_END = 20.0
-"""Between SIGTERM and SIGKILL, once a part has run into its limit."""
-PACKAGES = ("torch", "deepspeed", "triton", "transformers", "timm", "open_clip_torch")
-DEMO = "train.epochs=2"
-"""As much of the demo as shows that it learns."""
-TWENTY_STEPS = ["train.epochs=0.0834", "train.warmup_epochs=0.01", "train.evaluate_every=0"]
-"""Of the demo, whose epoch has 240 steps."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of the check.
-
-    Attributes:
-        title: its name in the report.
-        command: what is run.
-        limit: seconds that it may take.
-        stop_once: SIGTERM goes to the ranks once this file is there, and the part succeeds if the
-            run ends with a checkpoint beside it.
-        missing: why it can't be run here; empty if it can.
-    """
-
-    title: str
-    command: list[str]
-    limit: float
-    stop_once: Path | None = None
-    missing: str = ""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a part ended: `ok`, or why not; the seconds that it took, and the end of its output."""
-
-    title: str
-    ended: str
-    seconds: float
-    last_lines: list[str]
+REPORT, FIGURES, COST = "gpu-check.md", "gpu-check.json", "cost.json"
+LOGS, RUNS = "gpu-check-logs", "gpu-check-runs"
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("triton", "deepspeed", "transformers", "timm", "open_clip_torch")
+DEMO, DEMO_STEPS = ["train.epochs=2", "train.log_every=20"], 480
+"""As much of the demo as shows that it learns; an epoch has 240 steps."""
+TWENTY_STEPS = [
+    "train.epochs=0.0834",
+    "train.warmup_epochs=0.05",
+    "train.evaluate_every=0",
+    "train.log_every=1",
+    "data.crops=device",
+    "data.workers=2",
+]
+COMPARED = ["clip_vitb16", "aclip_vitb16", "aclip_eff_vitb16"]
+"""In the cost table: those whose time is predicted too. SLIP's activations do not fit into 80 GB at
+the batch that fills it with the others."""
+BATCH_SIZES = ((75, 512), (44, 256), (28, 128), (14, 64))
+"""(GiB of a GPU's memory, images of a step in the cost table); below that 16."""
+MOST_PYTEST_WORKERS = 4
 
 
 def gpu_check(arguments: argparse.Namespace) -> int:
@@ -74,20 +64,30 @@ def gpu_check(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: there is no GPU, or none that torch can use.
     """
+    if not arguments.minutes > 0:
+        raise ConfigError(f"--minutes is {arguments.minutes:g}; give more than 0")
+    machine = describe_machine()
+    print(text_table(list(machine.items()), left=(0, 1)), flush=True)
     check_gpus()
     if not torch.cuda.is_available():
         raise ConfigError("no GPU is seen here, so there is nothing to check; run this on one")
     out = Path(arguments.out)
     check_writable(out / LOGS, "--out")
-    outcomes: list[Outcome] = []
+    # An older check's runs would be continued.
+    shutil.rmtree(out / RUNS, ignore_errors=True)
+    # Or a part would outlive this process, since it has a session of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED_BY_SIGNAL))
+
+    def tell(outcomes: list[Outcome]) -> None:
+        _print_last(outcomes[-1])
+        write_whole(out / REPORT, make_report(machine, outcomes))
+        figures = {"machine": machine, "parts": [asdict(each) for each in outcomes]}
+        write_whole(out / FIGURES, json.dumps(figures, indent=2))
+
     parts = make_parts(out, torch.cuda.device_count(), _memory_gib(), arguments.compiled)
-    for number, part in enumerate(parts, 1):
-        print(f"=== {part.title} (at most {show_duration(part.limit)})", flush=True)
-        outcomes.append(run_part(part, out / LOGS / f"{number:02d}.log"))
-        print(f"--- {outcomes[-1].ended} after {show_duration(outcomes[-1].seconds)}", flush=True)
-        write_whole(out / REPORT, make_report(describe_machine(), outcomes))
-    print(f"wrote {out / REPORT}; the parts' output is in {out / LOGS}", flush=True)
-    failed = [each for each in outcomes if not each.ended.startswith(("ok", "left out"))]
+    outcomes = run_parts(parts, out / LOGS, 60 * arguments.minutes, tell)
+    failed = sum(each.ended == FAILED for each in outcomes)
+    print(f"{failed or 'none'} of {len(outcomes)} parts failed; wrote {out / REPORT}", flush=True)
     return EXIT_FAILED_RUNS if failed else 0
 
 
@@ -100,155 +100,157 @@ def make_parts(out: Path, num_gpus: int, memory_gib: float, compiled: bool) -> l
         memory_gib: of the smallest of them.
         compiled: whether the kernels' references are timed under torch.compile too.
     """
-    python = sys.executable
-    runs = out.absolute() / "runs"
+    python, runs = sys.executable, out.absolute() / RUNS
+    # 32 images a step, which 1, 2, 4 and 8 ranks divide.
+    ranks = max(n for n in (1, 2, 4, 8) if n <= max(1, num_gpus))
 
-    def demo(name: str, ds_config: str, *words: str) -> list[str]:
-        # 32 images a step, which 1, 2, 4 and 8 GPUs divide.
-        ranks = max(n for n in (1, 2, 4, 8) if n <= num_gpus)
-        launcher = [python, "-m", "deepspeed.launcher.runner", "--quiet"]
-        launcher += ["--num_accelerators", str(ranks), "launch/pretrain.py"]
+    def demo(name: str, ds_config: str, words: list[str], ranks: int = ranks) -> list[str]:
+        launcher = [python, "-m", "deepspeed.launcher.runner", "--quiet", *_devices(ranks)]
         chosen = ["--ds_config", f"ds_configs/{ds_config}.json", "--output", str(runs / name)]
-        return [*launcher, *chosen, *words]
+        return [*launcher, "launch/pretrain.py", *chosen, *words]
 
-    batch_size = 512 if memory_gib >= 75 else 128
+    def twenty_steps(
+        title: str, name: str, ds_config: str, *words: str, limit: float = 60, **options
+    ) -> Part:
+        command = demo(name, ds_config, [*TWENTY_STEPS, *words], options.pop("ranks", ranks))
+        check: Callable[[str], str] = partial(check_losses, runs / name, 20, runs / "zero2")
+        return Part(f"{title}, 20 steps", command, limit, check=check, **options)
+
+    started = demo("demo", "zero2", DEMO)
+    workers = str(min(MOST_PYTEST_WORKERS, usable_cores()))
+    # Collecting the other folders, which have no such tests, would take half a minute.
+    tests = ["tests/kernel", "-m", "gpu", "-q", "-n", workers]
     benches = ["tests/kernel", "--benchmark-only", "-o", "python_files=bench_*.py"]
     if not compiled:
         benches += ["-k", "not compiled"]
-    metrics = runs / "zero2" / "metrics.jsonl"
-    no_compiler = "" if shutil.which("g++") else "g++ is missing, which builds Adam for the CPU"
-    offload = Part("zero3_offload, 20 steps", demo("offload", "zero3_offload", *TWENTY_STEPS), 150)
+    cost = ["--against", "open_clip", "--batch_size", str(batch_size(memory_gib))]
     return [
-        Part("the demo with zero2, stopped", demo("zero2", "zero2", DEMO), 120, stop_once=metrics),
-        Part("the demo with zero2, resumed to its end", demo("zero2", "zero2", DEMO), 120),
-        Part("the tests that need a GPU", [python, "-m", "pytest", "-m", "gpu", "-q"], 240),
-        Part("zero3, 20 steps", demo("zero3", "zero3", *TWENTY_STEPS), 90),
-        replace(offload, missing=no_compiler),
         Part(
-            "views cut on the device, two workers, 20 steps",
-            demo("device", "zero2", *TWENTY_STEPS, "data.crops=device", "data.workers=2"),
-            90,
+            f"the demo with zero2 on {ranks} GPU{'s'[: ranks > 1]}, stopped",
+            started,
+            60,
+            status=EXIT_STOPPED_BY_SIGNAL,
+            stop_when=partial(has_trained, runs / "demo"),
+            check=partial(check_stopped, runs / "demo"),
         ),
         Part(
-            "compiled blocks, 20 steps",
-            demo("compiled", "zero2", *TWENTY_STEPS, "model.compile=true"),
-            150,
+            "the demo, resumed to its end",
+            started,
+            60,
+            check=partial(check_continued, runs / "demo", DEMO_STEPS),
         ),
-        Part(
-            "the time that is predicted",
-            [python, "launch/roofline.py", "--gpu", "h100", "--batch_sizes", str(batch_size)],
-            120,
+        Part("tests that need a GPU", [python, "-m", "pytest", *tests], 240, check=_count_tests),
+        twenty_steps("zero2, views cut on the device, two workers", "zero2", "zero2"),
+        twenty_steps("zero3", "zero3", "zero3"),
+        twenty_steps(
+            "zero3_offload",
+            "zero3_offload",
+            "zero3_offload",
+            limit=120,  # Adam for the CPU is built first
+            left_out="" if shutil.which("g++") else "g++ is missing, which builds Adam for the CPU",
+        ),
+        twenty_steps("compiled blocks", "compiled", "zero2", "model.compile=true", limit=90),
+        twenty_steps(
+            "zero2 on one GPU",
+            "one-gpu",
+            "zero2",
+            ranks=1,
+            left_out="" if ranks > 1 else "the runs above had one GPU",
         ),
         Part(
             "the cost of a step",
-            [python, "launch/benchmark.py", "--against", "open_clip"]
-            + ["--batch_size", str(batch_size), "--json", str(out / "cost.json")],
-            240,
+            [python, "launch/benchmark.py", *COMPARED, *cost, "--json", str(out.absolute() / COST)],
+            120,
+            num_lines=24,
         ),
-        Part("kernel benchmarks", [python, "-m", "pytest", *benches], 180),
+        Part("kernel benchmarks", [python, "-m", "pytest", *benches], 120, num_lines=80),
     ]
 
 
-def run_part(part: Part, log: Path) -> Outcome:
-    """Runs a part to its end, to its limit, or to the stop that belongs to it."""
-    if part.missing:
-        return Outcome(part.title, f"left out: {part.missing}", 0.0, [])
-    start = time.monotonic()
-    with open(log, "wb") as file:
-        process = subprocess.Popen(
-            part.command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        is_late = _wait(process, part, start)
-    seconds = time.monotonic() - start
-    lines = log.read_text(errors="replace").splitlines()
-    return Outcome(part.title, _judge(process, part, is_late), seconds, lines[-LAST_LINES:])
+def _count_tests(output: str) -> str:
+    """How many tests passed, from pytest's last line."""
+    last = (output.splitlines() or [""])[-1]
+    if not re.search(r"[1-9]\d* passed", last):
+        raise CheckFailed(f"no test has passed: {last}")
+    return last
 
 
-def _wait(process: subprocess.Popen, part: Part, start: float) -> bool:
-    """Waits for the end; returns whether the limit had to end it."""
-    asked = False
-    while process.poll() is None:
-        if time.monotonic() - start > part.limit:
-            os.killpg(process.pid, signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(SECONDS_TO_END)
-            with suppress(ProcessLookupError):  # all that it has started may have ended
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return True
-        if part.stop_once is not None and not asked and part.stop_once.exists():
-            asked = True
-            for rank in _ranks(process.pid):
-                rank.send_signal(signal.SIGTERM)
-        time.sleep(LOOK)
-    return False
+def batch_size(memory_gib: float) -> int:
+    """Images of a step that fill a GPU in the cost table, whose systems share its memory."""
+    return next((size for least, size in BATCH_SIZES if memory_gib >= least), 16)
 
 
-def _ranks(pid: int) -> list[psutil.Process]:
-    """The training processes below a launcher; their data workers have their command line too."""
-    below = psutil.Process(pid).children(recursive=True)
-    found = [each for each in below if any("--local_rank" in word for word in each.cmdline())]
-    pids = {each.pid for each in found}
-    return [each for each in found if each.ppid() not in pids]
+def _devices(ranks: int) -> list[str]:
+    """The launcher's words for so many of the visible GPUs; it forgets what is visible when it is
+    told a number."""
+    visible = [word.strip() for word in os.environ.get(VISIBLE, "").split(",") if word.strip()]
+    if visible:
+        return ["--include", f"localhost:{','.join(visible[:ranks])}"]
+    return ["--num_accelerators", str(ranks)]
 
 
-def _judge(process: subprocess.Popen, part: Part, is_late: bool) -> str:
-    if is_late:
-        return f"FAILED: it did not end in {show_duration(part.limit)}"
-    if part.stop_once is not None:
-        has_saved = (part.stop_once.parent / "checkpoints" / "latest").is_file()
-        if process.returncode and has_saved:
-            return "ok: stopped, with a checkpoint"
-        return f"FAILED: status {process.returncode}, checkpoint {'there' if has_saved else 'none'}"
-    return "ok" if process.returncode == 0 else f"FAILED: status {process.returncode}"
-
-
-def describe_machine() -> list[tuple[str, str]]:
+def describe_machine() -> dict[str, str]:
     """What the report says of the machine."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    driver = "unknown"
+    properties = [torch.cuda.get_device_properties(each) for each in _gpus()]
+    gpus = [f"{each.name} ({each.total_memory / 2**30:.0f} GiB)" for each in properties]
+    driver = ""
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
     shared = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
-    return [
-        ("GPUs", ", ".join(gpus) or "none"),
-        ("driver, CUDA", f"{driver}, {torch.version.cuda}"),
-        ("cores, /dev/shm", f"{usable_cores()}, {shared / 2**30:.1f} GiB"),
-        ("Python", platform.python_version()),
-        *((name, version(name)) for name in PACKAGES),
-    ]
+    return {
+        "GPUs": ", ".join(gpus) or "none that torch can use",
+        "driver": driver or "unknown",
+        "torch": f"{torch.__version__}, for CUDA {torch.version.cuda}",
+        "cores": str(usable_cores()),
+        "/dev/shm": f"{shared / 2**30:.1f} GiB free",
+        "Python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
 
 
-def make_report(machine: list[tuple[str, str]], outcomes: list[Outcome]) -> str:
+def make_report(machine: dict[str, str], outcomes: list[Outcome]) -> str:
     """The report as Markdown: the machine, how each part ended, and the end of its output."""
-    rows = [("part", "how it ended", "time")]
-    rows += [(each.title, each.ended, show_duration(each.seconds)) for each in outcomes]
-    blocks = ["# gpu-check", _code(text_table(machine)), _code(text_table(rows, left=(0, 1)))]
+    rows = [("part", "time", "how it ended")]
+    rows += [(each.title, show_duration(each.seconds), each.verdict) for each in outcomes]
+    tables = [text_table(list(machine.items()), left=(0, 1)), text_table(rows, left=(0, 2))]
+    blocks = ["# gpu-check", *map(_code, tables)]
     for each in outcomes:
         if each.last_lines:
             blocks += [f"## {each.title}", _code("\n".join(each.last_lines))]
     return "\n\n".join(blocks) + "\n"
 
 
+def _print_last(outcome: Outcome) -> None:
+    if outcome.ended == RUNNING:
+        print(f"=== {outcome.title} ({outcome.remark})", flush=True)
+        return
+    title = "" if outcome.ended in (OK, FAILED) else f"{outcome.title}: "
+    for line in outcome.last_lines:
+        print(f"    {line}")
+    print(f"--- {title}{outcome.verdict} ({show_duration(outcome.seconds)})", flush=True)
+
+
 def _code(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
+    return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
+
+
+def _gpus() -> range:
+    return range(torch.cuda.device_count())
 
 
 def _memory_gib() -> float:
-    devices = range(torch.cuda.device_count())
-    return min(torch.cuda.get_device_properties(each).total_memory for each in devices) / 2**30
+    return min(torch.cuda.get_device_properties(each).total_memory for each in _gpus()) / 2**30
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu-check", description=__doc__)
-    parser.add_argument("--out", default="gpu-check", help="folder of the report")
+    parser.add_argument("--out", default="gpu-check", type=path, help="folder of the report")
     parser.add_argument(
-        "--compiled", action="store_true", help="also time references under torch.compile"
+        "--minutes", default=8, type=float, help="for all parts; what comes later has failed"
+    )
+    parser.add_argument(
+        "--compiled", action="store_true", help="also time the kernels' references compiled"
     )
     return gpu_check(parser.parse_args())
 

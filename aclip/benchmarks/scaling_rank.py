@@ -4,6 +4,7 @@ import json
 import os
 import time
 
+from aclip.benchmarks.spans import covered
 from aclip.machine import check_gpus
 
 SPEC = "ACLIP_SCALING"
@@ -89,11 +90,7 @@ def communication_share(events) -> float:
             first, last = event.start_ns(), event.start_ns() + event.duration_ns()
             if last > begin and first < end:
                 spans.append((max(first, begin), min(last, end)))
-    covered, reached = 0, begin
-    for first, last in sorted(spans):
-        covered += max(0, last - max(first, reached))
-        reached = max(reached, last)
-    return covered / (end - begin)
+    return covered(spans) / (end - begin)
 
 
 def _synchronise(device) -> None:

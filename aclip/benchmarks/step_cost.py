@@ -2,7 +2,8 @@
 
 All systems stay in memory and take turns, so that a machine whose speed drifts is fair to each; a
 ratio is the median of the rounds' ratios. On a CPU the time is CPU time, since wall time counts
-other processes too, and freed memory is kept, as on a GPU; there it is between CUDA events.
+other processes too, and freed memory is kept, as on a GPU; there it is between CUDA events, and a
+second table says what the GPU did and what was predicted.
 """
 
 import argparse
@@ -20,10 +21,18 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from aclip.benchmarks.device_work import (
+    DeviceWork,
+    OnGpu,
+    Predicted,
+    device_table,
+    device_work,
+    predict_steps,
+)
 from aclip.benchmarks.host_pages import kept_pages
 from aclip.benchmarks.peak_memory import peak_growth
 from aclip.cli import MIB, text_table
-from aclip.config.ds_config import read_ds_config
+from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
 from aclip.data.batch import join
@@ -37,6 +46,21 @@ from aclip.planning.measure_step import measure_step
 from aclip.planning.open_clip_step import OpenClipStep
 from aclip.training.stepper import Stepper
 
+# On a GPU: what ds_configs/zero2.json says, with small buckets and without a stream of its own for
+# them, since one rank sends nothing and they would count as the step's memory.
+ON_GPU = {
+    "bf16": {"enabled": True},
+    "zero_optimization": {
+        "stage": 2,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": 20_000_000,
+    },
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "gradient_clipping": 0.0,
+}
+ON_CPU = {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
+
 
 @dataclass
 class System:
@@ -49,6 +73,8 @@ class System:
         gflops: of one sample, forward and backward; None where it is not counted.
         seconds: the time of a step in each round.
         peak_bytes: what a step takes at its peak, on top of what stays between steps.
+        work: what a GPU does in a step; None on a CPU.
+        predicted: what was predicted of it; None where nothing was.
     """
 
     name: str
@@ -57,6 +83,8 @@ class System:
     gflops: float | None
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
+    work: DeviceWork | None = None
+    predicted: Predicted | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +101,7 @@ class Row:
     gflops: float | None
     state_mib: float
     step_mib: float
+    on_gpu: OnGpu | None = None
 
 
 def benchmark_steps(arguments: argparse.Namespace) -> int:
@@ -95,16 +124,22 @@ def benchmark_steps(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     default_to_one_rank()
     device = init_distributed()
-    systems = []
+    ds_config = _ds_config(ON_GPU if on_gpu else ON_CPU, batch_size)
+    predicted, systems = {}, []
+    if on_gpu:
+        predicted = predict_steps(recipes, ds_config, arguments.against == "open_clip", device)
     for name, recipe in recipes.items():
         print(f"building {name}", flush=True)
-        systems.append(_build(name, recipe, batch_size, device))
+        systems.append(_build(name, recipe, ds_config, batch_size, device))
     baselines = [baseline]
     if arguments.against == "open_clip":
         print("building open_clip", flush=True)
         systems += _build_open_clip(next(iter(recipes.values())), batch_size, device)
         baselines.append(systems[-2].name)
     _measure(systems, arguments.rounds, device)
+    if on_gpu:
+        for system in systems:
+            system.work, system.predicted = device_work(system.step), predicted.get(system.name)
     rows = [make_row(system, systems, baselines, batch_size) for system in systems]
     environment = _environment(device, batch_size, arguments, next(iter(recipes.values())))
     print(format_table(rows, baselines, environment))
@@ -126,22 +161,23 @@ def format_table(rows: list[Row], baselines: list[str], environment: dict) -> st
         cells.append([*line, f"{row.state_mib:,.0f}", f"{row.step_mib:,.0f}"])
     legend = "GFLOP: of one image-caption pair, forward and backward; step: on top of state"
     facts = ", ".join(f"{key} {value}" for key, value in environment.items())
-    return f"{text_table(cells)}\n{legend}\n{facts}"
+    of_gpu = [(row.name, row.step_seconds, row.on_gpu) for row in rows if row.on_gpu is not None]
+    return "\n".join([text_table(cells), legend, *device_table(of_gpu), facts])
 
 
-def _build(name: str, recipe: Recipe, batch_size: int, device: torch.device) -> System:
-    on_gpu = device.type == "cuda"
-    zero = {"stage": 1, "reduce_bucket_size": 25_000_000} if on_gpu else {"stage": 0}
-    values = {"zero_optimization": zero, "gradient_clipping": 0.0}
-    if on_gpu:
-        values["bf16"] = {"enabled": True}
+def _ds_config(values: dict, batch_size: int) -> DsConfig:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "ds_config.json"
         path.write_text(json.dumps(values))
-        ds_config = read_ds_config(str(path), batch_size, 1)
+        return read_ds_config(str(path), batch_size, 1)
+
+
+def _build(
+    name: str, recipe: Recipe, ds_config: DsConfig, batch_size: int, device: torch.device
+) -> System:
     stepper = Stepper(recipe, ds_config, device)
     synthetic = synthetic_batch(recipe, batch_size)
-    batch = join([synthetic], pin=on_gpu)  # as the loader hands it over
+    batch = join([synthetic], pin=device.type == "cuda")  # as the loader hands it over
     momentum = 1.0 if recipe.teacher is None else recipe.teacher.momentum
     return System(
         name,
@@ -215,6 +251,10 @@ def make_row(system: System, systems: list[System], baselines: list[str], batch_
     }
     seconds = statistics.median(system.seconds)
     first = ratios[baselines[0]]
+    on_gpu = None
+    if system.work is not None:
+        busy_share = system.work.busy_seconds / seconds
+        on_gpu = OnGpu(system.work.launches, busy_share, system.predicted)
     return Row(
         system.name,
         seconds,
@@ -224,6 +264,7 @@ def make_row(system: System, systems: list[System], baselines: list[str], batch_
         system.gflops,
         system.state_bytes / MIB,
         system.peak_bytes / MIB,
+        on_gpu,
     )
 
 

@@ -52,6 +52,24 @@ GPUS = {
     )
 }
 
+# What CUDA calls them. Boards with other clocks or memory under the same first name, such as "H100
+# PCIe" and parts of a GPU (MIG), are not in the list above.
+DEVICE_NAMES = {
+    "NVIDIA A10": "a10",
+    "NVIDIA A100-SXM4-40GB": "a100-40",
+    "NVIDIA A100-SXM4-80GB": "a100-80",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}
+
+
+def gpu_of_device(device_name: str) -> Gpu | None:
+    """The GPU that CUDA calls so; None for one that is not in the list."""
+    name = DEVICE_NAMES.get(device_name)
+    return None if name is None else GPUS[name]
+
 
 def find_gpu(name: str) -> Gpu:
     """The GPU of that name.

@@ -88,7 +88,9 @@ def test_op_equals_its_reference(dtype, device, poisoned_empty):
     views, params = make_views(13, 19), make_params(13)
     actual = run(views, params, device, dtype).cpu()
     expected = augment_views_reference(views, params, MEAN, STD, dtype)
-    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    # On a GPU a division in fp32 is off by up to two units of the last place, which comes to
+    # 6.3e-6 here when the reference's own divisions are off by as much.
+    tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 

@@ -190,8 +190,8 @@ ALLOWED = {
     "data/shards/remote.py",
     # Temporary files, a token, logs that started processes write, a switch of the kernel.
     "ablation/runs.py",
-    "benchmarks/gpu_check.py",
     "benchmarks/loading.py",
+    "benchmarks/parts.py",
     "benchmarks/peak_memory.py",
     "benchmarks/step_cost.py",
     "nodes/probe.py",
