@@ -156,13 +156,14 @@ def _why_unusable(torch) -> str:
         shown = ""
     return (
         f"this machine has a GPU, but torch {torch.__version__} for CUDA {torch.version.cuda} "
-        f"can't use it with the driver {_driver_version()}; {shown}install a newer driver (CUDA 13 "
+        f"can't use it with the driver {driver_version()}; {shown}install a newer driver (CUDA 13 "
         "needs version 580), or torch for an older CUDA (pip install torch --index-url "
         f"https://download.pytorch.org/whl/cu126), or {cpu}"
     )
 
 
-def _driver_version() -> str:
+def driver_version() -> str:
+    """The version of the NVIDIA driver, or `of unknown version`."""
     try:
         found = re.search(r"\d+\.\d+(\.\d+)?", DRIVER_FILE.read_text())
     except OSError:
