@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aclip.errors import ConfigError, DataError, NotWritten
+from aclip.errors import ConfigError, DataError, NotWritten, PortInUse
 from aclip.machine import usable_cores
 
 TASKS = (
@@ -150,6 +150,8 @@ def decided_by_rank_0(decide: Callable[[], Any], name: str) -> Any:
         if not is_first:
             answer = json.loads(store.get(f"decided/{name}"))
     except (OSError, RuntimeError) as error:
+        if is_first and "EADDRINUSE" in str(error):
+            raise port_in_use() from None
         raise ConfigError(
             f"rank 0 can't be asked ({' '.join(str(error).split())[:200]}); read what it has said, "
             "and check that this node reaches MASTER_ADDR"
@@ -183,6 +185,15 @@ def _store(is_master: bool) -> dist.Store:
         )
         _stores.append(store)
     return _stores[0]
+
+
+def port_in_use() -> PortInUse:
+    """The error of rank 0 where another process listens at the port at which the ranks meet."""
+    return PortInUse(
+        f"MASTER_PORT is {os.environ.get('MASTER_PORT')}, which another process of this machine "
+        "uses, perhaps another run; give the launcher a free one in front of the script, e.g. "
+        "deepspeed --master_port 29501 launch/pretrain.py"
+    )
 
 
 def default_to_one_rank() -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from aclip.errors import PortInUse
+from aclip.distributed import port_in_use
 from aclip.machine import own_device_index
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -45,11 +45,7 @@ def init_distributed(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> torch.
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise PortInUse(
-            f"MASTER_PORT is {os.environ.get('MASTER_PORT')}, which another process of this "
-            "machine uses, perhaps another run; give the launcher a free one in front of the "
-            "script, e.g. deepspeed --master_port 29501 launch/pretrain.py"
-        ) from None
+        raise port_in_use() from None
     return torch.device(accelerator.current_device_name())
 
 

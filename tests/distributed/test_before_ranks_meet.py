@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from aclip.cli import EXIT_BAD_INPUT, EXIT_NOT_SAVED, run_reporting_errors
 from aclip.distributed import decided_by_rank_0
-from aclip.errors import ConfigError, NotWritten
+from aclip.errors import ConfigError, NotWritten, PortInUse
 
 pytestmark = pytest.mark.distributed
 LIMIT = 30.0
@@ -78,3 +78,13 @@ def test_rank_that_waits_for_a_rank_0_that_is_gone_ends_too():
             decided_by_rank_0(lambda: 0, "b")
 
     assert run_ranks(die) == [7, 0]
+
+
+def test_port_that_another_run_holds_is_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        values = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(PortInUse, match=f"MASTER_PORT is {port}, which another process"):
+            decided_by_rank_0(lambda: 0, "a")
