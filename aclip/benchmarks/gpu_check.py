@@ -120,6 +120,7 @@ def make_parts(out: Path, num_gpus: int, memory_gib: float, compiled: bool) -> l
     # Collecting the other folders, which have no such tests, would take half a minute.
     tests = ["tests/kernel", "-m", "gpu", "-q", "-n", workers]
     benches = ["tests/kernel", "--benchmark-only", "-o", "python_files=bench_*.py"]
+    benches += ["--benchmark-quiet"]  # no tables, but a line for each row, with the device's time
     if not compiled:
         benches += ["-k", "not compiled"]
     cost = ["--against", "open_clip", "--batch_size", str(batch_size(memory_gib))]
@@ -162,7 +163,7 @@ def make_parts(out: Path, num_gpus: int, memory_gib: float, compiled: bool) -> l
             120,
             num_lines=24,
         ),
-        Part("kernel benchmarks", [python, "-m", "pytest", *benches], 120, num_lines=80),
+        Part("kernel benchmarks", [python, "-m", "pytest", *benches], 120, num_lines=60),
     ]
 
 
