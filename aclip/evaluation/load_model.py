@@ -16,7 +16,7 @@ from aclip.method.losses.terms import no_auxiliary_terms
 from aclip.models.student import Student, build_student
 from aclip.run_folder.layout import RECIPE_FILE
 from aclip.weights.checkpoint_weights import load_checkpoint_weights
-from aclip.weights.first_look import LOCAL_DIR, Found, find_weights
+from aclip.weights.first_look import LOCAL_DIR, Found, find_weights, refusal
 from aclip.weights.formats import dual_encoder, open_clip, slip
 from aclip.weights.initial_weights import load_initial_weights
 from aclip.weights.recognise import open_found
@@ -100,15 +100,10 @@ def load_model(path: str, model: str | None = None, recipe_name: str | None = No
 
 
 def _refusal(path: str, problem: ValueError) -> ConfigError:
-    if isinstance(problem, ConfigError):
-        return problem
     advice = (
-        "; give a run, or a SLIP, A-CLIP or open_clip model, or say with --recipe which towers it "
-        "has"
+        "give a run, or a SLIP, A-CLIP or open_clip model, or say with --recipe which towers it has"
     )
-    return ConfigError(
-        f"the checkpoint is {path}, which {problem}{'' if ';' in str(problem) else advice}"
-    )
+    return refusal(f"the checkpoint is {path}", problem, advice)
 
 
 def _recipe_of(found: Found, recipe_name: str | None) -> tuple[Recipe, str]:

@@ -22,7 +22,6 @@ METRICS = {
 }
 DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 RECALLS = (1, 5, 10)
-DEFAULT_PUBLISHED = "aclip-25"
 
 
 @dataclass(frozen=True)

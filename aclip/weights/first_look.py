@@ -120,18 +120,23 @@ def check_init(init: str) -> None:
     try:
         find_weights(path)
     except ValueError as error:
-        raise refusal(init, error) from None
+        raise refusal_of_init(init, error) from None
 
 
-def refusal(init: str, problem: ValueError) -> ConfigError:
-    """The sentence about `--init`, with general advice where the problem brings none of its own."""
+def refusal_of_init(init: str, problem: ValueError) -> ConfigError:
+    """The sentence about `--init`."""
+    advice = (
+        "give a SLIP or A-CLIP checkpoint, an open_clip local-dir folder, a run of aclip, or timm: "
+        "with a file or name"
+    )
+    return refusal(f"--init is {init}", problem, advice)
+
+
+def refusal(found: str, problem: ValueError, advice: str) -> ConfigError:
+    """The sentence about what can't be weights, with the advice where the problem brings none."""
     if isinstance(problem, ConfigError):
         return problem
-    advice = (
-        "; give a SLIP or A-CLIP checkpoint, an open_clip local-dir folder, a run of aclip, or "
-        "timm: with a file or name"
-    )
-    return ConfigError(f"--init is {init}, which {problem}{'' if ';' in str(problem) else advice}")
+    return ConfigError(f"{found}, which {problem}{'' if ';' in str(problem) else f'; {advice}'}")
 
 
 def problem_of(path: Path) -> str | None:

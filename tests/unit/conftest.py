@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aclip.data.shards import offsets
+from aclip.data.shards.offsets import SampleOffsets
+from aclip.data.shards.tar import TarShard
+
 
 @pytest.fixture
 def write_tar(tmp_path):
@@ -46,3 +50,24 @@ def write_run(tmp_path):
     from written_run import write_run
 
     return lambda recipe, has_teacher=True: write_run(tmp_path / "run", recipe, has_teacher)
+
+
+@pytest.fixture
+def offsets_cache(tmp_path, monkeypatch) -> Path:
+    """Where offsets of samples are kept in this test; its shards are no small ones."""
+    monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(SampleOffsets, "_has_warned", False)
+    monkeypatch.setattr(offsets, "MAX_ROWS", 2)
+    return tmp_path / "cache" / "offsets"
+
+
+@pytest.fixture
+def places(monkeypatch) -> list[int]:
+    """The offsets of all reads of shards, headers and contents."""
+    found, read = [], TarShard.read
+    monkeypatch.setattr(
+        TarShard,
+        "read",
+        lambda self, offset, size: found.append(offset) or read(self, offset, size),
+    )
+    return found

@@ -7,36 +7,16 @@ import random
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from numbered_shards import SIZE, keys, numbered
 
 from aclip.data.shards import offsets
 from aclip.data.shards.listing import Shard
-from aclip.data.shards.offsets import SampleOffsets
 from aclip.data.shards.remote import RemoteShards
 from aclip.data.shards.tar import TarShard
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(SampleOffsets, "_has_warned", False)
-    monkeypatch.setattr(offsets, "MAX_ROWS", 2)  # so that these shards are no small ones
-    return tmp_path / "cache" / "offsets"
-
-
-@pytest.fixture
-def places(monkeypatch) -> list[int]:
-    """The offsets of all reads, headers and contents."""
-    found, read = [], TarShard.read
-    monkeypatch.setattr(
-        TarShard,
-        "read",
-        lambda self, offset, size: found.append(offset) or read(self, offset, size),
-    )
-    return found
+pytestmark = pytest.mark.usefixtures("offsets_cache")
 
 
 def test_offsets_kept_at_other_distances_are_no_danger(write_tar, monkeypatch):
@@ -62,10 +42,10 @@ def test_offsets_kept_at_other_distances_are_no_danger(write_tar, monkeypatch):
         "a folder",
     ],
 )
-def test_a_damaged_file_of_offsets_is_no_danger(write_tar, cache, damage):
+def test_a_damaged_file_of_offsets_is_no_danger(write_tar, offsets_cache, damage):
     shard = Shard(write_tar("x.tar", numbered(200)), 200)
     keys(shard)
-    (path,) = cache.iterdir()
+    (path,) = offsets_cache.iterdir()
     content = path.read_bytes()
     assert len(content) == 16 * (2 + 3)
     damaged = {
@@ -126,7 +106,7 @@ def _read_often(shards: list[Shard], seed: int) -> None:
         assert keys(shards[start % len(shards)], start) == [f"{n:05d}" for n in range(start, 500)]
 
 
-def test_processes_at_once_keep_right_offsets(write_tar, cache, monkeypatch):
+def test_processes_at_once_keep_right_offsets(write_tar, offsets_cache, monkeypatch):
     monkeypatch.setattr(offsets, "EVERY", 2)
     shards = [Shard(write_tar(f"{n}.tar", numbered(500)), 500) for n in range(2)]
     context = multiprocessing.get_context("fork")
@@ -136,7 +116,7 @@ def test_processes_at_once_keep_right_offsets(write_tar, cache, monkeypatch):
     for reader in readers:
         reader.join(60)
     assert [reader.exitcode for reader in readers] == [0] * 4
-    files = sorted(cache.iterdir())
+    files = sorted(offsets_cache.iterdir())
     assert [file.stat().st_size for file in files] == [16 * 251] * 2  # and nothing half written
 
 

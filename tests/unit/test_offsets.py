@@ -2,7 +2,6 @@
 
 import os
 import random
-from pathlib import Path
 
 import pytest
 from numbered_shards import SIZE, describe, keys, numbered
@@ -10,34 +9,15 @@ from odd_tars import ODD
 
 from aclip.data.shards import offsets
 from aclip.data.shards.listing import Shard, index_shards, read_shard
-from aclip.data.shards.offsets import SampleOffsets
 from aclip.data.shards.tar import TarShard
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(SampleOffsets, "_has_warned", False)
-    monkeypatch.setattr(offsets, "MAX_ROWS", 2)  # so that these shards are no small ones
-    return tmp_path / "cache" / "offsets"
-
-
-@pytest.fixture
-def places(monkeypatch) -> list[int]:
-    """The offsets of all reads, headers and contents."""
-    found, read = [], TarShard.read
-    monkeypatch.setattr(
-        TarShard,
-        "read",
-        lambda self, offset, size: found.append(offset) or read(self, offset, size),
-    )
-    return found
+pytestmark = pytest.mark.usefixtures("offsets_cache")
 
 
 @pytest.mark.parametrize("content", ODD.values(), ids=ODD)
 @pytest.mark.parametrize("more", [-5, 0, 3], ids=["short index", "true index", "long index"])
 def test_every_start_gives_what_a_walk_from_the_start_does(
-    tmp_path, cache, monkeypatch, content, more
+    tmp_path, offsets_cache, monkeypatch, content, more
 ):
     monkeypatch.setattr(offsets, "EVERY", 4)
     if more == 0:
@@ -55,7 +35,7 @@ def test_every_start_gives_what_a_walk_from_the_start_does(
     for start, entries in wanted.items():  # with the offsets of the whole file, then with none
         assert describe(shard, start) == entries, start
     for start, entries in wanted.items():
-        for file in cache.glob("*"):
+        for file in offsets_cache.glob("*"):
             file.unlink()
         assert describe(shard, start) == entries, start
     for start in random.Random(0).sample(list(wanted), len(wanted)):  # as they become known
@@ -63,14 +43,14 @@ def test_every_start_gives_what_a_walk_from_the_start_does(
         assert describe(shard, start) == wanted[start], start
 
 
-def test_a_walk_learns_nothing_behind_a_global_header(tmp_path, cache, monkeypatch):
+def test_a_walk_learns_nothing_behind_a_global_header(tmp_path, offsets_cache, monkeypatch):
     monkeypatch.setattr(offsets, "MAX_ROWS", 256)
     monkeypatch.setattr(offsets, "LEAST", 1)
     for name, rows in (("global header first", 0), ("global header among", 10), ("plain", 23)):
         path = tmp_path / f"{name}.tar"
         path.write_bytes(ODD[name])
         list(TarShard(str(path)).walk())
-        sizes = [file.stat().st_size for file in cache.glob(f"*{name.replace(' ', '-')}*")]
+        sizes = [file.stat().st_size for file in offsets_cache.glob(f"*{name.replace(' ', '-')}*")]
         assert sizes == ([16 * (2 + rows)] if rows else [])
 
 
@@ -89,12 +69,12 @@ def test_a_start_in_the_middle_reads_fewer_than_64_headers_before_it(write_tar, 
     ("samples", "every"), [(17, 1), (64, 1), (257, 1), (258, 2), (513, 2), (600, 4)]
 )
 def test_in_a_small_shard_a_start_reads_few_headers_before_it_or_none(
-    write_tar, monkeypatch, cache, places, samples, every
+    write_tar, monkeypatch, offsets_cache, places, samples, every
 ):
     monkeypatch.setattr(offsets, "MAX_ROWS", 256)
     shard = Shard(write_tar("x.tar", numbered(samples)), samples)
     keys(shard)
-    (file,) = cache.iterdir()
+    (file,) = offsets_cache.iterdir()
     assert file.stat().st_size == 16 * (2 + (samples - 1) // every) <= 16 * (2 + 256)
     for start in {1, samples // 2, samples - 1}:
         places.clear()
@@ -102,9 +82,9 @@ def test_in_a_small_shard_a_start_reads_few_headers_before_it_or_none(
         assert min(places) == start // every * every * SIZE
 
 
-def test_of_very_few_samples_nothing_is_kept(write_tar, cache):
+def test_of_very_few_samples_nothing_is_kept(write_tar, offsets_cache):
     keys(Shard(write_tar("x.tar", numbered(16)), 16))
-    assert not cache.exists()
+    assert not offsets_cache.exists()
 
 
 def test_a_kept_start_is_walked_once(write_tar, monkeypatch, places):
@@ -152,7 +132,7 @@ def test_a_walk_that_began_earlier_does_not_undo_what_another_kept(write_tar, pl
     assert min(places) == 256 * SIZE
 
 
-def test_a_changed_file_is_walked_anew(write_tar, cache, places):
+def test_a_changed_file_is_walked_anew(write_tar, offsets_cache, places):
     shard = Shard(write_tar("x.tar", numbered(200)), 200)
     keys(shard)
     for change in (
@@ -167,7 +147,7 @@ def test_a_changed_file_is_walked_anew(write_tar, cache, places):
         places.clear()
         next(read_shard(shard, 150))
         assert min(places) == 128 * SIZE
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(offsets_cache.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
