@@ -56,6 +56,10 @@ def run_visualize(*paths, out=None):
             "random_2x50_vitb16", [], 5, ["has no teacher", "random patches"], id="random"
         ),
         pytest.param("inverse_2x50_vitb16", [AT_32], 5, ["least attention"], id="inverse"),
+        pytest.param(
+            "demo", [AT_32, "mask.warmup=0.125", "mask.temperature=2"],
+            5, ["first 12.5 % of the run", "temperature 2; shown is one draw"], id="noise",
+        ),
     ],
 )  # fmt: skip
 def test_any_recipe_gives_pictures_and_a_page(
