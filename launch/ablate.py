@@ -17,8 +17,8 @@ def parse_arguments() -> argparse.Namespace:
         "--rows",
         nargs="+",
         default=["masks"],
-        help="masks (the table of masks), systems (CLIP, SLIP, MaskCLIP, A-CLIP, A-CLIP-eff), or "
-        "rows by name",
+        help="masks (the table of masks), systems (CLIP, SLIP, MaskCLIP, A-CLIP, A-CLIP-eff), "
+        "rows by name, or a YAML file of your own rows",
     )
     parser.add_argument(
         "--recipe",

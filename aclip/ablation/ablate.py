@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from aclip.ablation.results import QUARTERS, read_results
-from aclip.ablation.rows import DECIDED_BY_ROWS, Case, choose_rows, make_cases
+from aclip.ablation.rows import Case, Row, choose_rows, decided_by, make_cases
+from aclip.ablation.rows_file import SUFFIXES, read_rows
 from aclip.ablation.runs import Run, Runner, make_runs
 from aclip.cli import EXIT_FAILED_RUNS, EXIT_STOPPED_BY_SIGNAL
 from aclip.config.ds_config import read_ds_config
@@ -27,7 +28,6 @@ CAPTION_TOKENS = 17
 LEAST_STEPS = 40
 """With fewer steps, the schedule can't be cut into equal quarters of whole steps."""
 DECIDED_HERE = {
-    *DECIDED_BY_ROWS,
     "mask.keep_ratio",
     "train.seed",
     "train.evaluate_every",
@@ -35,7 +35,9 @@ DECIDED_HERE = {
     "train.keep_checkpoints",
     "train.upload_to",
 }
-"""Keys of the recipe that no override may set."""
+"""Keys of the recipe that no override and no row may set."""
+EQUAL_IN_ALL_ROWS = {"train.epochs", "train.global_batch_size"}
+"""Keys that fix the quarters of the schedule: an override may set them, a row may not."""
 
 
 def ablate(arguments: argparse.Namespace) -> int:
@@ -84,7 +86,7 @@ def ablate(arguments: argparse.Namespace) -> int:
 def _make_runs(arguments: argparse.Namespace) -> list[Run]:
     """Every row, keep ratio and seed, checked before the first of them starts."""
     output = Path(arguments.output)
-    rows = choose_rows(arguments.rows)
+    rows = _choose_rows(arguments)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if not recipe.data.train and not recipe.data.sources:
         raise ConfigError(
@@ -135,13 +137,30 @@ def _check(arguments: argparse.Namespace) -> None:
     ratios = [f"{ratio:g}" for ratio in arguments.keep_ratio]
     if len(set(ratios)) < len(ratios):
         raise ConfigError(f"--keep_ratio is {' '.join(ratios)}; give each ratio once")
+
+
+def _choose_rows(arguments: argparse.Namespace) -> list[Row]:
+    """The rows that --rows names, whose keys and the user's are apart."""
+    names = arguments.rows
+    is_file = [Path(name).suffix in SUFFIXES for name in names]
+    if any(is_file) and len(names) > 1:
+        raise ConfigError(f"--rows names {' '.join(names)}; give one file of rows alone")
+    rows = read_rows(names[0]) if all(is_file) else choose_rows(names)
     for override in arguments.overrides:
         key = override.partition("=")[0]
-        if key in DECIDED_HERE:
+        if key in DECIDED_HERE | decided_by(rows):
             raise ConfigError(
                 f"override is {override}, but an ablation decides {key}, by its rows, "
                 "--keep_ratio, --seeds or the quarters of the schedule; leave it out"
             )
+    for row in rows:
+        allowed = set() if row.drops_patches else {"mask.keep_ratio"}
+        for key in sorted(decided_by([row]) & (DECIDED_HERE | EQUAL_IN_ALL_ROWS) - allowed):
+            raise ConfigError(
+                f"row {row.name} sets {key}, which is equal in all rows; give it on the command "
+                "line, or leave it out"
+            )
+    return rows
 
 
 def _gflops(case: Case) -> float:

@@ -31,7 +31,7 @@ COMPARED = (
     ("aclip", "attentive_2x"),
     ("aclip", "slip"),
 )
-"""Rows whose difference is shown, the one that should be better first."""
+"""Rows whose difference is shown, the one that should be better first; beside Row.against."""
 QUARTER_TITLES = [f"{100 * quarter // QUARTERS} %" for quarter in range(1, QUARTERS + 1)]
 PUBLISHED_RATIOS = (None, 0.5)
 ALIKE = "~"
@@ -144,14 +144,15 @@ def _sign(better: Result, worse: Result) -> str:
 
 def _published(result: Result) -> str:
     """The published accuracy; empty for a keep ratio that the paper does not report."""
-    known = result.case.keep_ratio in PUBLISHED_RATIOS
+    known = result.case.keep_ratio in PUBLISHED_RATIOS and result.case.row.published is not None
     return f"{result.case.row.published:.1f}" if known else ""
 
 
 def _differences(group: list[Result]) -> Table:
     by_row = {result.case.row.name: result for result in group}
     rows = []
-    for better, worse in COMPARED:
+    of_rows = [(r.case.row.name, r.case.row.against) for r in group]
+    for better, worse in dict.fromkeys((*COMPARED, *of_rows)):
         if better in by_row and worse in by_row:
             means = difference(by_row[better], by_row[worse])
             label = f"{by_row[better].case.label} - {by_row[worse].case.label}"

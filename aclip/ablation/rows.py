@@ -1,8 +1,10 @@
 """The rows of the paper's tables, as what each changes of one base recipe.
 
-Towers, data, colours, optimizer and schedule are the base's, equal in every row.
+Towers, data, colours, optimizer and schedule are the base's, equal in every row. A user's own rows
+are read by rows_file.py.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from aclip.config.recipe import Recipe
@@ -31,17 +33,19 @@ class Row:
         name: what the command line calls it.
         label: what tables call it; {keep} stands for the kept percentage.
         published: ImageNet-1K zero-shot accuracy, percent, of ViT-B/16 after 25 epochs of YFCC-15M
-            (arXiv:2212.08653, tables 1 and 2; half of the patches is kept).
+            (arXiv:2212.08653, tables 1 and 2; half of the patches is kept); None for none.
         overrides: what it changes of the base recipe; of a key that comes twice, the later one
             counts. {full} and {half} stand for the base's resolution and half of it.
         drops_patches: whether keep_ratio means something.
+        against: the row from which its difference is shown, beside those of COMPARED.
     """
 
     name: str
     label: str
-    published: float
+    published: float | None
     overrides: tuple[str, ...]
     drops_patches: bool = True
+    against: str = ""
 
 
 MASKS = (
@@ -96,13 +100,12 @@ SYSTEMS = (
     ),
 )
 GROUPS = {"masks": MASKS, "systems": (MASKS[0], *SYSTEMS)}
-DECIDED_BY_ROWS = {
-    change.partition("=")[0]
-    for row in (*MASKS, *SYSTEMS)
-    for change in row.overrides
-    if change not in NO_SCORES
-}
-"""Keys of the recipe that some row sets and no user may."""
+
+
+def decided_by(rows: Iterable[Row]) -> set[str]:
+    """Keys of the recipe that some of the rows sets, and that no user may."""
+    changes = (change for row in rows for change in row.overrides if change not in NO_SCORES)
+    return {change.partition("=")[0] for change in changes}
 
 
 @dataclass(frozen=True)

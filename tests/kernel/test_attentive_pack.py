@@ -22,8 +22,8 @@ CASES = [  # B, V, G, block_size, num_kept_blocks, C, dtype
     pytest.param(2, 1, 7, 1, 1, 1, torch.float32, id="B2-V1-G7-block1-one-kept-C1-fp32"),
 ]
 GRIDS = [(7, 1), (8, 1), (8, 2), (14, 1), (14, 2), (16, 1), (16, 2)]
-TRIPLES_PER_GRID = 72 if INTERPRET else 144
-"""1,008 triples of (teacher, view, view) in all; interpreted, 1,008 pairs of teacher and view."""
+TRIPLES_PER_GRID = 24 if INTERPRET else 144
+"""1,008 triples of (teacher, view, view) in all; interpreted, which is slow, 168."""
 
 
 def random_boxes(count, views=2):
@@ -253,7 +253,9 @@ def test_compiles_as_one_graph_with_equal_outputs_and_gradients(device):
         return packed, keep_ids, *torch.autograd.grad(packed.square().sum(), arguments[:3])
 
     for actual, expected in zip(
-        run(torch.compile(attentive_pack, fullgraph=True)), run(attentive_pack), strict=True
+        run(torch.compile(attentive_pack, fullgraph=True, backend="aot_eager")),
+        run(attentive_pack),
+        strict=True,
     ):
         assert torch.equal(actual, expected)
 

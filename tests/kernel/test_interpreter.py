@@ -16,22 +16,20 @@ from aclip.kernels.common import INTERPRET
 
 HERE = Path(__file__).parent
 OPS = (
-    "attentive_pack",
-    "cls_attention_scores",
-    "augment_views",
-    "contrastive_loss",
-    "cut_views",
-    "sigmoid_loss",
+    ("attentive_pack", "contrastive_loss", "sigmoid_loss"),
+    ("augment_views", "cls_attention_scores", "cut_views"),
 )
+"""Those of a line share a process."""
 
 
 @pytest.mark.skipif(INTERPRET, reason="this is the interpreted run")
-@pytest.mark.parametrize("op", OPS)
-def test_interpreted_kernel_passes_every_test_of_its_op(op):
+@pytest.mark.parametrize("ops", OPS, ids=", ".join)
+def test_interpreted_kernels_pass_every_test_of_their_ops(ops):
     environment = {name: value for name, value in os.environ.items() if name != "ACLIP_KERNELS"}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     # Arguments are refused before a kernel is chosen; those tests have nothing new to say here.
-    command = [sys.executable, "-m", "pytest", str(HERE / f"test_{op}.py"), "-q", "-x"]
+    files = [str(HERE / f"test_{op}.py") for op in ops]
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-x"]
     command += ["-p", "no:cacheprovider", "-k", "not wrong_arguments"]
     run = subprocess.run(
         command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True

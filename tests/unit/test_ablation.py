@@ -12,7 +12,7 @@ from processes import still_running
 
 from aclip.ablation.report import write_report
 from aclip.ablation.results import Mean, Result, difference, read_results
-from aclip.ablation.rows import DECIDED_BY_ROWS, choose_rows, make_cases
+from aclip.ablation.rows import choose_rows, decided_by, make_cases
 from aclip.ablation.runs import Runner, make_runs
 from aclip.errors import ConfigError
 
@@ -70,7 +70,7 @@ def test_noise_in_the_mask_is_for_the_rows_that_go_by_scores():
     for case in make_cases(choose_rows(["masks"]), "demo", noise, [0.5]):
         mask, by_scores = case.recipe.mask, case.recipe.mask.policy in ("attentive", "inverse")
         assert (mask.warmup, mask.temperature) == ((0.2, 1) if by_scores else (0, 0))
-    assert not {"mask.warmup", "mask.temperature"} & DECIDED_BY_ROWS
+    assert not {"mask.warmup", "mask.temperature"} & decided_by(choose_rows(["masks"]))
 
 
 def test_rows_keep_the_papers_order_and_a_wrong_name_says_which_there_are():

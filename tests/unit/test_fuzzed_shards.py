@@ -34,17 +34,17 @@ def read_fuzzed(tmp_path: Path, first: int, count: int) -> dict:
 
 
 def test_fuzzed_shards_are_read_to_their_end(tmp_path):
-    kinds = read_fuzzed(tmp_path, 0, 150)["kinds"]
+    kinds = read_fuzzed(tmp_path, 0, 80)["kinds"]
     assert len(kinds) == 10
     for kind, counts in kinds.items():
-        assert counts["shards"] == 15, kind
+        assert counts["shards"] == 8, kind
     # What is damaged is counted, and what is not is used.
     assert kinds["truncated"]["truncated_shard"] > 0
-    assert 15 * 4 < kinds["names outside"]["usable"] <= 15 * 6  # a file called .. is no sample
+    assert 8 * 4 < kinds["names outside"]["usable"] <= 8 * 6  # a file called .. is no sample
     assert kinds["bombs"]["unreadable_image"] > 0
-    assert 15 * 5 <= kinds["bombs"]["usable"] < 15 * 6
+    assert 8 * 5 <= kinds["bombs"]["usable"] < 8 * 6
     assert kinds["zero length"]["unreadable_image"] > 0
-    assert sum(counts["usable"] for counts in kinds.values()) > 300
+    assert sum(counts.get("usable", 0) for counts in kinds.values()) > 160
 
 
 @pytest.mark.soak

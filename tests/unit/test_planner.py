@@ -12,7 +12,7 @@ from aclip.errors import ConfigError
 from aclip.planning import plan as plan_module
 from aclip.planning.gpus import GPUS, find_gpu
 from aclip.planning.measure_step import MODES
-from aclip.planning.plan import Memory, largest_divisor
+from aclip.planning.plan import Memory, describe_workload, largest_divisor
 from aclip.planning.plan_input import read_input
 from aclip.planning.plan_report import report
 from aclip.planning.zero_memory import States, ZeroSettings, sent_bytes, zero_states
@@ -113,9 +113,23 @@ def test_unknown_gpu_names_the_known_ones():
     assert all(name in str(caught.value) for name in GPUS)
 
 
+@pytest.fixture(scope="module")
+def workloads():
+    """Workloads by what they were measured for: most plans here are of the same one."""
+    return {}
+
+
 @pytest.fixture
-def plan(tmp_path):
+def plan(tmp_path, monkeypatch, workloads):
     """plan(ds_values=None, overrides=(), **arguments): a plan of CLIP with ViT-S on 2 x 4 GPUs."""
+
+    def describe_once(recipe, batch, num_ranks, dtypes):
+        key = recipe.model_dump_json(), batch.tokens.lengths.sum().item(), num_ranks, str(dtypes)
+        if key not in workloads:
+            workloads[key] = describe_workload(recipe, batch, num_ranks, dtypes)
+        return workloads[key]
+
+    monkeypatch.setattr(plan_module, "describe_workload", describe_once)
 
     def make(ds_values=None, overrides=(), **changes):
         path = tmp_path / "ds.json"

@@ -1,0 +1,73 @@
+"""Rows of one's own for launch/ablate.py: a YAML file of methods that are compared.
+
+random: {label: "random, {keep} %", overrides: [mask.policy=random, teacher=null]}
+attentive: {label: "attentive, {keep} %", overrides: [mask.policy=attentive], against: random}
+"""
+
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from aclip.ablation.rows import Row
+from aclip.errors import ConfigError
+from aclip.section import Section
+
+SUFFIXES = (".yaml", ".yml")
+
+
+class RowValues(Section):
+    """What the file says of a row; see Row."""
+
+    label: str = ""
+    """What tables call it; empty for its name."""
+    overrides: list[str]
+    against: str = ""
+    """The row from which its difference is shown, seed by seed."""
+    drops_patches: bool = True
+
+
+def read_rows(path: str) -> list[Row]:
+    """The rows of a file, in its order.
+
+    Raises:
+        ConfigError: the file can't be read, is not YAML, or a row in it is wrong.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise ConfigError(f"--rows names {path}, which can't be read ({reason})") from None
+    if not isinstance(values, dict) or not values:
+        raise ConfigError(
+            f"--rows names {path}, which holds no rows; write each as "
+            "name: {label: ..., overrides: [key.sub=value, ...]}"
+        )
+    rows = [_row(path, str(name), of_row) for name, of_row in values.items()]
+    names = {row.name for row in rows}
+    for row in rows:
+        if row.against and row.against not in names:
+            raise ConfigError(
+                f"{row.name} in {path} is against {row.against}, which is no row of the file; "
+                f"take one of {', '.join(names - {row.name})}"
+            )
+    return rows
+
+
+def _row(path: str, name: str, values: object) -> Row:
+    if not name.replace("_", "").replace("-", "").isalnum():
+        raise ConfigError(
+            f"{path} has a row {name!r}, but it names a folder; use letters, digits, _ and -"
+        )
+    try:
+        read = RowValues.model_validate(values, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (name, *first["loc"])))
+        raise ConfigError(
+            f"{where} in {path} is {first['input']!r}: {first['msg']}; write a row as "
+            "name: {label: ..., overrides: [key.sub=value, ...]}"
+        ) from None
+    return Row(
+        name, read.label or name, None, tuple(read.overrides), read.drops_patches, read.against
+    )

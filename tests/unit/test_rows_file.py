@@ -1,0 +1,102 @@
+"""Rows of one's own: what a file of them gives, and what is wrong with one that gives none."""
+
+import argparse
+
+import pytest
+from ablation_runs import DATA, write_metrics
+
+from aclip.ablation.ablate import _choose_rows
+from aclip.ablation.report import write_report
+from aclip.ablation.results import read_results
+from aclip.ablation.rows import make_cases
+from aclip.ablation.rows_file import read_rows
+from aclip.ablation.runs import make_runs
+from aclip.errors import ConfigError
+
+ROWS = """
+cold: {label: "cold, {keep} %", overrides: [mask.policy=attentive]}
+warm: {overrides: [mask.policy=attentive, mask.warmup=0.25], against: cold}
+whole:
+  drops_patches: false
+  overrides: [mask.policy=none, mask.keep_ratio=1, views.student=1, teacher=null]
+"""
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    def write(text):
+        (tmp_path / "rows.yaml").write_text(text)
+        return str(tmp_path / "rows.yaml")
+
+    return write
+
+
+def test_rows_of_a_file_are_trained_at_each_ratio_and_compared(write_rows, tmp_path):
+    cases = make_cases(read_rows(write_rows(ROWS)), "demo", ["train.epochs=2"], [0.5, 0.25])
+    names = ["cold-keep50", "cold-keep25", "warm-keep50", "warm-keep25", "whole"]
+    assert [case.name for case in cases] == names
+    assert [case.recipe.mask.warmup for case in cases] == [0, 0, 0.25, 0.25, 0]
+    assert [case.recipe.mask.keep_ratio for case in cases] == [0.5, 0.25, 0.5, 0.25, 1]
+    assert {case.recipe.train.epochs for case in cases} == {2}
+    runs = make_runs([cases[0], cases[2]], 2, tmp_path, {}, DATA)
+    for run in runs:
+        last = 0.5 + 0.1 * (run.case.row.name == "warm") + 0.04 * run.seed
+        write_metrics(run.folder, [0.1, 0.2, 0.3, 0.4, last])
+        run.note(finished=True)
+    write_report(read_results(runs), {case.name: 1.0 for case in cases}, "Rows", tmp_path)
+    lines = (tmp_path / "ablation.md").read_text().splitlines()
+    assert (
+        "| warm | 20.0 ± 0.0 | 30.0 ± 0.0 | 40.0 ± 0.0 | 62.0 ± 2.0 |  | 1.00 | 1.00 |  | 2 |"
+        in lines
+    )
+    assert "| warm - cold, 50 % | +0.0 ± 0.0 | +0.0 ± 0.0 | +0.0 ± 0.0 | +10.0 ± 0.0 |" in lines
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "holds no rows"),
+        ("- a", "holds no rows"),
+        ("a: [", "can't be read"),
+        ("a: {label: x}", r"a.overrides in .* Field required"),
+        ("a: {overrides: mask.policy=none}", "a.overrides in .* is 'mask.policy=none'"),
+        ("a: {overrides: [], color: red}", "a.color in .* is 'red'"),
+        ("a/b: {overrides: []}", "has a row 'a/b', but it names a folder"),
+        ("a: {overrides: [], against: b}\nc: {overrides: []}", "a in .* is against b.*one of c"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_a_sentence(write_rows, text, words):
+    with pytest.raises(ConfigError, match=words):
+        read_rows(write_rows(text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="none.yaml, which can't be read .No such file"):
+        read_rows(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(
+    "text, override, words",
+    [
+        (
+            ROWS,
+            "mask.warmup=0.1",
+            "override is mask.warmup=0.1, but an ablation decides mask.warmup",
+        ),
+        ("a: {overrides: [train.epochs=3]}", "train.seed=1", "decides train.seed"),
+        ("a: {overrides: [train.epochs=3]}", "", "sets train.epochs, which is equal in all rows"),
+        ("a: {overrides: [train.seed=3]}", "", "sets train.seed, which is equal in all rows"),
+    ],
+)
+def test_keys_of_rows_and_of_the_command_line_are_apart(write_rows, text, override, words):
+    arguments = argparse.Namespace(
+        rows=[write_rows(text)], overrides=[override] if override else []
+    )
+    with pytest.raises(ConfigError, match=words):
+        _choose_rows(arguments)
+
+
+def test_a_file_of_rows_comes_alone(write_rows):
+    arguments = argparse.Namespace(rows=[write_rows(ROWS), "masks"], overrides=[])
+    with pytest.raises(ConfigError, match="give one file of rows alone"):
+        _choose_rows(arguments)
