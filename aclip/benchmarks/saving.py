@@ -145,6 +145,8 @@ def _save_often(recipe, stage: int, device, num_ranks: int, rounds: int, folder:
     stepper.step(batch, recipe.optimizer.lr, None if stepper.teacher is None else 0.99)
     root = folder / f"zero{stage}"
     saver = Saver(root, stepper.engine, stepper.teacher, TrainConfig(keep_checkpoints=1))
+    saver.prepare()
+    time.sleep(2)  # as good as the 20 minutes that a run has until its first checkpoint
     found: dict[str, Any] = {"pauses": [], "cpu": [], "writes": [], "copies": []}
     for number in range(1, rounds + 2):
         _synchronise(device)

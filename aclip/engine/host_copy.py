@@ -1,7 +1,7 @@
 """Copies of tensors in the host's memory, made in few and large pieces."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ def bounded(items: Iterable[Item], num_elements: Callable[[Item], int]) -> Itera
         yield together
 
 
+class Room(NamedTuple):
+    """What HostBuffers.take is asked for."""
+
+    num_elements: int
+    dtype: torch.dtype
+    pinned: bool
+
+
 class HostBuffers:
     """Host memory for copies, which is kept and used again for the next ones.
 
@@ -37,12 +45,20 @@ class HostBuffers:
         self._kept: list[Tensor] = []
         self._num_taken = 0
 
+    def prepare(self, rooms: list[Room]) -> None:
+        """Takes memory from the system for what is going to be taken, in that order."""
+        for room in rooms:
+            taken = self.take(*room)
+            if not room.pinned:
+                taken.zero_()
+        self.start_again()
+
     def start_again(self) -> None:
         """What was taken so far is given away again: nobody may read it any more."""
         self._num_taken = 0
 
     def take(self, num_elements: int, dtype: torch.dtype, pinned: bool) -> Tensor:
-        """(num_elements,) with any values: the same memory at each start, if asked alike."""
+        """(num_elements,) with any values: the same memory after each start, if asked alike."""
         place = self._num_taken
         self._num_taken += 1
         kept = self._kept[place] if place < len(self._kept) else None
@@ -63,6 +79,14 @@ def finish_copies() -> None:
     """Waits until everything that was begun with `start_copy` is in the host's memory."""
     if torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()
+
+
+def rooms_of_copies(tensors: dict[str, Tensor]) -> list[Room]:
+    """What `host_copies` takes of the buffers."""
+    return [
+        Room(sum(each.numel() for each in some), some[0].dtype, some[0].is_cuda)
+        for some in bounded(tensors.values(), Tensor.numel)
+    ]
 
 
 def host_copies(tensors: dict[str, Tensor], buffers: HostBuffers) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aclip.distributed import rank, world_size
-from aclip.engine.host_copy import HostBuffers, bounded, finish_copies, start_copy
+from aclip.engine.host_copy import HostBuffers, Room, bounded, finish_copies, start_copy
 from aclip.engine.sharded_state import ShardedState, gathered, whole_shape
 
 Key = tuple[str, str]
@@ -35,18 +35,94 @@ class _Piece:
 
 @dataclass
 class _Chunk:
-    """Several pieces, one behind the other, in one flat tensor.
+    """Several pieces that are copied together, one behind the other.
 
     Attributes:
-        shapes: of the whole tensors.
-        host: on rank 0 with room for all elements; elsewhere this rank's own, if rank 0 lacks them.
-        spans: (pieces, 2) int64, where in the whole chunk this rank's part of each piece begins and
-            how many elements it has; None where rank 0 has everything.
+        is_apart: whether other ranks have parts that rank 0 lacks.
+        host: the copy: on rank 0 with room for all elements; elsewhere this rank's own, if any.
+        spans: (pieces, 2) int64, where among all elements this rank's part of each piece begins and
+            how many elements it has; None where nothing has to be sent.
     """
 
-    shapes: dict[Key, torch.Size]
+    pieces: list[_Piece]
+    dtype: torch.dtype
+    is_apart: bool
     host: Tensor | None = None
     spans: Tensor | None = None
+
+    @property
+    def num_elements(self) -> int:
+        return sum(piece.num_elements for piece in self.pieces)
+
+    def own_parts(self, sharded: ShardedState) -> Iterator[tuple[int, Tensor]]:
+        """Where this rank's part of each piece begins among all elements, and its values, 1-d."""
+        before = 0
+        for piece in self.pieces:
+            if piece.storage is None:
+                yield before, piece.parameter.flatten()
+            elif (fragment := sharded.fragment(piece.parameter, piece.storage)) is None:
+                yield before, piece.storage.new_empty(0)
+            else:
+                yield before + fragment.start, fragment.values
+            before += piece.num_elements
+
+    def room(self, sharded: ShardedState) -> Room | None:
+        """What this rank takes for its copy; None for nothing."""
+        on_gpu = sharded.device.type == "cuda"
+        if rank() == 0:
+            return Room(self.num_elements, self.dtype, pinned=on_gpu)
+        if not self.is_apart or on_gpu:
+            return None
+        own = sum(len(values) for _, values in self.own_parts(sharded))
+        return Room(own, self.dtype, pinned=False)
+
+    def copy(self, sharded: ShardedState, buffers: HostBuffers) -> None:
+        """Copies this rank's parts, and on a GPU sends them to rank 0."""
+        # A frozen parameter may be in parts, but the ranks gather it like any weight.
+        frozen = [piece.parameter for piece in self.pieces if piece.storage is None]
+        with gathered(frozen):
+            if rank() > 0 and not self.is_apart:
+                return
+            parts = list(self.own_parts(sharded))
+            if sharded.device.type == "cuda":
+                self._copy_on_gpu(parts, sharded.device, buffers)
+                return
+            if self.is_apart:
+                self.spans = torch.tensor([(start, len(values)) for start, values in parts])
+            self.host = buffers.take(*self.room(sharded))
+            if rank() == 0:
+                _fill(self.host, parts)
+            else:
+                torch.cat([values for _, values in parts], out=self.host)
+
+    def _copy_on_gpu(
+        self, parts: list[tuple[int, Tensor]], device: torch.device, buffers: HostBuffers
+    ) -> None:
+        flat = torch.zeros(self.num_elements, dtype=self.dtype, device=device)
+        _fill(flat, parts)
+        if self.is_apart:
+            dist.reduce(flat, 0)
+        if rank() == 0:
+            self.host = start_copy(flat, buffers)
+
+    def send(self, group: dist.ProcessGroup | None) -> None:
+        """Sends rank 0 what it lacks; rank 0 calls `receive`."""
+        dist.send(self.spans, 0, group)
+        dist.send(self.host, 0, group)
+
+    def receive(self, group: dist.ProcessGroup | None) -> None:
+        num_elements = int(self.spans[:, 1].sum())
+        for sender in range(1, world_size()):
+            spans = torch.empty_like(self.spans)
+            dist.recv(spans, sender, group)
+            starts, sizes = spans.T.tolist()
+            values = self.host.new_empty(sum(sizes))
+            dist.recv(values, sender, group)
+            _fill(self.host, list(zip(starts, values.split(sizes), strict=True)))
+            num_elements += sum(sizes)
+        # The memory still holds the copy before, which must not be taken for this one.
+        if num_elements != self.num_elements:
+            raise RuntimeError(f"the ranks hold {num_elements} of {self.num_elements} elements")
 
 
 class Snapshot:
@@ -65,10 +141,9 @@ class Snapshot:
 
     @torch.no_grad()
     def __init__(self, sharded: ShardedState, buffers: HostBuffers):
-        self._chunks = [
-            _copy(sharded, pieces, dtype, is_cut, buffers)
-            for pieces, dtype, is_cut in _pieces(sharded)
-        ]
+        self._chunks = list(_chunks(sharded))
+        for chunk in self._chunks:
+            chunk.copy(sharded, buffers)
         finish_copies()
 
     @torch.no_grad()
@@ -83,103 +158,42 @@ class Snapshot:
             other ranks.
         """
         for chunk in self._chunks:
-            if chunk.spans is None:
-                continue
-            if rank() == 0:
-                _receive(chunk, group)
-            else:
-                dist.send(chunk.spans, 0, group)
-                dist.send(chunk.host, 0, group)
-            chunk.spans = None
+            if chunk.spans is not None:
+                (chunk.receive if rank() == 0 else chunk.send)(group)
         if rank() > 0:
             return {}
         copies = {}
         for chunk in self._chunks:
-            parts = chunk.host.split([shape.numel() for shape in chunk.shapes.values()])
-            for (key, shape), part in zip(chunk.shapes.items(), parts, strict=True):
-                copies[key] = part.view(shape)
+            parts = chunk.host.split([piece.num_elements for piece in chunk.pieces])
+            for piece, part in zip(chunk.pieces, parts, strict=True):
+                copies[piece.key] = part.view(whole_shape(piece.parameter))
         return copies
 
 
-def _pieces(sharded: ShardedState) -> Iterator[tuple[list[_Piece], torch.dtype, bool]]:
-    """All that is copied, cut into lists of one dtype, and whether ZeRO has cut these."""
+def rooms_of_snapshot(sharded: ShardedState) -> list[Room]:
+    """What a Snapshot takes of the buffers, in its order, on this rank.
+
+    Raises:
+        ConfigError: see Snapshot.
+    """
+    rooms = [chunk.room(sharded) for chunk in _chunks(sharded)]
+    return [room for room in rooms if room is not None]
+
+
+def _chunks(sharded: ShardedState) -> Iterator[_Chunk]:
+    """All that is copied."""
     together: dict[tuple[torch.dtype, bool], list[_Piece]] = {}
     for name, parameter in sharded.parameters.items():
         for kind, storage in sharded.storages(name).items():
             dtype = torch.float32 if storage is None else storage.dtype
-            key = dtype, sharded.stage > 0 and storage is not None
-            together.setdefault(key, []).append(_Piece((name, kind), parameter, storage))
-    for key, pieces in together.items():
+            is_apart = sharded.stage > 0 and storage is not None and world_size() > 1
+            piece = _Piece((name, kind), parameter, storage)
+            together.setdefault((dtype, is_apart), []).append(piece)
+    for (dtype, is_apart), pieces in together.items():
         for some in bounded(pieces, lambda piece: piece.num_elements):
-            yield some, *key
-
-
-def _copy(
-    sharded: ShardedState,
-    pieces: list[_Piece],
-    dtype: torch.dtype,
-    is_cut: bool,
-    buffers: HostBuffers,
-) -> _Chunk:
-    chunk = _Chunk({piece.key: whole_shape(piece.parameter) for piece in pieces})
-    size = sum(piece.num_elements for piece in pieces)
-    is_apart = is_cut and world_size() > 1
-    # A frozen parameter may be in parts, but the ranks gather it like any weight.
-    with gathered([] if is_cut else [piece.parameter for piece in pieces]):
-        parts = list(_own_parts(sharded, pieces))
-        if rank() > 0 and not is_apart:
-            return chunk
-        if sharded.device.type == "cuda":
-            flat = torch.zeros(size, dtype=dtype, device=sharded.device)
-            _fill(flat, parts)
-            if is_apart:
-                dist.reduce(flat, 0)
-            if rank() == 0:
-                chunk.host = start_copy(flat, buffers)
-            return chunk
-        if is_apart:
-            chunk.spans = torch.tensor([(start, len(values)) for start, values in parts])
-        if rank() > 0:
-            ends = torch.cumsum(chunk.spans[:, 1], 0).tolist()
-            size = ends[-1]
-            parts = [
-                (end - len(values), values) for end, (_, values) in zip(ends, parts, strict=True)
-            ]
-        chunk.host = buffers.take(size, dtype, pinned=False)
-        _fill(chunk.host, parts)
-    return chunk
-
-
-def _own_parts(sharded: ShardedState, pieces: list[_Piece]) -> Iterator[tuple[int, Tensor]]:
-    """This rank's part of each piece, 1-d, and where in the whole chunk it begins."""
-    before = 0
-    for piece in pieces:
-        if piece.storage is None:
-            yield before, piece.parameter.flatten()
-        else:
-            fragment = sharded.fragment(piece.parameter, piece.storage)
-            if fragment is None:
-                yield before, piece.storage.new_empty(0)
-            else:
-                yield before + fragment.start, fragment.values
-        before += piece.num_elements
+            yield _Chunk(some, dtype, is_apart)
 
 
 def _fill(flat: Tensor, parts: list[tuple[int, Tensor]]) -> None:
     for start, values in parts:
         flat[start : start + len(values)] = values
-
-
-def _receive(chunk: _Chunk, group: dist.ProcessGroup | None) -> None:
-    """On rank 0: fills what the other ranks have of a chunk."""
-    num_elements = int(chunk.spans[:, 1].sum())
-    for sender in range(1, world_size()):
-        spans = torch.empty_like(chunk.spans)
-        dist.recv(spans, sender, group)
-        sizes = spans[:, 1].tolist()
-        values = chunk.host.new_empty(sum(sizes))
-        dist.recv(values, sender, group)
-        _fill(chunk.host, list(zip(spans[:, 0].tolist(), values.split(sizes), strict=True)))
-        num_elements += sum(sizes)
-    if num_elements != len(chunk.host):
-        raise RuntimeError(f"the ranks hold {num_elements} of {len(chunk.host)} elements")

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aclip.distributed import from_rank_0, rank, world_size
-from aclip.engine.host_copy import HostBuffers, host_copies
+from aclip.engine.host_copy import HostBuffers, Room, host_copies, rooms_of_copies
 from aclip.engine.optimizer import ADAM
 from aclip.engine.sharded_state import MASTER, ShardedState, whole_shape
-from aclip.engine.snapshot import Snapshot
+from aclip.engine.snapshot import Snapshot, rooms_of_snapshot
 from aclip.errors import ConfigError, NotWritten
 from aclip.files import writing
 from aclip.run_folder.checkpoint_folder import (
@@ -63,6 +63,16 @@ class Content:
     snapshot: Snapshot
     tensors: dict[str, dict[str, Tensor]]
     described: dict[str, str]
+
+
+def rooms(engine, teacher: Teacher | None) -> list[Room]:
+    """What `gather` takes of the buffers, once the optimizer has made its state.
+
+    Raises:
+        ConfigError: see gather.
+    """
+    of_teacher = [] if teacher is None or rank() > 0 else rooms_of_copies(teacher.state_dict())
+    return rooms_of_snapshot(ShardedState(engine)) + of_teacher
 
 
 def gather(engine, teacher: Teacher | None, state: dict[str, Any], buffers: HostBuffers) -> Content:

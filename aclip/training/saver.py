@@ -58,10 +58,22 @@ class Saver:
         self._in_flight: Moment | None = None
         self._writing: Future[str | None] | None = None
         self._buffers = HostBuffers()
+        self._preparing: Future[None] | None = None
         self._group = background_group(engine.device)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._uploader = Uploader(train.upload_to) if train.upload_to and rank() == 0 else None
         self._start_clock()
+
+    def prepare(self) -> None:
+        """Takes memory for the copies, in the thread, so that the first save is as short as others.
+
+        To be called after the first step, which makes the optimizer's state.
+
+        Raises:
+            ConfigError: on every rank, when the optimizer keeps what no checkpoint can hold.
+        """
+        rooms = checkpoint.rooms(self._engine, self._teacher)
+        self._preparing = self._thread.submit(self._buffers.prepare, rooms)
 
     def is_saved(self, moment: Moment) -> bool:
         """Whether there is a checkpoint of this moment, after the one in flight has ended.
@@ -89,6 +101,8 @@ class Saver:
         """
         self._end_flight()
         start = perf_counter()
+        if self._preparing is not None:
+            self._preparing.result()
         content = checkpoint.gather(self._engine, self._teacher, state, self._buffers)
         # The last one is written once more, with the evaluation that follows it.
         is_new = self._saved is None or self._saved[0] != moment[0]
