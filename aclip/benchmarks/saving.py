@@ -21,19 +21,18 @@ from aclip.errors import ConfigError
 from aclip.files import check_writable, write_whole
 
 STAGES = (0, 1, 2, 3)
-RECIPE = "aclip_vits16"
 BATCH_SIZE = 4  # of a rank; nothing but the optimizer's state is wanted of its step
 
 
 @dataclass(frozen=True)
 class Saves:
-    """What one rank 0 measured, in seconds of wall time, one number for each save.
+    """What rank 0 measured, in seconds, one number for each save.
 
     Attributes:
         num_ranks, stage: under what.
         size: bytes of the checkpoint.
-        pauses: how long the training thread was held up; cpu: what it computed meanwhile.
-        writes: from then on until the checkpoint was published.
+        pauses: how long the training thread was held up; cpu: its CPU time of that.
+        writes: from then on until the checkpoint was published, hashed and synced.
         copies: a plain copy of as many bytes, once each, into memory that was in use before.
     """
 
@@ -58,12 +57,22 @@ def benchmark_saving(arguments: argparse.Namespace) -> int:
     """Runs `launch/benchmark.py --saving`; returns the exit status.
 
     Raises:
-        ConfigError: a number below 1, or a folder that can't be written.
+        ConfigError: a number below 1, a recipe that can't be read, a folder that can't be written.
     """
     if min(arguments.saving) < 1 or arguments.rounds < 1:
-        raise ConfigError("--saving or --rounds is below 1; give 1 or more")
-    out = Path(arguments.out)
-    check_writable(out, "--out")
+        raise ConfigError(
+            f"--saving is {min(arguments.saving)} or --rounds is {arguments.rounds}; give 1 or more"
+        )
+    import torch  # which takes seconds
+
+    most = max(arguments.saving)
+    if torch.cuda.is_available() and most > torch.cuda.device_count():
+        raise ConfigError(
+            f"--saving is {most}, but this machine has {torch.cuda.device_count()} GPUs; give as "
+            "many ranks as GPUs or fewer"
+        )
+    out = Path(arguments.saved_in)
+    check_writable(out, "--saved_in")
     if arguments.json:
         check_writable(Path(arguments.json).absolute().parent, "the folder of --json")
     rows = [
