@@ -1,26 +1,29 @@
 """The cost of a step, recipe by recipe, on this machine: `python launch/benchmark.py`; of loading
 the data: `python launch/benchmark.py --loader`; how often each sample comes:
-`python launch/benchmark.py --dealing`."""
+`python launch/benchmark.py --dealing`; how long a checkpoint stops a run:
+`python launch/benchmark.py --saving 1 2`."""
 
 import argparse
 
 from aclip.cli import DefaultsShown, path, run_reporting_errors
 
-LARGE = ["aclip_vitl16"]
+LARGE, SMALL = ["aclip_vitl16"], ["aclip_vits16"]
 PAPER = ["clip_vitb16", "slip_vitb16", "maskclip_vitb16", "aclip_vitb16", "aclip_eff_vitb16"]
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Time and memory of one training step of each recipe, interleaved in one run; "
-        "or, with --loader, of loading; or, with --dealing, how often each sample comes.",
+        "or, with --loader, of loading; or, with --dealing, how often each sample comes; or, with "
+        "--saving, how long a checkpoint stops a run.",
         formatter_class=DefaultsShown,
     )
     parser.add_argument(
         "recipes",
         nargs="*",
         type=path,
-        help="names of recipes or YAML files (default: the paper's table; with --scaling ViT-L/16)",
+        help="names of recipes or YAML files (default: the paper's table; with --scaling "
+        "ViT-L/16, with --saving ViT-S/16)",
     )
     parser.add_argument(
         "--baseline", type=path, help="the recipe that counts as 1 (default: the first)"
@@ -74,6 +77,17 @@ def parse_arguments() -> argparse.Namespace:
     dealing.add_argument("--epochs", type=int, default=25)
     dealing.add_argument("--ranks", type=int, default=64)
     dealing.add_argument("--workers", type=int, default=8, help="of each rank")
+    saving = parser.add_argument_group("with --saving")
+    saving.add_argument(
+        "--saving",
+        type=int,
+        nargs="+",
+        metavar="RANKS",
+        help="save checkpoints on so many ranks, under each ZeRO stage",
+    )
+    saving.add_argument(
+        "--saved_in", default=".", type=path, help="folder on the disk that they are written to"
+    )
     scaling = parser.add_argument_group("scaling over the slots of a hostfile")
     scaling.add_argument(
         "--scaling", metavar="HOSTFILE", type=path, help="measure 1, 2, 4, ... of its slots"
@@ -90,7 +104,8 @@ def parse_arguments() -> argparse.Namespace:
     scaling.add_argument("--master_port", type=int, default=29500)
     scaling.add_argument("--rsh", help="remote shell; see launch/multinode.sh --help")
     arguments = parser.parse_args()
-    arguments.recipes = arguments.recipes or (LARGE if arguments.scaling else PAPER)
+    defaults = LARGE if arguments.scaling else SMALL if arguments.saving else PAPER
+    arguments.recipes = arguments.recipes or (defaults)
     return arguments
 
 

@@ -42,6 +42,13 @@ def parse_arguments() -> argparse.Namespace:
         help="mean length of a caption in tokens, start and end included",
     )
     parser.add_argument(
+        "--image_pixels",
+        type=float,
+        default=500 * 375,
+        help="mean number of pixels of an image in the shards, which lies on the GPU with "
+        "data.crops=device",
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="recipe values to change"
     )
     return parser.parse_intermixed_args()

@@ -1,4 +1,4 @@
-"""What launch/benchmark.py measures: training steps, loading, dealing, or scaling."""
+"""What launch/benchmark.py measures: training steps, loading, dealing, saving, or scaling."""
 
 import argparse
 from pathlib import Path
@@ -23,6 +23,10 @@ def benchmark(arguments: argparse.Namespace) -> int:
         from aclip.benchmarks.dealing import benchmark_dealing
 
         return benchmark_dealing(arguments)
+    if arguments.saving:
+        from aclip.benchmarks.saving import benchmark_saving
+
+        return benchmark_saving(arguments)
     if arguments.scaling:
         from aclip.benchmarks.scaling import benchmark_scaling
 

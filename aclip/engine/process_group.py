@@ -56,6 +56,16 @@ def limit_engine_collectives(timeout: datetime.timedelta) -> None:
     dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
+def background_group(device: torch.device) -> dist.ProcessGroup | None:
+    """A group of all ranks for collectives in a thread, which must not use training's own group.
+
+    A collective. None for one rank, and on GPUs, where no thread has anything to send.
+    """
+    if dist.get_world_size() == 1 or device.type == "cuda":
+        return None
+    return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+
+
 def avoid_shared_memory_build() -> None:
     """On CPU, DeepSpeed would compile a collective that training never calls and that leaks 69 MB
     of /dev/shm per rank and run (0.19.8)."""

@@ -1,13 +1,13 @@
 """fp32 masters and the optimizer's state as whole tensors, under every ZeRO stage.
 
 The optimizer keeps its state for flat tensors: for the parameters themselves without ZeRO, else for
-this rank's part of each group's fp32 buffer. Everything here is built on `_fragment`, which finds a
-parameter's slice in such a tensor; a checkpoint therefore holds plain whole tensors and loads into
-any stage and any number of ranks. DeepSpeed's own accessors raise for some groups before the first
-step (0.19.8), so the flat buffers are read directly.
+this rank's part of each group's fp32 buffer. Everything here, and snapshot.py, is built on
+`ShardedState.fragment`, which finds a parameter's slice in such a tensor; a checkpoint therefore
+holds plain whole tensors and loads into any stage and any number of ranks. DeepSpeed's own
+accessors raise for some groups before the first step (0.19.8), so the flat buffers are read
+directly.
 """
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aclip.distributed import rank, world_size
-from aclip.engine.host_copy import bounded, finish_copies, start_copy
 from aclip.engine.optimizer import state_family
 from aclip.errors import ConfigError
 
@@ -37,16 +36,6 @@ class Fragment:
     start: int
 
 
-@dataclass
-class _Piece:
-    """What is gathered of one parameter, and the flat tensor that this rank's part lies in; None
-    for a frozen parameter, which has no other master than itself."""
-
-    kind: str
-    parameter: nn.Parameter
-    storage: Tensor | None
-
-
 class ShardedState:
     """Reads and writes the state behind a DeepSpeed engine's parameters.
 
@@ -59,53 +48,22 @@ class ShardedState:
 
     Attributes:
         family: the optimizer's family, see state_family.
+        stage: of ZeRO.
+        device: this rank's.
+        parameters: the model's, by name.
     """
 
     def __init__(self, engine):
         self._engine = engine
-        self._stage = engine.zero_optimization_stage()
-        self._parameters = dict(engine.module.named_parameters())
-        self._optimizer = engine.optimizer.optimizer if self._stage > 0 else engine.optimizer
+        self.device = engine.device
+        self.stage = engine.zero_optimization_stage()
+        self.parameters = dict(engine.module.named_parameters())
+        self._optimizer = engine.optimizer.optimizer if self.stage > 0 else engine.optimizer
         self.family = state_family(self._optimizer)
         self._groups = {}
-        if self._stage in (1, 2):
+        if self.stage in (1, 2):
             groups = enumerate(engine.optimizer.bit16_groups)
             self._groups = {parameter: index for index, group in groups for parameter in group}
-
-    @torch.no_grad()
-    def gather(self) -> dict[tuple[str, str], Tensor]:
-        """Copies the fp32 masters and the optimizer's state tensors into rank 0's host memory.
-
-        A collective, in few large pieces: every rank calls. What training does afterwards does not
-        reach the copies.
-
-        Returns:
-            Whole tensors by (parameter name, kind): "master", and for each state tensor the
-            optimizer's own name for it, such as exp_avg. Frozen parameters have a master only.
-            Empty on the other ranks.
-
-        Raises:
-            ConfigError: on every rank, if the optimizer keeps what is neither a tensor of the
-                parameter's shape nor a scalar.
-        """
-        names = {parameter: name for name, parameter in self._parameters.items()}
-        copies = {}
-        for pieces, dtype, is_sharded in self._pieces():
-            shapes = [whole_shape(piece.parameter) for piece in pieces]
-            sizes = [shape.numel() for shape in shapes]
-            make = torch.zeros if is_sharded else torch.empty
-            flat = make(sum(sizes), dtype=dtype, device=self._engine.device)
-            with gathered([] if is_sharded else [piece.parameter for piece in pieces]):
-                for piece, part in zip(pieces, flat.split(sizes), strict=True):
-                    self._fill(part, piece)
-            if is_sharded and world_size() > 1:
-                dist.reduce(flat, 0)
-            if rank() == 0:
-                parts = start_copy(flat).split(sizes)
-                for piece, part, shape in zip(pieces, parts, shapes, strict=True):
-                    copies[names[piece.parameter], piece.kind] = part.view(shape)
-        finish_copies()
-        return copies
 
     def scalars(self) -> dict[str, Scalar]:
         """The optimizer's scalars by its own names, such as Adam's step; tensors are on the CPU.
@@ -128,7 +86,7 @@ class ShardedState:
     @torch.no_grad()
     def load(self, name: str, kind: str, whole: Tensor) -> None:
         """Writes this rank's part of a whole tensor; a master also reaches the model's weights."""
-        parameter = self._parameters[name]
+        parameter = self.parameters[name]
         if parameter.requires_grad:
             storage = flat = self._flat(parameter).data
             if kind != MASTER:
@@ -136,7 +94,7 @@ class ShardedState:
                 if state.get(kind) is None:
                     state[kind] = torch.zeros_like(flat, dtype=whole.dtype)
                 storage = state[kind]
-            fragment = self._fragment(parameter, storage)
+            fragment = self.fragment(parameter, storage)
             if fragment is not None:
                 end = fragment.start + fragment.values.numel()
                 fragment.values.copy_(whole.flatten()[fragment.start : end])
@@ -145,7 +103,7 @@ class ShardedState:
 
     def load_scalars(self, scalars: dict[str, Scalar]) -> None:
         """Sets scalars for every parameter that has a state by now, or for all if none has."""
-        flats = [self._flat(self._parameters[name]) for name in self._trainable()]
+        flats = [self._flat(self.parameters[name]) for name in self._trainable()]
         states = self._optimizer.state
         for flat in [flat for flat in flats if states.get(flat)] or flats:
             for kind, value in scalars.items():
@@ -158,26 +116,39 @@ class ShardedState:
         Returns:
             (1,) fp32, the master's value on every rank. A collective when ZeRO is on.
         """
-        parameter = self._parameters[name]
-        value = torch.zeros(1, device=self._engine.device)
-        fragment = self._fragment(parameter, self._flat(parameter).data)
+        parameter = self.parameters[name]
+        value = torch.zeros(1, device=self.device)
+        fragment = self.fragment(parameter, self._flat(parameter).data)
         if fragment is not None and fragment.values.numel():
             fragment.values.clamp_(max=ceiling)
             value.copy_(fragment.values)
-        if self._stage > 0 and world_size() > 1:
+        if self.stage > 0 and world_size() > 1:
             dist.all_reduce(value)
-        if self._stage == 3:
+        if self.stage == 3:
             parameter.ds_tensor.clamp_(max=ceiling)
         if parameter.numel():
             parameter.data.clamp_(max=ceiling)
         return value
 
+    def storages(self, name: str) -> dict[str, Tensor | None]:
+        """The tensors, by kind, in which this rank's part of a parameter's state lies; None stands
+        for a frozen parameter's master, which is the parameter.
+
+        Raises:
+            ConfigError: the optimizer keeps what is neither a tensor of the parameter's shape nor a
+                scalar.
+        """
+        parameter = self.parameters[name]
+        if not parameter.requires_grad:
+            return {MASTER: None}
+        return {MASTER: self._flat(parameter).data, **self._split_state(name)[0]}
+
     def _trainable(self) -> list[str]:
-        return [name for name, p in self._parameters.items() if p.requires_grad]
+        return [name for name, p in self.parameters.items() if p.requires_grad]
 
     def _split_state(self, name: str) -> tuple[dict[str, Tensor], dict[str, Scalar]]:
         """The tensors laid out as the parameter's flat tensor, and the scalars beside them."""
-        flat = self._flat(self._parameters[name])
+        flat = self._flat(self.parameters[name])
         tensors, scalars = {}, {}
         for kind, value in self._optimizer.state.get(flat, {}).items():
             if torch.is_tensor(value) and value.shape == flat.shape:
@@ -209,49 +180,24 @@ class ShardedState:
         on_device = any(group.get("fused") or group.get("capturable") for group in groups)
         return value.to(flat.device if on_device else "cpu", copy=True)
 
-    def _pieces(self) -> Iterator[tuple[list[_Piece], torch.dtype, bool]]:
-        """All that is gathered, cut into lists of one dtype, and whether ZeRO has cut these."""
-        together: dict[tuple[torch.dtype, bool], list[_Piece]] = {}
-        for name, parameter in self._parameters.items():
-            storages: dict[str, Tensor | None] = {MASTER: None}
-            if parameter.requires_grad:
-                storages = {MASTER: self._flat(parameter).data, **self._split_state(name)[0]}
-            for kind, storage in storages.items():
-                dtype = torch.float32 if storage is None else storage.dtype
-                key = dtype, self._stage > 0 and storage is not None
-                together.setdefault(key, []).append(_Piece(kind, parameter, storage))
-        for key, pieces in together.items():
-            for some in bounded(pieces, lambda piece: whole_shape(piece.parameter).numel()):
-                yield some, *key
-
-    def _fill(self, whole: Tensor, piece: _Piece) -> None:
-        """Writes what this rank has of a piece into its whole, flat tensor."""
-        if piece.storage is None:
-            whole.copy_(piece.parameter.flatten())
-            return
-        fragment = self._fragment(piece.parameter, piece.storage)
-        # Without ZeRO every rank holds the whole: one of them is enough.
-        if fragment is not None and (self._stage > 0 or rank() == 0):
-            whole[fragment.start : fragment.start + fragment.values.numel()] = fragment.values
-
     def _flat(self, parameter: nn.Parameter) -> Tensor:
         """The tensor that the optimizer updates for a trainable parameter: itself, or this rank's
         part of the buffer that the parameter lies in. There is one on every rank, also where the
         rank owns no element of the parameter."""
         optimizer = self._engine.optimizer
-        if self._stage == 0:
+        if self.stage == 0:
             return parameter
-        if self._stage == 3:
+        if self.stage == 3:
             group, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
             return optimizer.fp32_partitioned_groups_flat[group]
         return optimizer.single_partition_of_fp32_groups[self._groups[parameter]]
 
-    def _fragment(self, parameter: nn.Parameter, storage: Tensor) -> Fragment | None:
+    def fragment(self, parameter: nn.Parameter, storage: Tensor) -> Fragment | None:
         """This rank's part of a parameter in a tensor laid out as its flat one; None if it owns no
         element."""
-        if self._stage == 0:
+        if self.stage == 0:
             offset, start, numel = 0, 0, parameter.numel()
-        elif self._stage == 3:
+        elif self.stage == 3:
             optimizer = self._engine.optimizer
             _, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = parameter.ds_tensor.numel() * rank()

@@ -6,7 +6,6 @@ counted: the time of an offloaded optimizer, the teacher's activations (one bloc
 gradient), the memory that torch.compile saves.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,13 +18,14 @@ from aclip.data.synthetic import batch_of_mean_captions
 from aclip.engine.optimizer import parameter_groups
 from aclip.method.schedules import count_steps
 from aclip.models.student import Student, build_student
+from aclip.planning.gpu_memory import Memory, MemoryRow
 from aclip.planning.gpus import NETWORK_BYTES, Gpu
 from aclip.planning.measure_step import META, MODES, Measured, measure_step
 from aclip.planning.plan_input import PlanInput
+from aclip.planning.run_memory import CheckpointCopies, batch_bytes, checkpoint_copies
 from aclip.planning.step_time import StepTime, recipe_step_times
 from aclip.planning.zero_memory import (
     FP32,
-    States,
     ZeroSettings,
     all_stages,
     ring_share,
@@ -47,68 +47,24 @@ class Workload:
         groups: the trained parameters' numbers of elements, by parameter group.
         frozen: the frozen parameters' numbers of elements.
         teacher: the EMA teacher's number of elements.
+        checkpoint: the copies for a checkpoint, in rank 0's host memory.
         global_batch_size: images in a step. num_ranks: how many GPUs there are.
         measured: a step on one GPU, by the bytes of a weight.
+        batch_bytes: pixels that a GPU holds for each image of its local batch.
     """
 
     groups: list[list[int]]
     frozen: list[int]
     teacher: int
+    checkpoint: CheckpointCopies
     global_batch_size: int
     num_ranks: int
     measured: dict[int, Measured]
+    batch_bytes: float = 0.0
 
     @property
     def local_batch_size(self) -> int:
         return self.global_batch_size // self.num_ranks
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What a GPU holds under a ZeRO stage, in bytes; activations come on top.
-
-    Attributes:
-        states: the parameters' states. teacher: the teacher's average and compute copy.
-        heads, losses: what these keep for all the images that the GPU has in a step.
-        local_batch_size: how many images that are.
-    """
-
-    states: States
-    teacher: float
-    heads: float
-    losses: float
-    local_batch_size: int
-
-    def peak(self, micro_batch_size: int, kept: float) -> float:
-        """The most bytes at a time, when each sample of the micro-batch keeps `kept` bytes."""
-        activations = micro_batch_size * kept + self.heads + self.losses
-        num_micro_steps = self.local_batch_size // micro_batch_size
-        return self.teacher + self.states.peak(activations, num_micro_steps)
-
-    def largest_fitting(self, kept: float, limit: float) -> int:
-        """The largest micro-batch that stays within `limit` bytes; 0 for none."""
-        return largest_divisor(self.local_batch_size, lambda micro: self.peak(micro, kept) <= limit)
-
-
-@dataclass(frozen=True)
-class MemoryRow:
-    """A ZeRO stage's memory on one GPU.
-
-    Attributes:
-        title: the stage, and its precision where that is not the ds_config's.
-        memory: what the GPU holds without activations.
-        kept: bytes that a sample's activations take, by what all towers recompute; None stands for
-            what the recipe says.
-        largest: the largest micro-batch that fits, by the same; 0 for none.
-    """
-
-    title: str
-    memory: Memory
-    kept: dict[Recompute | None, float]
-    largest: dict[Recompute | None, int]
-
-    def peak(self, micro_batch_size: int, recompute: Recompute | None) -> float:
-        return self.memory.peak(micro_batch_size, self.kept[recompute])
 
 
 @dataclass(frozen=True)
@@ -196,6 +152,8 @@ def plan(given: PlanInput) -> Plan:
     length = min(arguments.caption_tokens, context)
     batch = batch_of_mean_captions(recipe, length, context)
     workload = describe_workload(recipe, batch, num_ranks, {ds_config.dtype, torch.float32})
+    held = batch_bytes(recipe, batch, arguments.image_pixels)
+    workload = replace(workload, batch_bytes=held)
     memory_bytes = USABLE_SHARE * gpu.memory_bytes
     rows = [memory_row(workload, stage, memory_bytes) for stage in all_stages(settings)]
     own = next(row for row in rows if row.title == settings.title)
@@ -234,7 +192,7 @@ def plan_memory(
     """A rank's peak memory in bytes at the ds_config's micro-batch, as the recipe recomputes.
 
     Args:
-        batch: a batch such as the rank reads.
+        batch: a batch such as the rank reads; those ahead are not counted.
         on_host: the ranks run on CPUs.
     """
     settings = replace(zero_settings(ds_config, num_ranks), on_host=on_host)
@@ -257,6 +215,7 @@ def describe_workload(
     return Workload(
         *count_parameters(student, recipe.optimizer.weight_decay),
         teacher=sum(average.numel() for average in teacher.values()),
+        checkpoint=checkpoint_copies(student, list(teacher.values())),
         global_batch_size=recipe.train.global_batch_size,
         num_ranks=num_ranks,
         measured={
@@ -283,14 +242,9 @@ def stage_memory(workload: Workload, settings: ZeroSettings) -> Memory:
         teacher=workload.teacher * (FP32 + (width if width < FP32 else 0)),
         heads=measured.heads,
         losses=measured.losses,
+        batches=workload.batch_bytes * workload.local_batch_size,
         local_batch_size=workload.local_batch_size,
     )
-
-
-def largest_divisor(number: int, fits: Callable[[int], bool]) -> int:
-    """The largest divisor of `number` that fits; 0 if there is none."""
-    divisors = (n for n in range(number, 0, -1) if number % n == 0)
-    return next((n for n in divisors if fits(n)), 0)
 
 
 def count_parameters(student: Student, weight_decay: float) -> tuple[list[list[int]], list[int]]:

@@ -55,6 +55,7 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         "mfu": (1e-6, 1, "a share in (0, 1]"),
         "bandwidth": (1e-6, None, "gigabytes a second, above 0"),
         "samples": (1, None, "a number from 1"),
+        "image_pixels": (1, None, "a number from 1"),
         "caption_tokens": (2, None, "a number from 2"),
     }
     for name, (low, high, wanted) in limits.items():

@@ -5,7 +5,6 @@ from aclip.data.lanes.order import describe_rest
 from aclip.planning.measure_step import MODES
 from aclip.planning.meter import Flops, add_up
 from aclip.planning.plan import Plan
-from aclip.planning.zero_memory import FP32
 
 TITLES = {"image": "image tower", "text": "text tower"}
 """What parts are called in the table; any other part is shown by its name."""
@@ -17,6 +16,7 @@ STATE_COLUMNS = (
     "buffers",
     "heads",
     "losses",
+    "batches",
     "sum",
     "host",
 )
@@ -61,13 +61,14 @@ def _states(plan: Plan) -> str:
     for row in plan.rows:
         memory, states = row.memory, row.memory.states
         parts = [states.parameters, states.gradients, states.optimizer, memory.teacher]
-        parts += [states.buffers + states.arriving, memory.heads, memory.losses]
+        parts += [states.buffers + states.arriving, memory.heads, memory.losses, memory.batches]
         numbers = [f"{part / GIB:,.2f}" for part in (*parts, sum(parts), states.host)]
         lines.append([_mark(plan, row.title), *numbers])
-    load = plan.workload
-    # Masters and AdamW's moments, frozen weights, and the teacher's average.
-    checkpoint = FP32 * (3 * sum(map(sum, load.groups)) + sum(load.frozen) + load.teacher)
-    note = f"A checkpoint takes {checkpoint / GIB:,.2f} GiB more of the host's memory on rank 0."
+    copies = plan.workload.checkpoint
+    note = (
+        f"Checkpoints of {copies.size / GIB:,.2f} GiB take {copies.pinned / GIB:,.2f} GiB more of "
+        "the host's memory on rank 0, pinned in blocks of powers of two and kept between saves."
+    )
     return f"{title}\n{text_table(lines)}\n{note}"
 
 

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aclip.distributed import from_rank_0, rank, world_size
-from aclip.engine.host_copy import host_copies
+from aclip.engine.host_copy import HostBuffers, Room, host_copies, rooms_of_copies
 from aclip.engine.optimizer import ADAM
 from aclip.engine.sharded_state import MASTER, ShardedState, whole_shape
+from aclip.engine.snapshot import Snapshot, rooms_of_snapshot
 from aclip.errors import ConfigError, NotWritten
 from aclip.files import writing
 from aclip.run_folder.checkpoint_folder import (
@@ -47,28 +48,41 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Content:
-    """All that a checkpoint holds, in host memory of its own: training may go on.
+    """What a rank has of a checkpoint, in host memory of its own: training may go on.
 
     Attributes:
         name: its folder's.
         state: state.json.
-        tensors: by the file that they go into; empty on other ranks than 0.
+        snapshot: the masters, and the optimizer's tensors.
+        tensors: all others, by the file that they go into.
         described: what the optimizer's file says of itself.
     """
 
     name: str
     state: str
+    snapshot: Snapshot
     tensors: dict[str, dict[str, Tensor]]
     described: dict[str, str]
 
 
-def gather(engine, teacher: Teacher | None, state: dict[str, Any]) -> Content:
-    """Copies what a checkpoint holds into rank 0's host memory. A collective: every rank calls.
+def rooms(engine, teacher: Teacher | None) -> list[Room]:
+    """What `gather` takes of the buffers, once the optimizer has made its state.
+
+    Raises:
+        ConfigError: see gather.
+    """
+    of_teacher = [] if teacher is None or rank() > 0 else rooms_of_copies(teacher.state_dict())
+    return rooms_of_snapshot(ShardedState(engine)) + of_teacher
+
+
+def gather(engine, teacher: Teacher | None, state: dict[str, Any], buffers: HostBuffers) -> Content:
+    """Copies what a checkpoint holds into the host's memory. A collective: every rank calls.
 
     Args:
         engine: the DeepSpeed engine.
         teacher: its fp32 average is saved by rank 0.
         state: JSON-compatible progress; `samples` names the checkpoint.
+        buffers: hold the copies of all that is large, and lose what they held before.
 
     Raises:
         ConfigError: on every rank, when the optimizer keeps what no checkpoint can hold.
@@ -76,28 +90,41 @@ def gather(engine, teacher: Teacher | None, state: dict[str, Any]) -> Content:
     sharded = ShardedState(engine)
     scalars = sharded.scalars()
     numbers = {kind: value for kind, value in scalars.items() if not torch.is_tensor(value)}
-    masters: dict[str, Tensor] = {}
     # Scalars on the CPU are the optimizer's own, which the next step changes.
     optimizer = {kind: value.clone() for kind, value in scalars.items() if kind not in numbers}
-    for (name, kind), whole in sharded.gather().items():
-        tensors, key = (masters, name) if kind == MASTER else (optimizer, f"{name}/{kind}")
-        tensors[key] = whole
-    files = {STUDENT: masters, OPTIMIZER: optimizer, RNG: _gather_rng()}
+    buffers.start_again()
+    snapshot = Snapshot(sharded, buffers)
+    files = {OPTIMIZER: optimizer, RNG: _gather_rng()}
     if teacher is not None and rank() == 0:
-        files[TEACHER] = host_copies(teacher.state_dict())
+        files[TEACHER] = host_copies(teacher.state_dict(), buffers)
     return Content(
         f"{PREFIX}{state['samples']:012d}",
         json.dumps(state, indent=1),
-        files if rank() == 0 else {},
+        snapshot,
+        files,
         {FAMILY: sharded.family, NUMBERS: json.dumps(numbers)},
     )
 
 
-def write(root: Path, content: Content) -> Path:
+def collect(content: Content, group: dist.ProcessGroup | None) -> dict[str, dict[str, Tensor]]:
+    """A checkpoint's tensors by the file that they go into; on rank 0 they are whole.
+
+    A collective of the group, in any thread; see Snapshot.collect.
+    """
+    masters: dict[str, Tensor] = {}
+    optimizer = dict(content.tensors[OPTIMIZER])
+    for (name, kind), whole in content.snapshot.collect(group).items():
+        tensors, key = (masters, name) if kind == MASTER else (optimizer, f"{name}/{kind}")
+        tensors[key] = whole
+    return content.tensors | {STUDENT: masters, OPTIMIZER: optimizer}
+
+
+def write(root: Path, content: Content, tensors: dict[str, dict[str, Tensor]]) -> Path:
     """Writes a checkpoint and makes it the latest; on rank 0, in any thread.
 
     Args:
         root: the run's `checkpoints` folder, shared by all ranks.
+        tensors: what `collect` returned.
 
     Returns:
         The checkpoint's folder.
@@ -112,8 +139,8 @@ def write(root: Path, content: Content) -> Path:
         with writing(folder):
             remove_partial(root)
             partial.mkdir(parents=True)
-            for name, tensors in content.tensors.items():
-                save_file(tensors, partial / name, content.described if name == OPTIMIZER else None)
+            for name, each in tensors.items():
+                save_file(each, partial / name, content.described if name == OPTIMIZER else None)
             (partial / STATE).write_text(content.state)
         publish(root, partial, folder)
     except (NotWritten, SafetensorError):

@@ -1,4 +1,4 @@
-"""Saves checkpoints while the run goes on: gathered between two steps, written in a thread."""
+"""Saves checkpoints while the run goes on: copied between two steps, written in a thread."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 
 from aclip.config.sections import TrainConfig
 from aclip.distributed import from_rank_0, rank, say
+from aclip.engine.host_copy import HostBuffers
+from aclip.engine.process_group import background_group
 from aclip.errors import NotWritten
 from aclip.run_folder.checkpoint_folder import prune
 from aclip.training import checkpoint
@@ -24,7 +26,10 @@ class Saver:
     """Writes one checkpoint at a time in a thread of rank 0; every rank has one and calls it alike.
 
     A checkpoint counts as saved once it is published, and every rank hears of that when the next
-    one is asked for. The thread calls no collective, so it may take as long as the disk takes.
+    one is asked for. The copies that are written lie in memory that stays for the next ones.
+
+    On CPUs the other ranks have a thread too, which sends rank 0 what they have copied, in a
+    process group of its own: it may take as long as it takes.
 
     Args:
         root: the run's `checkpoints` folder, shared by all ranks.
@@ -52,9 +57,23 @@ class Saver:
         self._saved = saved
         self._in_flight: Moment | None = None
         self._writing: Future[str | None] | None = None
+        self._buffers = HostBuffers()
+        self._preparing: Future[None] | None = None
+        self._group = background_group(engine.device)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._uploader = Uploader(train.upload_to) if train.upload_to and rank() == 0 else None
         self._start_clock()
+
+    def prepare(self) -> None:
+        """Takes memory for the copies, in the thread, so that the first save is as short as others.
+
+        To be called after the first step, which makes the optimizer's state.
+
+        Raises:
+            ConfigError: on every rank, when the optimizer keeps what no checkpoint can hold.
+        """
+        rooms = checkpoint.rooms(self._engine, self._teacher)
+        self._preparing = self._thread.submit(self._buffers.prepare, rooms)
 
     def is_saved(self, moment: Moment) -> bool:
         """Whether there is a checkpoint of this moment, after the one in flight has ended.
@@ -82,17 +101,15 @@ class Saver:
         """
         self._end_flight()
         start = perf_counter()
-        content = checkpoint.gather(self._engine, self._teacher, state)
+        if self._preparing is not None:
+            self._preparing.result()
+        content = checkpoint.gather(self._engine, self._teacher, state, self._buffers)
         # The last one is written once more, with the evaluation that follows it.
         is_new = self._saved is None or self._saved[0] != moment[0]
         self._in_flight = moment
         self._start_clock()
-        if rank() == 0:
-            seconds = perf_counter() - start if is_new else None
-            arguments = (content, required, uploads, seconds)
-            self._writing = self._thread.submit(self._write, *arguments)
-        # The thread alone holds the copies from here on, so that they go when they are written.
-        del content
+        seconds = perf_counter() - start if is_new else None
+        self._writing = self._thread.submit(self._write, content, required, uploads, seconds)
         if required:
             problem = self._end_flight()
             if problem is not None:
@@ -119,29 +136,32 @@ class Saver:
         """Waits for the checkpoint in flight, if any; returns on every rank why there is none."""
         if self._in_flight is None:
             return None
-        problem = from_rank_0(self._writing.result() if rank() == 0 else None)
+        problem = from_rank_0(self._writing.result())
         if problem is None:
             self._saved = self._in_flight
         self._in_flight = self._writing = None
         return problem
 
     def _write(
-        self, content: Content, required: bool, uploads: bool, gathered_in: float | None
+        self, content: Content, required: bool, uploads: bool, copied_in: float | None
     ) -> str | None:
-        """Returns why it could not be written; None if it is published."""
+        """Returns why it could not be written; None if it is published, and on other ranks."""
         start = perf_counter()
+        tensors = checkpoint.collect(content, self._group)
+        if rank() > 0:
+            return None
         try:
-            folder = checkpoint.write(self._root, content)
+            folder = checkpoint.write(self._root, content, tensors)
         except (NotWritten, SafetensorError) as error:
             problem = f"checkpoint {self._root / content.name} was not written: {error}"
             if not required:
                 say(f"{problem}; the run goes on, and the checkpoint before is intact")
             return problem
-        if gathered_in is not None:
+        if copied_in is not None:
             how = "" if required else " while the run went on"
             written_in = perf_counter() - start
             say(
-                f"checkpoint {folder.name} gathered in {gathered_in:.2f} s, written in "
+                f"checkpoint {folder.name} copied in {copied_in:.2f} s, written in "
                 f"{written_in:.2f} s{how}"
             )
         self._prune(folder)

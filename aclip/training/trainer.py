@@ -118,12 +118,15 @@ class Trainer:
                 self._evaluate(self._place)
             self._timer.reset()
             batches = iter(self.loader)
+            first = self.step + 1
             while self.step < self.num_steps:
                 self.watchdog.enter(LOADING, self.step + 1)
                 with self._timer.waiting():
                     batch = next(batches)
                 self.watchdog.enter(COMPUTING, self.step + 1)
                 terms = self.train_step(batch)
+                if self.step == first:
+                    self._saver.prepare()
                 self._timer.step(self.recipe.train.global_batch_size)
                 self._loading.after_step()
                 stop = self._after_step(batch, terms)

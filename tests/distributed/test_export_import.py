@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe_file import dump_recipe, load_recipe
 from aclip.data.shards.listing import index_shards
+from aclip.engine.host_copy import HostBuffers
 from aclip.engine.process_group import init_distributed
 from aclip.engine.sharded_state import ShardedState
+from aclip.engine.snapshot import Snapshot
 from aclip.method.tokens import clip_tokens
 from aclip.reports.figure import attention
 from aclip.run_folder import checkpoint_folder
@@ -141,10 +143,9 @@ def test_new_run_starts_from_the_given_weights_and_a_resumed_one_does_not(
 
     def start():
         trainer = build(tmp_path / "second", shards, stage, dtype, init)
+        gathered = Snapshot(ShardedState(trainer.stepper.engine), HostBuffers()).collect()
         masters = {
-            name: whole.clone()
-            for (name, kind), whole in ShardedState(trainer.stepper.engine).gather().items()
-            if kind == "master"
+            name: whole.clone() for (name, kind), whole in gathered.items() if kind == "master"
         }
         average = {n: t.clone() for n, t in trainer.stepper.teacher.state_dict().items()}
         report = trainer.stepper.init_report

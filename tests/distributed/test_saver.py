@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from trainer_run import BATCH, STEPS, read_losses, run_trainer, train_in, write_shards
 
 from aclip.config.sections import TrainConfig
+from aclip.engine.host_copy import HostBuffers
 from aclip.run_folder import checkpoint_folder
 from aclip.training import checkpoint, saver
 
@@ -24,25 +25,29 @@ def shards(tmp_path_factory):
 
 
 class HeldUp:
-    """Holds up the writing of files in this process until `free` is set."""
+    """Holds up what the thread of this process does with its copies until `free` is set: sending
+    them to rank 0, and writing files."""
 
     def __init__(self):
         self.free = threading.Event()
         self.free.set()
-        self._save_file = checkpoint.save_file
-        checkpoint.save_file = self._wait
+        checkpoint.save_file = self._waits(checkpoint.save_file)
+        checkpoint.collect = self._waits(checkpoint.collect)
 
-    def _wait(self, *args):
-        if not self.free.wait(SECONDS):
-            raise TimeoutError("the run waits for the write")
-        self._save_file(*args)
+    def _waits(self, function):
+        def wait(*args):
+            if not self.free.wait(SECONDS):
+                raise TimeoutError("the run waits for the write")
+            return function(*args)
+
+        return wait
 
 
 def checkpoints(run):
     return [checkpoint_folder.num_samples(p) for p in checkpoint_folder.complete(run)]
 
 
-@pytest.mark.parametrize("stage, ranks", [("0", 1), ("1", 2)])
+@pytest.mark.parametrize("stage, ranks", [("0", 1), ("1", 2), ("3", 2)])
 def test_steps_go_on_while_a_checkpoint_of_the_step_before_them_is_written(
     run_distributed, shards, tmp_path, stage, ranks
 ):
@@ -127,6 +132,33 @@ def test_one_checkpoint_at_a_time_is_in_memory(run_distributed, tmp_path):
 
     events = run_distributed(save_twice, 1)[0]
     assert events == ["gathers", "goes on", "wrote 08", "gathers", "wrote 16"]
+
+
+@pytest.mark.parametrize("stage, ranks", [(0, 1), (1, 2), (3, 2)])
+def test_every_save_takes_the_memory_that_was_prepared(run_distributed, tmp_path, stage, ranks):
+    def save_twice():
+        run, taken = tiny_run.TinyRun(tmp_path, stage), []
+        take = HostBuffers.take
+
+        def noted_take(*args, **named):
+            taken.append(take(*args, **named))
+            return taken[-1]
+
+        HostBuffers.take = noted_take
+        one = saver.Saver(tmp_path / "checkpoints", run.engine, run.teacher, TrainConfig())
+        run.step(0)
+        one.prepare()
+        for samples in (8, 16):
+            one.save({"samples": samples}, (samples, []))
+        one.close()
+        return [tensor.data_ptr() for tensor in taken], sum(tensor.nbytes for tensor in taken)
+
+    results = run_distributed(save_twice, ranks)
+    for places, _ in results:
+        share = len(places) // 3
+        assert places == 3 * places[:share] and len(set(places)) == share
+    # Other ranks copy their own part alone: without ZeRO none, else half of masters and moments.
+    assert all(size < 0.55 * results[0][1] for _, size in results[1:])
 
 
 def test_checkpoint_that_fails_is_not_taken_for_saved(run_distributed, tmp_path, capfd):

@@ -12,8 +12,10 @@ from aclip.config.recipe_file import load_recipe
 from aclip.config.sections import TrainConfig
 from aclip.distributed import rank, world_size
 from aclip.engine.build import build_engine
+from aclip.engine.host_copy import HostBuffers
 from aclip.engine.process_group import init_distributed
 from aclip.engine.sharded_state import ShardedState
+from aclip.engine.snapshot import Snapshot
 from aclip.method.losses.term import StudentOutput, Taught, total
 from aclip.method.masks.attentive import select_attentive
 from aclip.method.masks.policy import ViewsToMask
@@ -124,9 +126,10 @@ class TinyRun:
         return root / f"samples-{state['samples']:012d}"
 
     def gathered(self) -> dict[tuple[str, str], Tensor]:
-        """See ShardedState.gather; every rank must call. Clones, since pickle writes all of the
+        """See Snapshot.collect; every rank must call. Clones, since pickle writes all of the
         memory that a tensor is a view into."""
-        return {key: whole.clone() for key, whole in self.state.gather().items()}
+        copies = Snapshot(self.state, HostBuffers()).collect()
+        return {key: whole.clone() for key, whole in copies.items()}
 
 
 def make_batch(seed: int) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,19 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
+from aclip.config.recipe_file import load_recipe
+from aclip.data.synthetic import synthetic_batch
 from aclip.errors import ConfigError
 from aclip.planning import plan as plan_module
+from aclip.planning.gpu_memory import Memory, largest_divisor
 from aclip.planning.gpus import GPUS, find_gpu
 from aclip.planning.measure_step import MODES
-from aclip.planning.plan import Memory, describe_workload, largest_divisor
+from aclip.planning.plan import describe_workload
 from aclip.planning.plan_input import read_input
 from aclip.planning.plan_report import report
+from aclip.planning.run_memory import batch_bytes, checkpoint_copies
 from aclip.planning.zero_memory import States, ZeroSettings, sent_bytes, zero_states
 
 GROUPS, FROZEN = [[30, 7], [5]], [11]  # elements
@@ -99,11 +104,50 @@ def test_peak_of_a_step():
 
 def test_peak_of_a_micro_batch():
     states = States(100, 20, 300, buffers=7, arriving=42, largest=30)
-    memory = Memory(states, teacher=11, heads=5, losses=3, local_batch_size=12)
+    memory = Memory(states, teacher=11, heads=5, losses=3, batches=9, local_batch_size=12)
     # Two micro_steps: heads and losses of all 12 images, activations of 6.
-    assert memory.peak(6, kept=10) == 11 + 420 + 7 + (60 + 5 + 3) + 42
+    assert memory.peak(6, kept=10) == 11 + 9 + 420 + 7 + (60 + 5 + 3) + 42
     assert memory.largest_fitting(10, limit=memory.peak(6, 10)) == 6
     assert memory.largest_fitting(10, limit=400) == 0
+
+
+@pytest.mark.parametrize(
+    "name, override, expected",
+    [
+        # Three batches of two views and the teacher's, 224 px: 451,584 bytes an image.
+        ("aclip_vitb16", "data.crops=worker", 3 * 451_584),
+        # Three of images of 500 x 400, and one of the views that are cut of them.
+        ("aclip_vitb16", "data.crops=device", 3 * 3 * 500 * 400 + 451_584),
+        # The default is that of a GPU; a single view; images are reduced to 64 x 64.
+        ("clip_vits16", "data.max_image_side=64", 3 * 3 * 64**2 + 3 * 224**2),
+    ],
+)
+def test_batches_ahead_are_views_or_whole_images(name, override, expected):
+    recipe = load_recipe(name, [override])
+    assert batch_bytes(recipe, synthetic_batch(recipe, 2), image_pixels=500 * 400) == expected
+
+
+def test_batches_ahead_take_memory_of_the_gpu(plan):
+    planned = plan(overrides=["data.crops=worker"])
+    memory, expected = planned.own.memory, 512 * 3 * 3 * 224**2  # three batches of one view
+    assert memory.batches == expected
+    assert memory.peak(512, 1.0) == replace(memory, batches=0).peak(512, 1.0) + expected
+    lines = report(planned).splitlines()
+    header = next(line for line in lines if line.startswith("ZeRO ")).split()
+    own = next(line for line in lines if line.startswith("2 <-")).replace("<-", "").split()
+    assert own[header.index("batches")] == f"{expected / 2**30:.2f}"
+
+
+def test_copies_for_a_checkpoint_are_counted_in_pinned_blocks():
+    student = torch.nn.Sequential(
+        torch.nn.Linear(4096, 4096, bias=False), torch.nn.Linear(10, 5, bias=False)
+    )
+    student[1].requires_grad_(False)
+    # Two of the three tensors of 2**24 elements lie together, as many as are copied at once. 200
+    # bytes of the frozen one take 256, and 12 of the teacher take 16.
+    copies = checkpoint_copies(student, [torch.zeros(3)])
+    assert copies.size == 3 * 2**26 + 200 + 12
+    assert copies.pinned == 2**27 + 2**26 + 256 + 16
 
 
 def test_unknown_gpu_names_the_known_ones():
@@ -137,7 +181,7 @@ def plan(tmp_path, monkeypatch, workloads):
         path.write_text(json.dumps(ds_values or values))
         plain = {"recipe": "clip_vits16", "ds_config": str(path), "gpu": "a100-80", "nodes": 2}
         plain |= {"gpus_per_node": 4, "mfu": 0.5, "bandwidth": None, "samples": 4096 * 100}
-        plain |= {"caption_tokens": 22, "overrides": list(overrides)}
+        plain |= {"caption_tokens": 22, "image_pixels": 1000, "overrides": list(overrides)}
         return plan_module.plan(read_input(argparse.Namespace(**plain | changes)))
 
     return make
@@ -239,6 +283,7 @@ def test_ds_config_with_another_offload_has_its_own_row(plan):
         ({"mfu": 1.5}, "--mfu is 1.5"),
         ({"nodes": 0}, "--nodes is 0"),
         ({"bandwidth": -1.0}, "--bandwidth is -1"),
+        ({"image_pixels": 0}, "--image_pixels is 0"),
         ({"samples": 0}, "--samples is 0"),
         ({"gpu": "v100"}, "--gpu is v100"),
         ({"gpus_per_node": 3}, "which 6 ranks do not divide"),
