@@ -29,6 +29,8 @@ from aclip.data.scenes import (
     MAX_ROTATION,
     OBJECT_SIDE,
     PICTOGRAPHS,
+    TYPICAL_SHARE,
+    draw_color,
     draw_scene,
     make_caption,
 )
@@ -38,11 +40,11 @@ from aclip.errors import ConfigError
 from aclip.files import cache_folder
 from aclip.machine import usable_cores
 
-VERSION = 1
+VERSION = 2
 """Raise it with every change of the code here or in scenes.py that changes a picture, a caption or
 a file, or the old ones stay in use. A change of a constant in _folder_name needs no new version."""
-TRAIN_SHARDS, TRAIN_SHARD_SIZE = 48, 160
-VAL_PER_CLASS = 40
+TRAIN_SHARDS, TRAIN_SHARD_SIZE = 96, 160
+VAL_PER_CLASS = 80
 VAL_SHARD = TRAIN_SHARDS  # a shard's number is its seed
 MAX_PROCESSES = 4
 PROMPTS = ("a photo of a {c}", "a picture of a {c}", "a {c}", "the {c}")
@@ -89,7 +91,7 @@ def _folder_name() -> str:
         "image": (IMAGE_SIDE, JPEG_QUALITY),
         "object": (OBJECT_SIDE, MAX_ROTATION),
         "sizes": (TRAIN_SHARDS, TRAIN_SHARD_SIZE, VAL_PER_CLASS, VAL_SHARD),
-        "contents": (list(PICTOGRAPHS.items()), list(COLORS.items()), BACKGROUNDS),
+        "contents": (list(PICTOGRAPHS.items()), list(COLORS.items()), TYPICAL_SHARE, BACKGROUNDS),
         "texts": (CAPTIONS, PROMPTS),
     }
     digest = hashlib.sha256(json.dumps(parameters).encode()).hexdigest()
@@ -141,22 +143,17 @@ def _write_shard(folder: Path, shard: int) -> int:
 
 
 def _train_contents(rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    return [
-        (str(rng.choice(CLASSES)), str(rng.choice(list(COLORS))), str(rng.choice(BACKGROUNDS)))
-        for _ in range(TRAIN_SHARD_SIZE)
-    ]
+    return [_content(rng, str(rng.choice(CLASSES))) for _ in range(TRAIN_SHARD_SIZE)]
 
 
 def _val_contents(rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """Contents with equally many scenes of each class. None comes twice, so that every caption
-    fits one scene only."""
-    looks = [(color, background) for color in COLORS for background in BACKGROUNDS]
-    contents = [
-        (name, *looks[index])
-        for name in CLASSES
-        for index in rng.permutation(len(looks))[:VAL_PER_CLASS]
-    ]
-    return [contents[index] for index in rng.permutation(len(contents))]
+    """Contents with equally many scenes of each class."""
+    names = [name for name in CLASSES for _ in range(VAL_PER_CLASS)]
+    return [_content(rng, names[index]) for index in rng.permutation(len(names))]
+
+
+def _content(rng: np.random.Generator, name: str) -> tuple[str, str, str]:
+    return name, draw_color(rng, name), str(rng.choice(BACKGROUNDS))
 
 
 def _shard_name(shard: int) -> str:
