@@ -79,7 +79,12 @@ class Recipe(OfTerms):
     @property
     def needs_teacher_view(self) -> bool:
         """Whether the teacher reads a view of its own, which contains the student's."""
-        return self.mask_policy.reads_teacher or any(term.reads_teacher_view for term in self.terms)
+        return self.mask_policy.reads_teacher or self.needs_teacher_features
+
+    @property
+    def needs_teacher_features(self) -> bool:
+        """Whether a loss reads the features of the teacher view; the mask reads its scores."""
+        return any(term.reads_teacher_view for term in self.terms)
 
     @property
     def needs_teacher_patches(self) -> bool:
@@ -146,6 +151,12 @@ class Recipe(OfTerms):
                 f"teacher.resolution is {resolution}, but {' and '.join(readers)} alone lets the "
                 "teacher read the student's view; set it to model.image.resolution "
                 f"{self.model.image.resolution}"
+            )
+        score_layers = self.teacher.score_layers
+        if score_layers is not None and not self.mask_policy.reads_teacher:
+            raise ValueError(
+                f"teacher.score_layers is {score_layers}, but mask.policy {self.mask.policy} reads "
+                "no scores; remove the key"
             )
 
     def _check_views(self) -> None:

@@ -72,7 +72,11 @@ class StepInputs:
         """Runs the teacher on the views that the recipe's parts ask for."""
         scores = features = patches = None
         if self._recipe.needs_teacher_view:
-            output = self._teacher.forward(self._augment(micro.teacher_view, None))
+            output = self._teacher.forward(
+                self._augment(micro.teacher_view, None),
+                self._recipe.teacher.score_layers,
+                self._recipe.needs_teacher_features,
+            )
             scores, features = output.scores, output.features
         if self._recipe.needs_teacher_patches:
             view, params = micro.student_views[:, 0], micro.augment_params[:, 0]
