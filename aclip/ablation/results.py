@@ -125,6 +125,6 @@ def _read(run: Run) -> Outcome:
         metric,
         [line.metrics[metric] for line in students],
         [line.samples for line in students],
-        [line.metrics[OBJECTS] for line in evaluations["mask"]],
+        [line.metrics[OBJECTS] for line in evaluations["mask"] if OBJECTS in line.metrics],
         statistics.median(line.images_per_second for line in metrics.steps),
     )

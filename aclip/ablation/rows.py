@@ -16,7 +16,9 @@ NO_AUXILIARY_LOSS = (
 )
 NO_TEACHER = ("teacher=null", *NO_AUXILIARY_LOSS)
 TEACHER = ("teacher.resolution={full}", *NO_AUXILIARY_LOSS)
-NO_MASK = ("mask.policy=none", "mask.keep_ratio=1", "views.student=1")
+NO_SCORES = ("mask.warmup=0", "mask.temperature=0")
+"""What a mask needs that does not go by scores; rows that do take the base's."""
+NO_MASK = (*NO_SCORES, "mask.policy=none", "mask.keep_ratio=1", "views.student=1")
 ATTENTIVE_2X = ("mask.policy=attentive", "views.student=2", *TEACHER)
 ACLIP = (*ATTENTIVE_2X, "loss.simclr=1", "loss.byol=2")
 
@@ -48,13 +50,13 @@ MASKS = (
         "random_1x",
         "random, 1 x {keep} %",
         35.0,
-        ("mask.policy=random", "views.student=1", *NO_TEACHER),
+        ("mask.policy=random", "views.student=1", *NO_SCORES, *NO_TEACHER),
     ),
     Row(
         "random_2x",
         "random, 2 x {keep} %",
         38.0,
-        ("mask.policy=random", "views.student=2", *NO_TEACHER),
+        ("mask.policy=random", "views.student=2", *NO_SCORES, *NO_TEACHER),
     ),
     Row(
         "attentive_1x",
@@ -95,9 +97,12 @@ SYSTEMS = (
 )
 GROUPS = {"masks": MASKS, "systems": (MASKS[0], *SYSTEMS)}
 DECIDED_BY_ROWS = {
-    change.partition("=")[0] for row in (*MASKS, *SYSTEMS) for change in row.overrides
+    change.partition("=")[0]
+    for row in (*MASKS, *SYSTEMS)
+    for change in row.overrides
+    if change not in NO_SCORES
 }
-"""Keys of the recipe that some row sets."""
+"""Keys of the recipe that some row sets and no user may."""
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,17 @@ class MaskConfig(Section):
     """Share of the blocks that is kept, rounded up: 0.5 of 49 is 25."""
     block_size: int = Field(2, ge=1)
     """A block is block_size x block_size patches."""
-    warmup: float = Field(0, ge=0, lt=1)
-    """Share of the run in which blocks are not chosen by the teacher's scores alone yet."""
+    warmup: float = Field(0.0, ge=0, lt=1)
+    """Share of the run in which a mask that goes by the teacher's scores (attentive, inverse) does
+    not trust them yet. An untrained teacher may look past the objects; then the student never sees
+    them, and the teacher does not learn to look."""
     warmup_change: Literal["at_once", "gradual"] = "at_once"
-    """How the warm-up ends."""
+    """Until the warm-up is over, blocks are kept at random (at_once), or by the rank of their score
+    mixed with noise, whose weight falls from 1 to 0 (gradual)."""
+    temperature: float = Field(0.0, ge=0, le=100)
+    """Above 0, blocks are drawn by the teacher's scores once the warm-up is over, so that an image
+    does not always keep the same ones: without replacement, with odds of score ** (1 / temperature)
+    or, if the mask is inverse, score ** (-1 / temperature). 0 keeps the best."""
 
 
 class LossConfig(*(term.keys for term in reversed(TERMS))):  # pydantic takes the last base first
@@ -83,9 +90,19 @@ class Recipe(OfTerms):
         return POLICIES[self.mask.policy]
 
     @property
+    def needs_mask_noise(self) -> bool:
+        """Whether the data workers draw noise for the mask."""
+        return self.mask_policy.reads_noise or self.mask.warmup > 0 or self.mask.temperature > 0
+
+    @property
     def needs_teacher_view(self) -> bool:
         """Whether the teacher reads a view of its own, which contains the student's."""
-        return self.mask_policy.reads_teacher or any(term.reads_teacher_view for term in self.terms)
+        return self.mask_policy.reads_teacher or self.needs_teacher_features
+
+    @property
+    def needs_teacher_features(self) -> bool:
+        """Whether a loss reads the features of the teacher view; the mask reads its scores."""
+        return any(term.reads_teacher_view for term in self.terms)
 
     @property
     def needs_teacher_patches(self) -> bool:
@@ -124,6 +141,7 @@ class Recipe(OfTerms):
     @model_validator(mode="after")
     def _check_combination(self) -> "Recipe":
         self._check_terms()
+        self._check_mask()
         self._check_teacher()
         self._check_reuse()
         self._check_views()
@@ -150,6 +168,16 @@ class Recipe(OfTerms):
         for term in self._weighted():
             term.check(self)
 
+    def _check_mask(self) -> None:
+        for name in ("warmup", "temperature"):
+            value = getattr(self.mask, name)
+            if value and not self.mask_policy.reads_teacher:
+                raise ValueError(
+                    f"mask.{name} is {value:g}, but mask.policy {self.mask.policy} does not go by "
+                    f"the teacher's scores; set mask.{name}=0, or mask.policy to attentive or "
+                    "inverse"
+                )
+
     def _check_teacher(self) -> None:
         readers = [f"mask.policy {self.mask.policy}"] if self.mask_policy.reads_teacher else []
         readers += [
@@ -175,6 +203,12 @@ class Recipe(OfTerms):
                 f"teacher.resolution is {resolution}, but {' and '.join(readers)} alone lets the "
                 "teacher read the student's view; set it to model.image.resolution "
                 f"{self.model.image.resolution}"
+            )
+        score_layers = self.teacher.score_layers
+        if score_layers is not None and not self.mask_policy.reads_teacher:
+            raise ValueError(
+                f"teacher.score_layers is {score_layers}, but mask.policy {self.mask.policy} reads "
+                "no scores; remove the key"
             )
 
     def _check_reuse(self) -> None:

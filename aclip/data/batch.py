@@ -30,7 +30,7 @@ class Batch:
     augment_params: Tensor
     """(B, V, 9) fp32, see aclip.kernels.augment_views"""
     mask_noise: Tensor | None
-    """(B, V, G / block_size, G / block_size) fp32 in [0, 1), for a policy that reads noise"""
+    """(B, V, G / block_size, G / block_size) fp32 in [0, 1), for a mask that reads noise"""
     ssl_views: Tensor | None
     """(B, S, 3, R, R) uint8, S views of their own for a loss between views"""
     ssl_params: Tensor | None

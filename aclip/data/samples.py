@@ -137,7 +137,7 @@ class SampleMaker:
             around = 0, 0, height, width  # so that the scores fit the boxes of other epochs
         augment_params = draw_augment_params(rng, recipe.augment, views.student)
         mask_noise = None
-        if recipe.mask_policy.reads_noise:
+        if recipe.needs_mask_noise:
             mask_noise = rng.random((views.student, self.blocks, self.blocks), dtype=np.float32)
         ssl_boxes, ssl_flips, ssl_params = [], [], None
         if views.ssl:

@@ -66,7 +66,6 @@ def synthetic_batch(recipe: Recipe, batch_size: int, tokens: Tokens | None = Non
     has_teacher_view = recipe.needs_teacher_view
     teacher_side = recipe.teacher.resolution if has_teacher_view else 0
     blocks = grid // recipe.mask.block_size
-    reads_noise = recipe.mask_policy.reads_noise
     shapes = {term.name: term.noise_shape(grid) for term in recipe.terms}
     context_length = recipe.model.text.context_length
     if tokens is None:
@@ -80,7 +79,9 @@ def synthetic_batch(recipe: Recipe, batch_size: int, tokens: Tokens | None = Non
         student_boxes=box.repeat(batch_size, views.student, 1),
         teacher_box=box.repeat(batch_size, 1) if has_teacher_view else None,
         augment_params=params(recipe.augment, views.student),
-        mask_noise=noise(batch_size, views.student, blocks, blocks) if reads_noise else None,
+        mask_noise=noise(batch_size, views.student, blocks, blocks)
+        if recipe.needs_mask_noise
+        else None,
         ssl_views=pixels(batch_size, views.ssl, 3, side, side) if views.ssl else None,
         ssl_params=params(recipe.ssl_augment, views.ssl) if views.ssl else None,
         term_noise={name: noise(batch_size, *shape) for name, shape in shapes.items() if shape},

@@ -38,7 +38,8 @@ def teacher_scores(stepper: Stepper) -> Callable[[Tensor], Tensor] | None:
 
     def scores(views: Tensor) -> Tensor:
         pixels = augment(views.to(stepper.device), None, stepper.recipe.augment, stepper.dtype)
-        return stepper.teacher.forward(pixels).scores.cpu()
+        score_layers = stepper.recipe.teacher.score_layers
+        return stepper.teacher.forward(pixels, score_layers, with_features=False).scores.cpu()
 
     return scores
 

@@ -16,7 +16,8 @@ from aclip.data.batch import Batch
 from aclip.data.images.augment import augment
 from aclip.data.images.device_views import cut_views_on_device
 from aclip.method.losses.term import LossTerm, Taught, TermContext
-from aclip.method.masks.policy import Selection, ViewsToMask
+from aclip.method.masks.noise import noise_share
+from aclip.method.masks.policy import Selection, ViewsToMask, select_patches
 from aclip.method.score_codes import decode_scores, encode_scores
 from aclip.models.student import StudentInput
 from aclip.models.vit import ImageTower
@@ -74,7 +75,11 @@ class StepInputs:
         has them."""
         scores = features = patches = codes = None
         if micro.teacher_view is not None:
-            output = self._teacher.forward(self._augment(micro.teacher_view, None))
+            output = self._teacher.forward(
+                self._augment(micro.teacher_view, None),
+                self._recipe.teacher.score_layers,
+                self._recipe.needs_teacher_features,
+            )
             scores, features = output.scores, output.features
         if self._recipe.keeps_scores:
             scores, codes = self._as_kept(scores, micro.stored_scores)
@@ -104,7 +109,7 @@ class StepInputs:
         micro: Batch,
         taught: Taught,
         statistics: dict[str, Tensor | None],
-        progress: float = 0.0,
+        progress: float = 1.0,
     ) -> StudentInput:
         """The student's input of a micro-batch.
 
@@ -129,18 +134,23 @@ class StepInputs:
         self, micro: Batch, pixels: Tensor, scores: Tensor | None, progress: float
     ) -> Selection | None:
         """The kept patches of the student views; None for all."""
+        mask, policy = self._recipe.mask, self._recipe.mask_policy
+        share = noise_share(progress, mask.warmup, mask.warmup_change)
+        reads_noise = policy.reads_noise or share > 0 or mask.temperature > 0
         views = ViewsToMask(
             self._grid,
             self._num_kept_blocks,
-            self._recipe.mask.block_size,
+            mask.block_size,
             pixels=pixels,
-            noise=self._to_device(micro.mask_noise),
+            noise=self._to_device(micro.mask_noise) if reads_noise else None,
             teacher_scores=scores,
             teacher_box=self._to_device(micro.teacher_box),
             view_boxes=self._to_device(micro.student_boxes),
             progress=progress,
+            noise_share=share,
+            temperature=mask.temperature,
         )
-        return self._recipe.mask_policy.select(views)
+        return select_patches(policy, views)
 
     def _of_terms(
         self,

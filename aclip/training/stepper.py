@@ -76,7 +76,7 @@ class Stepper:
             scalar.exact = self._sharded_state.clamp_max(name, scalar.ceiling)
 
     def step(
-        self, batch: Batch, learning_rate: float, momentum: float | None, progress: float = 0.0
+        self, batch: Batch, learning_rate: float, momentum: float | None, progress: float = 1.0
     ) -> dict[str, Tensor]:
         """One optimizer update on this rank's part of the global batch.
 

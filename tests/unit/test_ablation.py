@@ -12,7 +12,7 @@ from processes import still_running
 
 from aclip.ablation.report import write_report
 from aclip.ablation.results import Mean, Result, difference, read_results
-from aclip.ablation.rows import choose_rows, make_cases
+from aclip.ablation.rows import DECIDED_BY_ROWS, choose_rows, make_cases
 from aclip.ablation.runs import Runner, make_runs
 from aclip.errors import ConfigError
 
@@ -63,6 +63,14 @@ def test_every_row_is_its_method(base, full):
     assert seen == expected
     towers = {case.recipe.model.model_dump_json() for case in cases}
     assert len(towers) == 1 and len({case.recipe.optimizer for case in cases}) == 1
+
+
+def test_noise_in_the_mask_is_for_the_rows_that_go_by_scores():
+    noise = ["mask.warmup=0.2", "mask.temperature=1"]
+    for case in make_cases(choose_rows(["masks"]), "demo", noise, [0.5]):
+        mask, by_scores = case.recipe.mask, case.recipe.mask.policy in ("attentive", "inverse")
+        assert (mask.warmup, mask.temperature) == ((0.2, 1) if by_scores else (0, 0))
+    assert not {"mask.warmup", "mask.temperature"} & DECIDED_BY_ROWS
 
 
 def test_rows_keep_the_papers_order_and_a_wrong_name_says_which_there_are():
@@ -147,6 +155,14 @@ def test_rows_without_a_common_seed_have_no_difference(tmp_path):
     gflops = {"random_2x-keep50": 2.0, "attentive_2x-keep50": 3.0}
     write_report(read_results(chosen), gflops, "Ablation", tmp_path)
     assert "difference" not in (tmp_path / "ablation.md").read_text()
+
+
+def test_masks_are_measured_on_sets_without_known_objects_too(tmp_path):
+    run, *_ = finished_runs(tmp_path)
+    write_metrics(run.folder, POINTS["random_2x"][0])
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"samples": 0, "evaluation": "mask", "metrics": {"attention_kept": 0.5}}\n')
+    assert read_results([run])[0].objects() == []
 
 
 def test_one_seed_has_no_error(tmp_path):

@@ -83,6 +83,18 @@ def test_teacher_runs_forward_on_all_patches_with_scores():
     expect(measured().flops["teacher"], EMBEDDING + blocks + scores, 0)
 
 
+def test_teacher_runs_the_blocks_of_its_scores_and_the_others_only_for_a_loss():
+    full, one_query = block(1 + PATCHES, WIDTH), one_query_block(1 + PATCHES, WIDTH, HEADS)
+    scores = product(1, WIDTH, 1 + PATCHES)
+    first_two = ["teacher.score_layers=2"]
+    # The last block of the scores gives its attention beside the one row that it computes.
+    expect(measured(first_two).flops["teacher"], EMBEDDING + full + scores + one_query, 0)
+    with_byol = measured([*first_two, "loss.byol=2"]).flops["teacher"]
+    projector = product(1, WIDTH, 256) + product(1, 256, 64)
+    blocks = (DEPTH - 1) * full + one_query
+    expect(with_byol, EMBEDDING + blocks + 2 * scores + projector, 0)
+
+
 def test_frozen_patch_embedding_has_no_backward_pass():
     image = measured(["model.image.freeze_patch_embed=true"]).flops["image"]
     expect(image, 2 * (EMBEDDING + VIEW), 2 * 2 * VIEW)

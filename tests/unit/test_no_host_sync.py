@@ -88,8 +88,9 @@ def test_what_waits_for_the_device_is_found(wait):
         wait(make(4))
 
 
+@pytest.mark.parametrize("noise", [{}, {"noise_share": 0.5}, {"temperature": 1.0}], ids=str)
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "none"])
-def test_mask_does_not_wait_for_the_device(policy):
+def test_mask_does_not_wait_for_the_device(policy, noise):
     views = ViewsToMask(
         GRID,
         5,
@@ -98,6 +99,7 @@ def test_mask_does_not_wait_for_the_device(policy):
         teacher_scores=make(BATCH, GRID, GRID),
         noise=make(BATCH, 2, GRID // 2, GRID // 2),
         **_boxes(),
+        **noise,
     )
     keep_ids = kept_patches(POLICIES[policy].select(views), GRID, BATCH, 2)
     assert keep_ids.shape == (BATCH, 2, 20)

@@ -57,6 +57,10 @@ def test_noise_is_drawn_for_the_policy_and_the_terms_that_read_it(make_sample):
         ]
     )
     assert sample.mask_noise.shape == (2, 2, 2)  # of 4 x 4 patches, in blocks of 2 x 2
+    for reads_noise in ("mask.warmup=0.1", "mask.temperature=1"):
+        noise = make_sample([*HALF_TEACHER, reads_noise]).mask_noise
+        # Drawn where that of a random mask is, so that the same place gives the same noise.
+        np.testing.assert_array_equal(noise, sample.mask_noise)
     shapes = {name: noise.shape for name, noise in sample.term_noise.items()}
     assert shapes == {"distill": (1, 4, 4), "mlm": (32,)}
     # A term's noise does not depend on the terms behind it.

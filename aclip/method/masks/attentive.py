@@ -13,7 +13,7 @@ def select_attentive(views: ViewsToMask) -> Selection:
 
 def select_inverse(views: ViewsToMask) -> Selection:
     """Keeps the blocks to which the teacher's CLS token attends least."""
-    return views.by_teacher(-views.teacher_scores)
+    return views.by_teacher(views.teacher_scores, lowest=True)
 
 
 ATTENTIVE = MaskPolicy("attentive", select_attentive, reads_teacher=True)

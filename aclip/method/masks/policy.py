@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aclip.kernels.attentive_pack import attentive_pack
+from aclip.kernels.attentive_pack import attentive_pack, block_scores
+from aclip.method.masks.noise import draw_by_score, mix_with_noise
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,15 @@ class ViewsToMask:
     Attributes:
         grid: G. num_kept_blocks, block_size: see Selection.
         pixels: (B, V, 3, R, R) normalised, the student views; for a policy that `reads_pixels`.
-        noise: (B, V, g, g) uniform in [0, 1), for a policy that `reads_noise`.
+        noise: (B, V, g, g) uniform in [0, 1), for a policy that `reads_noise`, and where the
+            recipe's mask has a warm-up or a temperature.
         teacher_scores: (B, S, S) float, the teacher's attention on its own view; like the boxes
             for a policy that `reads_teacher`.
         teacher_box: (B, 4) int32, pixels of the source image.
         view_boxes: (B, V, 4) int32, same convention.
         progress: how much of the run is done, in [0, 1].
+        noise_share: how much noise decides in place of the teacher's scores; see noise.py.
+        temperature: the recipe's mask.temperature, for a policy that `reads_teacher`.
     """
 
     grid: int
@@ -62,6 +66,8 @@ class ViewsToMask:
     teacher_box: Tensor | None = None
     view_boxes: Tensor | None = None
     progress: float = 0.0
+    noise_share: float = 0.0
+    temperature: float = 0.0
 
     def by_block(self, scores: Tensor) -> Selection:
         """A selection by scores of the views' blocks, (B, V, g, g)."""
@@ -73,15 +79,35 @@ class ViewsToMask:
         """A selection by scores of the views' patches, (B, V, G, G); a block has their mean."""
         return Selection(scores.detach(), None, None, self.num_kept_blocks, self.block_size)
 
-    def by_teacher(self, scores: Tensor) -> Selection:
-        """A selection by scores of the teacher view's patches, (B, S, S), seen from each view."""
+    def by_teacher(self, scores: Tensor, lowest: bool = False) -> Selection:
+        """A selection by scores of the teacher view's patches, (B, S, S), seen from each view.
+
+        Args:
+            lowest: whether the blocks of the lowest scores are kept, not those of the highest.
+        """
+        if self.noise_share or self.temperature:
+            return self.by_block(self._with_noise(scores, lowest))
         return Selection(
-            scores.detach().unsqueeze(1),
+            (-scores if lowest else scores).detach().unsqueeze(1),
             self.teacher_box,
             self.view_boxes,
             self.num_kept_blocks,
             self.block_size,
         )
+
+    def _with_noise(self, scores: Tensor, lowest: bool) -> Tensor:
+        """Scores of the views' blocks, (B, V, g, g), in which noise takes part."""
+        blocks = block_scores(
+            scores.detach().unsqueeze(1),
+            self.teacher_box,
+            self.view_boxes,
+            self.grid,
+            self.block_size,
+        )
+        if self.noise_share:
+            blocks = -blocks if lowest else blocks
+            return mix_with_noise(blocks, self.noise, self.noise_share)
+        return draw_by_score(blocks, self.noise, self.temperature, lowest)
 
 
 @dataclass(frozen=True)
@@ -103,6 +129,13 @@ class MaskPolicy:
     reads_teacher: bool = False
     reads_noise: bool = False
     reads_pixels: bool = False
+
+
+def select_patches(policy: MaskPolicy, views: ViewsToMask) -> Selection | None:
+    """What a policy selects; where noise decides alone, the teacher's scores may be missing."""
+    if policy.reads_teacher and views.noise_share == 1:
+        return views.by_block(views.noise)
+    return policy.select(views)
 
 
 def kept_patches(selection: Selection, grid: int, num_samples: int, num_views: int) -> Tensor:
