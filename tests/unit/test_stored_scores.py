@@ -19,7 +19,7 @@ from aclip.data.stored_scores import (
     DUE,
     HEADER_BYTES,
     MISSING,
-    REPLAYED,
+    TOO_NEW,
     ScoreFiles,
     ScoreReader,
     ScoreWriter,
@@ -91,8 +91,8 @@ def test_record_does_not_count_in_the_epoch_that_wrote_it_nor_before(files):
     files.create(2)
     write(files, 3, [8])
     write(files, 4, [9])
-    assert find(files, 7, 8) == (REPLAYED, None, 8)
-    assert find(files, 7, 9) == (REPLAYED, None, 9)
+    assert find(files, 7, 8) == (TOO_NEW, None, 8)
+    assert find(files, 7, 9) == (TOO_NEW, None, 9)
     assert find(files, 9, 8) == ("", codes(18).tolist(), -1)
 
 
