@@ -51,7 +51,11 @@ def _flops(plan: Plan) -> str:
     lines.append(row("sum", add_up(parts)))
     if plan.repeated_flops:
         lines.append(["run again", "", "", f"{plan.repeated_flops / 1e9:,.2f}"])
-    return text_table(lines)
+    note = (
+        f"Averages over the run: the teacher scores its view in {plan.teaching_share:.0%} of the "
+        "steps. So are the times below."
+    )
+    return text_table(lines) + (f"\n{note}" if plan.teaching_share < 1 else "")
 
 
 def _states(plan: Plan) -> str:
@@ -124,7 +128,7 @@ def _compute(plan: Plan) -> str:
     whole = plan.time.whole
     return (
         f"predicted: device {whole.device_seconds:.3f} s, host {whole.host_seconds:.3f} s for "
-        f"{whole.launches:,} launches"
+        f"{whole.launches:,.0f} launches"
     )
 
 

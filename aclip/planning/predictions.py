@@ -8,7 +8,7 @@ from aclip.config.recipe import Recipe
 from aclip.data.synthetic import batch_of_mean_captions
 from aclip.planning.engine_operations import fused_adamw
 from aclip.planning.gpus import Gpu
-from aclip.planning.measure_step import measure_step
+from aclip.planning.measure_step import measure_run
 from aclip.planning.step_time import PartTime, StepTime, recipe_step_times, step_time
 from aclip.planning.trace_step import COMPILED, LOSSES, trace_open_clip
 from aclip.planning.zero_memory import zero_settings
@@ -56,7 +56,7 @@ class Prediction:
 def predict(
     name: str, recipe: Recipe, ds_config: DsConfig, gpu: Gpu, caption_tokens: float
 ) -> list[Prediction]:
-    """A recipe's step on one GPU, without and with model.compile.
+    """A recipe's average step on one GPU, without and with model.compile.
 
     Args:
         name: what the recipe is called.
@@ -68,7 +68,7 @@ def predict(
     settings, dtype = zero_settings(ds_config, 1), ds_config.dtype
     eager, compiled = recipe_step_times(recipe, dtype, settings, gpu, size, length)
     few = batch_of_mean_captions(recipe, length, context)
-    flops = size * measure_step(recipe, few, modes=("none",)).total_flops
+    flops = size * measure_run(recipe, few, modes=("none",)).total_flops
     in_bf16 = dtype.itemsize == 2
     return [
         Prediction(name, False, size, eager, flops, gpu, in_bf16),
@@ -117,7 +117,7 @@ def _parts(prediction: Prediction) -> str:
     def row(name: str, part: PartTime) -> list[str]:
         return [
             name,
-            f"{part.launches:,}",
+            f"{part.launches:,.0f}",
             f"{part.host_seconds * 1e3:.1f}",
             f"{part.moved / 1e9:.1f}",
             f"{part.flops / 1e12:.2f}",

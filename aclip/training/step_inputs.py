@@ -70,9 +70,9 @@ class StepInputs:
         return replace(micro, whole_images=None, **views)
 
     def teach(self, micro: Batch) -> Taught:
-        """Runs the teacher on the views that the recipe's parts ask for."""
+        """Runs the teacher on the views that the recipe's parts ask for and the batch holds."""
         scores = features = patches = None
-        if self._recipe.needs_teacher_view:
+        if micro.teacher_view is not None:
             output = self._teacher.forward(
                 self._augment(micro.teacher_view, None),
                 self._recipe.teacher.score_layers,
