@@ -27,8 +27,8 @@ def shards(write_tar):
 def open_lane(shards, lane=0, num_lanes=2, block=4, cursor=(0, 0, 0), seed=0, bad=(), skips=False):
     """A lane that gives one sample to each batch."""
 
-    def prepare(shard_index, raw, epoch, position):
-        return Skip("no_image") if raw.key in bad else (raw.key, epoch, position)
+    def prepare(place, raw):
+        return Skip("no_image") if raw.key in bad else (raw.key, place.epoch, place.position)
 
     sizes = {index: shard.num_samples for index, shard in enumerate(shards)}
     parts = partial(even_parts, sum(sizes.values()), num_lanes, num_lanes)
