@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from aclip.config.ds_config import DsConfig
+from aclip.config.geometry import teacher_grid
 from aclip.config.recipe import Recipe
 from aclip.config.sections import Recompute
 from aclip.data.batch import Batch
+from aclip.data.stored_scores import HEADER_BYTES, record_bytes
 from aclip.data.synthetic import batch_of_mean_captions
 from aclip.method.schedules import count_steps
 from aclip.planning.gpus import NETWORK_BYTES, Gpu
@@ -101,6 +103,7 @@ class Plan:
         num_steps: the schedule's length. num_samples: of an epoch.
         teaching_share: the share of the steps in which the teacher runs on its view. FLOPs and
             times are the average over all steps.
+        kept_scores_bytes: the disk space that scores take which later epochs read.
     """
 
     ds_config: DsConfig
@@ -118,6 +121,7 @@ class Plan:
     num_steps: int
     num_samples: int
     teaching_share: float
+    kept_scores_bytes: int
 
     @property
     def measured(self) -> Measured:
@@ -207,7 +211,16 @@ def plan(given: PlanInput) -> Plan:
         num_steps=num_steps,
         num_samples=round(arguments.samples),
         teaching_share=teaching_share(recipe, arguments.samples),
+        kept_scores_bytes=kept_scores_bytes(recipe, round(arguments.samples)),
     )
+
+
+def kept_scores_bytes(recipe: Recipe, num_samples: int) -> int:
+    """The disk space that a run's kept scores take in its folder: those of the last epoch that made
+    some, and of the one before, which the checkpoint before the last may need; 0 where none are."""
+    if not recipe.keeps_scores:
+        return 0
+    return 2 * (HEADER_BYTES + num_samples * record_bytes(teacher_grid(recipe)))
 
 
 def plan_memory(

@@ -117,6 +117,7 @@ def _time(plan: Plan) -> str:
         f"Schedule: {plan.num_steps:,} steps, {show_duration(seconds)}, "
         f"{plan.gpu_hours:,.0f} GPU-hours",
         f"Data: {describe_rest(plan.num_samples, plan.workload.global_batch_size)}",
+        *_kept_scores(plan),
     ]
     return "\n".join(lines)
 
@@ -146,6 +147,14 @@ def _host_bound(plan: Plan) -> list[str]:
         f"Host-bound: with {plan.micro_batch_size} images at a time the GPU would be done in "
         f"{whole.device_seconds:.3f} s, and the host (+-40 %) in {whole.host_seconds:.3f} s; {ways}"
     ]
+
+
+def _kept_scores(plan: Plan) -> list[str]:
+    """What the scores that later epochs read take on disk; nothing where none are kept."""
+    if not plan.kept_scores_bytes:
+        return []
+    space = plan.kept_scores_bytes / 1e9
+    return [f"Scores: up to {space:,.2f} GB in the run folder, those of two epochs (teacher.reuse)"]
 
 
 def _mark(plan: Plan, title: str) -> str:

@@ -1,10 +1,11 @@
 """The kinds of step that a run has, with the teacher's pass over its view and without it, and how
 often each comes: what a step of the run costs is their average."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
+from aclip.data.synthetic import without_teacher_view
 
 EPOCH_SAMPLES = 15_000_000
 """YFCC-15M's, for measurements that are told of no data set. In an epoch of so many steps the
@@ -38,8 +39,10 @@ def step_kinds(recipe: Recipe, batch: Batch, num_samples: float = EPOCH_SAMPLES)
     share = teaching_share(recipe, num_samples)
     kinds = [StepKind("teaching step", share, batch, 1.0)]
     if share < 1:
-        other = replace(batch, teacher_view=None)
-        kinds.append(StepKind("other step", 1 - share, other, 0.0))
+        other = without_teacher_view(recipe, batch)
+        # Scores are read after the warm-up; a step without them is one of the warm-up.
+        progress = 0.0 if other.stored_scores is None else 1.0
+        kinds.append(StepKind("other step", 1 - share, other, progress))
     return kinds
 
 

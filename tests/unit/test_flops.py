@@ -102,6 +102,9 @@ def test_teacher_runs_the_blocks_of_its_scores_and_the_others_only_for_a_loss():
         (["mask.warmup=0.25"], 0.75),
         (["mask.warmup=0.25", "mask.warmup_change=gradual"], 1),
         (["mask.warmup=0.25", "loss.byol=2"], 1),
+        (["teacher.reuse=2"], 0.5),
+        (["mask.warmup=0.25", "teacher.reuse=3"], 0.25),  # epoch 1 of 0 to 3
+        (["mask.warmup=0.375", "teacher.reuse=2"], 0.375),  # half of epoch 1, and epoch 2
     ],
 )
 def test_of_a_run_the_teacher_counts_by_its_share_of_the_steps(overrides, share):
@@ -240,7 +243,8 @@ def test_a_part_of_which_planning_is_not_told_is_counted(monkeypatch):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_measured(name):
-    shallow = ["model.image.kwargs={patch_size: 16, depth: 2}", "model.text.layers=2"]
+    # As deep as the scores of any recipe, and no deeper.
+    shallow = ["model.image.kwargs={patch_size: 16, depth: 4}", "model.text.layers=2"]
     recipe = load_recipe(name, shallow)
     parts = measured(shallow, name=name).flops
     assert {"image", "text", "losses"} <= parts.keys()
