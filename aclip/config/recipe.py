@@ -121,14 +121,13 @@ class Recipe(OfTerms):
             num_samples: samples of an epoch.
         """
         train, mask = self.train, self.mask
-        reads_features = any(term.reads_teacher_view for term in self.terms)
         return Teaching(
             num_samples,
             train.global_batch_size,
             count_steps(train.epochs, num_samples, train.global_batch_size),
             reuse=self.teacher.reuse if self.keeps_scores else 1,
             warmup=mask.warmup,
-            is_blind=mask.warmup_change == "at_once" and not reads_features,
+            is_blind=mask.warmup_change == "at_once" and not self.needs_teacher_features,
         )
 
     @property

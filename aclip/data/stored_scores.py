@@ -27,10 +27,9 @@ from aclip.errors import DataError
 from aclip.files import PlacedWriter, resize, write_whole, writing
 from aclip.method.teaching import Teaching
 
-DUE, MISSING, DAMAGED, REPLAYED = TO_TEACH = ("due", "missing", "damaged", "replayed")
-"""Why the teacher scores a sample: every sample's turn has come; or it should have been scored, but
-its record was never written, does not have its checksum, or was written in this epoch before a
-kill or later."""
+DUE, MISSING, DAMAGED, TOO_NEW = TO_TEACH = ("due", "missing", "damaged", "too_new")
+"""Why the teacher scores a sample: every sample's turn has come; or its record was never written,
+does not have its checksum, or was written in this epoch, or in a later one before a kill."""
 HEADER_BYTES = 4096
 EPOCH_BYTES = CHECKSUM_BYTES = 4
 NO_EPOCH, EVERY_EPOCH = -1, 2**62
@@ -139,7 +138,7 @@ class ScoreFiles:
         ):
             return None, DAMAGED
         if int.from_bytes(content[-EPOCH_BYTES:], "little") >= epoch:
-            return None, REPLAYED
+            return None, TOO_NEW
         codes = np.frombuffer(content[:-EPOCH_BYTES], dtype=np.uint8)
         return codes.reshape(self.side, self.side), ""
 

@@ -13,6 +13,7 @@ from aclip.config.geometry import patch_grid, teacher_grid
 from aclip.config.recipe import Recipe
 from aclip.data.batch import PER_SAMPLE, Batch
 from aclip.data.images.augment import draw_augment_params
+from aclip.data.stored_scores import DUE
 from aclip.method.tokens import END_ID, START_ID, Tokens
 
 # Token counts of YFCC-15M's captions: log-normal with this median and mean.
@@ -89,6 +90,7 @@ def synthetic_batch(recipe: Recipe, batch_size: int, tokens: Tokens | None = Non
         keys=[str(index) for index in range(batch_size)],
         captions=[""] * batch_size,
         cursors=torch.zeros(1, 3, dtype=torch.int64),
+        to_teach=[DUE if has_teacher_view else ""] * batch_size,
     )
 
 
@@ -99,7 +101,8 @@ def without_teacher_view(recipe: Recipe, batch: Batch) -> Batch:
     if recipe.keeps_scores:
         shape = (len(batch), teacher_grid(recipe), teacher_grid(recipe))
         codes = torch.from_numpy(np.random.default_rng(0).integers(1, 256, shape, dtype=np.uint8))
-    return replace(batch, teacher_view=None, stored_scores=codes)
+    to_teach = [""] * len(batch)
+    return replace(batch, teacher_view=None, to_teach=to_teach, stored_scores=codes)
 
 
 def batch_of_mean_captions(

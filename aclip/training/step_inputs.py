@@ -71,10 +71,10 @@ class StepInputs:
         return replace(micro, whole_images=None, **views)
 
     def teach(self, micro: Batch) -> Taught:
-        """Runs the teacher on the views that the recipe's parts ask for, where the micro-batch
-        has them."""
+        """Runs the teacher on the views that the recipe's parts ask for; on its own view only where
+        it scores one of the samples."""
         scores = features = patches = codes = None
-        if micro.teacher_view is not None:
+        if any(micro.to_teach):
             output = self._teacher.forward(
                 self._augment(micro.teacher_view, None),
                 self._recipe.teacher.score_layers,
