@@ -226,6 +226,15 @@ def test_open_clips_step_is_as_large_as_it_says():
     assert [each.moved for each in views] == [0, pixels * (1 + 4)]
 
 
+def test_a_prediction_says_that_it_is_an_average_over_a_run():
+    time = step_time([Operation("add", STUDENT, moved=8)], TOY, 0, None)
+    every_step = Prediction("plain", False, 32, time, flops=50, gpu=TOY)
+    of_run = Prediction("own", False, 32, time, flops=50, gpu=TOY, teaching_share=0.26)
+    *_, last = report([every_step, of_run]).splitlines()
+    assert last == "own: the average over a run, in 26% of whose steps the teacher runs."
+    assert "average" not in report([every_step])
+
+
 def test_a_compiled_step_has_the_same_flops_and_fewer_launches_and_bytes():
     recipe = load_recipe("clip_vits16", ["train.global_batch_size=4"])
     eager, compiled = predict_open_clip(recipe, TOY)
