@@ -18,6 +18,8 @@ from aclip.reports.kept_patches import PictureSet, kept_object_patches
 
 USUAL_WARMUP = 0.25
 """What a warning proposes."""
+LEAST_CAPTIONED = 64
+"""With fewer samples, losses may not differ although the mask is good."""
 
 
 @dataclass(frozen=True)
@@ -83,25 +85,31 @@ class MaskSignals:
             metrics |= {"loss_kept": kept.mean().item(), "loss_dropped": dropped.mean().item()}
         if progress < mask.warmup:
             return metrics, ""
+        if progress == 0:
+            kept = None  # what knows no captions yet fits all patches equally
         return metrics, self._warning(self._ids_of(best), kept, dropped)
 
     def _warning(self, best_ids: Tensor, kept: Tensor | None, dropped: Tensor | None) -> str:
-        """A sentence if the patches of the most attention show less than others would, else "".
+        """A sentence if the patches of the most attention hold less of the objects than others or,
+        where no object is known, fit the captions no better than others; else "".
 
-        Where no object is known, the (n,) losses tell, or None for no captions.
+        Args:
+            best_ids: (n, V, K) int64, the patches of the most attention.
+            kept, dropped: (n,) losses of the captions, or None.
         """
         coverage, warmup = self._pictured.coverage, self._recipe.mask.warmup
         gains = object_gains(best_ids, coverage)
+        has_losses = kept is not None and len(kept) >= LEAST_CAPTIONED
         if is_below_zero(gains):
             share = best_ids.shape[-1] / coverage.shape[-1] ** 2
             finding = (
                 f"the patches of the most attention hold {100 * (share + gains.mean()):.1f} % of "
                 f"the objects' patches, but {100 * share:.1f} % of all patches"
             )
-        elif not len(gains) and kept is not None and is_below_zero(dropped - kept):
+        elif not len(gains) and has_losses and not is_below_zero(kept - dropped):
             finding = (
-                "captions fit the patches of the most attention worse (loss "
-                f"{kept.mean():.3f}) than as many of the least ({dropped.mean():.3f})"
+                f"captions fit the patches of the most attention (loss {kept.mean():.3f}) no "
+                f"better than as many of the least ({dropped.mean():.3f})"
             )
         else:
             return ""

@@ -22,12 +22,12 @@ from aclip.reports.kept_patches import PictureSet
 from aclip.training.evaluated_models import mask_teacher
 from aclip.training.teacher import Teacher
 
-SIDE, NUM = 4, 16
+SIDE, NUM = 4, 64
 OBJECT, CORNER = (slice(0, 2), slice(0, 2)), (slice(2, 4), slice(2, 4))
 WORDS = ["the teacher looks past what captions speak of"]
 
 
-def pictured(mask, object_known=True, captioned=True):
+def pictured(mask, object_known=True, captioned=NUM):
     """Samples of 4 x 4 patches whose object has the upper left four; views are the whole image."""
     coverage = torch.full((NUM, 2, SIDE, SIDE), 0.0 if object_known else math.nan)
     if object_known:
@@ -36,7 +36,7 @@ def pictured(mask, object_known=True, captioned=True):
     return PictureSet(
         images=torch.zeros(NUM, 3, 8, 8, dtype=torch.uint8),
         captions=[str(number) for number in range(NUM)],
-        is_captioned=torch.full((NUM,), captioned),
+        is_captioned=torch.arange(NUM) < captioned,
         student_views=torch.zeros(NUM, 2, 3, 8, 8, dtype=torch.uint8),
         colors=None,
         teacher_box=box.repeat(NUM, 1),
@@ -64,7 +64,7 @@ def knows_captions_by(patch):
         is_shown = (shown == patch).any(2).float()
         return torch.eye(NUM).unsqueeze(1) * is_shown.unsqueeze(2) + 1e-3
 
-    return MaskTeacher(lambda views: None, embed_kept, lambda texts: torch.eye(len(texts)))
+    return MaskTeacher(lambda views: None, embed_kept, lambda texts: torch.eye(NUM)[: len(texts)])
 
 
 def signals_of(overrides=(), **options):
@@ -150,7 +150,7 @@ def test_losses_tell_where_captions_are_understood():
     # Patch 0 is the object's: with it an image fits its caption alone, without it any caption.
     assert metrics["loss_kept"] < 0.01
     assert metrics["loss_dropped"] == pytest.approx(math.log(NUM))
-    without, _ = signals_of(captioned=False).measure(knows_captions_by(0), attention_on(), 1.0)
+    without, _ = signals_of(captioned=0).measure(knows_captions_by(0), attention_on(), 1.0)
     assert list(without) == ["attention_kept"]
 
 
@@ -168,23 +168,32 @@ def test_losses_tell_where_captions_are_understood():
             CORNER, {}, ["mask.warmup=0.2"], 0.2, ["a longer mask.warmup than 0.2"],
             id="has warmed up",
         ),
-        pytest.param(OBJECT, {"object_known": False}, [], 1.0, None, id="kept patches tell more"),
+        pytest.param(OBJECT, {"object_known": False}, [], 0.01, None, id="kept patches tell more"),
         pytest.param(
-            CORNER, {"object_known": False}, [], 1.0,
-            ["of the most attention worse (loss 2.773)", "of the least (0.0"],
+            CORNER, {"object_known": False}, [], 0.01,
+            ["of the most attention (loss 4.159) no better than as many of the least (0.0"],
             id="dropped patches tell more",
         ),
         pytest.param(
-            CORNER, {"object_known": False, "captioned": False}, [], 1.0, None, id="nothing known"
+            CORNER, {"object_known": False, "patch": 5}, [], 0.01,
+            ["(loss 4.159) no better than as many of the least (4.159)"], id="neither tell more",
+        ),
+        pytest.param(CORNER, {"object_known": False}, [], 0.0, None, id="before training"),
+        pytest.param(
+            CORNER, {"object_known": False, "captioned": 63}, [], 1.0, None, id="few captions"
+        ),
+        pytest.param(
+            CORNER, {"object_known": False, "captioned": 0}, [], 1.0, None, id="nothing known"
         ),
     ],
 )  # fmt: skip
 def test_a_teacher_that_looks_past_the_objects_is_warned_of(
     place, options, overrides, progress, words
 ):
-    _, warning = signals_of(overrides, **options).measure(
-        knows_captions_by(0), attention_on(place), progress
-    )
+    options = dict(options)
+    teacher = knows_captions_by(options.pop("patch", 0))
+    signals = signals_of(overrides, **options)
+    _, warning = signals.measure(teacher, attention_on(place), progress)
     assert (warning == "") is (words is None)
     assert all(word in warning for word in (WORDS + words if words else []))
 
