@@ -16,11 +16,13 @@ NO_AUXILIARY_LOSS = (
 )
 NO_TEACHER = ("teacher=null", *NO_AUXILIARY_LOSS)
 TEACHER = ("teacher.resolution={full}", *NO_AUXILIARY_LOSS)
-NO_SCORES = ("mask.warmup=0", "mask.temperature=0")
-"""What a mask needs that does not go by scores; rows that do take the base's."""
+NO_REUSE = ("teacher.reuse=1",)
+NO_SCORES = ("mask.warmup=0", "mask.temperature=0", "teacher.score_layers=null", *NO_REUSE)
+"""What a mask needs that does not go by scores; rows that do take the base's, and those of BYOL all
+but NO_REUSE, since that loss needs the teacher in every step."""
 NO_MASK = (*NO_SCORES, "mask.policy=none", "mask.keep_ratio=1", "views.student=1")
 ATTENTIVE_2X = ("mask.policy=attentive", "views.student=2", *TEACHER)
-ACLIP = (*ATTENTIVE_2X, "loss.simclr=1", "loss.byol=2")
+ACLIP = (*ATTENTIVE_2X, *NO_REUSE, "loss.simclr=1", "loss.byol=2")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ NO_EPOCH, EVERY_EPOCH = -1, 2**62
 SECONDS_BETWEEN_LOOKS = 0.01
 
 
+def record_bytes(side: int) -> int:
+    """The bytes of a sample's record, with `side` patches per side of the teacher view."""
+    return side * side + EPOCH_BYTES + CHECKSUM_BYTES
+
+
 class ScoreFiles:
     """The files of one run, in the main process and its workers.
 
@@ -49,7 +54,7 @@ class ScoreFiles:
     def __init__(self, folder: Path, side: int, num_samples: int, data: str):
         self.folder = folder
         self.side = side
-        self.record_bytes = side * side + EPOCH_BYTES + CHECKSUM_BYTES
+        self.record_bytes = record_bytes(side)
         self._facts = {"side": side, "samples": num_samples, "data": data}
         self._size = HEADER_BYTES + num_samples * self.record_bytes
         # The workers share its memory however they are started.

@@ -1,17 +1,16 @@
-"""Evaluation during training: models on the validation set, the kept-patch picture, and how much of
-the known objects the mask keeps."""
+"""Evaluation during training: models on the validation set, the kept-patch picture, and what the
+mask keeps of known objects and of the teacher's attention."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from aclip import distributed
 from aclip.config.recipe import Recipe
 from aclip.data.shards.listing import Shard, read_shard
 from aclip.evaluation.evaluate_set import check_scored, evaluate_models
+from aclip.evaluation.mask_signals import MaskSignals, MaskTeacher
 from aclip.evaluation.progress import SpokenProgress
 from aclip.evaluation.sets.evaluation_set import ShardSet
 from aclip.evaluation.sets.prompts import find_class_prompts
@@ -27,7 +26,7 @@ from aclip.reports.mask_pictures import draw_figure
 BATCH_SIZE = 256
 PROGRESS_SECONDS = 10
 NUM_MEASURED = 256
-"""Validation samples that the mask is measured on, if they hold the masks of their objects."""
+"""Validation samples that the mask is measured on."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,17 @@ class Evaluation:
 
     Attributes:
         metrics: each model's metrics by its name, and those of "chance", equal on every rank. Rank
-            0 also has "mask", the share of the objects' patches that the recipe's mask keeps, if
-            the samples hold object masks.
+            0 also has "mask": object_patches_kept, the share of the objects' patches that the
+            recipe's mask keeps, if the samples hold object masks; and what MaskSignals measures,
+            if the mask goes by the teacher's scores.
         picture: the kept patches, (H, W, 3) uint8; None on the other ranks, where nothing is
             masked, or where no sample can be used.
+        warning: what is wrong with the mask, or "".
     """
 
     metrics: dict[str, dict[str, float]]
     picture: np.ndarray | None = None
+    warning: str = ""
 
 
 class Evaluator:
@@ -59,52 +61,61 @@ class Evaluator:
         self._shards = shards
         self._prompts = find_class_prompts(Path(shards[0].url).parent)
         self._pictured: PictureSet | None = None
+        self._signals: MaskSignals | None = None
 
     def __call__(
-        self, models: dict[str, Towers], teacher_scores: Callable[[Tensor], Tensor] | None
+        self, models: dict[str, Towers], teacher: MaskTeacher | None, progress: float = 1.0
     ) -> Evaluation:
         """Evaluates all models; a collective, so every rank calls.
 
         Args:
             models: the models by their names, the student among them.
-            teacher_scores: gives the attention (n, g, g) fp32 on teacher views (n, 3, T, T) uint8,
-                both on the CPU; None where there are no such views. Rank 0 alone calls it.
+            teacher: what the mask is measured with, by rank 0 alone; None where there are no
+                teacher views.
+            progress: how much of the run is done, in [0, 1].
 
         Raises:
             ConfigError: nothing can be scored. A run's first evaluation comes before its first
                 step, so that this costs no training.
         """
         dataset = ShardSet(self._shards)
-        progress = SpokenProgress("evaluation", PROGRESS_SECONDS, ends=False)
-        metrics = evaluate_models(models, dataset, self._prompts, BATCH_SIZE, progress=progress)
+        spoken = SpokenProgress("evaluation", PROGRESS_SECONDS, ends=False)
+        metrics = evaluate_models(models, dataset, self._prompts, BATCH_SIZE, progress=spoken)
         check_scored(metrics["student"], "data.val", dataset.name)
         metrics["chance"] = chance(metrics["student"])
-        picture = None
-        if distributed.rank() == 0 and self._recipe.mask.policy != "none":
-            picture, share = self._inspect_mask(teacher_scores)
-            if share is not None:
-                metrics["mask"] = {"object_patches_kept": share}
-        return Evaluation(metrics, picture)
+        if distributed.rank() > 0 or self._recipe.mask.policy == "none":
+            return Evaluation(metrics)
+        return self._inspect_mask(metrics, teacher, progress)
 
     def _inspect_mask(
-        self, teacher_scores: Callable[[Tensor], Tensor] | None
-    ) -> tuple[np.ndarray | None, float | None]:
-        """Draws and measures the mask on the same validation samples and views every time.
-
-        Returns:
-            The picture, and the share of the objects' patches that is kept; None for what the
-            samples do not allow.
-        """
+        self, metrics: dict[str, dict[str, float]], teacher: MaskTeacher | None, progress: float
+    ) -> Evaluation:
+        """Draws and measures the mask on the same validation samples and views every time."""
+        policy = self._recipe.mask_policy
         if self._pictured is None:
             raw = (sample for shard in self._shards for _, sample in read_shard(shard))
-            self._pictured = read_picture_set(self._recipe, raw, NUM_MEASURED)
-        pictured, policy = self._pictured, self._recipe.mask.policy
+            self._pictured = read_picture_set(
+                self._recipe, raw, NUM_MEASURED, needs_objects=not policy.reads_teacher
+            )
+        pictured = self._pictured
         if pictured is None:
-            return None, None
-        scores = None if teacher_scores is None else teacher_scores(pictured.images)
-        picture = draw_figure(pictured.columns(policy, scores), pictured.captions)
-        kept, total = kept_object_patches(pictured.keep_ids(policy, scores), pictured.coverage)
-        return picture, kept_object_share(kept, total) if total.any() else None
+            return Evaluation(metrics)
+        scores = None if teacher is None else teacher.scores(pictured.images)
+        columns = pictured.columns(policy.name, scores, progress=progress)
+        kept, total = kept_object_patches(
+            pictured.keep_ids(policy.name, scores, progress), pictured.coverage
+        )
+        of_mask, warning = {}, ""
+        if total.any():
+            of_mask["object_patches_kept"] = kept_object_share(kept, total)
+        if policy.reads_teacher:
+            if self._signals is None:
+                self._signals = MaskSignals(self._recipe, pictured)
+            signals, warning = self._signals.measure(teacher, scores, progress)
+            of_mask |= signals
+        if of_mask:
+            metrics["mask"] = of_mask
+        return Evaluation(metrics, draw_figure(columns, pictured.captions), warning)
 
 
 def chance(metrics: dict[str, float]) -> dict[str, float]:

@@ -166,9 +166,9 @@ class Student(nn.Module):
         of_terms = {term.name: term.project(self, features) for term in self.terms}
         return output | _present(of_terms)
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """(M, 3, R, R) normalised -> (M, E) unnormalised embeds, over all patches."""
-        return self.image_projection(self.image(pixels))
+    def encode_image(self, pixels: Tensor, selection: Selection | None = None) -> Tensor:
+        """(M, 3, R, R) normalised -> (M, E) unnormalised embeds, over all patches or kept ones."""
+        return self.image_projection(self.image(pixels, selection))
 
     def encode_text(self, tokens: Tokens) -> Tensor:
         """M captions -> (M, E) unnormalised embeds."""

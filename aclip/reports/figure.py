@@ -161,7 +161,17 @@ def _explanation(weights: CheckpointWeights) -> list[Block]:
     ]
     if weights.model == "student":
         lines.append("This run has no teacher, so the attention is the student's.")
+    mask = weights.recipe.mask
     lines.append(weights.recipe.mask_policy.explanation)
+    if mask.warmup:
+        lines.append(
+            f"Noise takes part in the mask in the first {100 * mask.warmup:g} % of the run; shown "
+            "is what the mask keeps after that."
+        )
+    if mask.temperature:
+        lines.append(
+            f"Blocks are drawn by score with temperature {mask.temperature:g}; shown is one draw."
+        )
     return [Text(line) for line in lines if line]
 
 

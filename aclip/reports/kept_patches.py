@@ -4,7 +4,7 @@ known."""
 import io
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ from aclip.data.samples import Sample, SampleMaker
 from aclip.data.shards.listing import Shard, Skip
 from aclip.data.shards.tar import RawSample
 from aclip.method.losses.terms import no_auxiliary_terms
+from aclip.method.masks.noise import noise_share
 from aclip.method.masks.policies import POLICIES
-from aclip.method.masks.policy import ViewsToMask, kept_patches
+from aclip.method.masks.policy import ViewsToMask, kept_patches, select_patches
 from aclip.reports.mask_pictures import MAX_SAMPLES, Column, picture_columns
 
 OBJECT_MASK = "mask.png"
@@ -39,6 +40,7 @@ class PictureSet:
     Attributes:
         images: (n, 3, T, T) uint8, the teacher views.
         captions: n texts.
+        is_captioned: (n,) bool; without a caption the sample's key stands for one.
         student_views: (n, V, 3, R, R) uint8.
         colors: how the views are normalised.
         teacher_box: (n, 4) int32, pixels of the source image.
@@ -46,12 +48,13 @@ class PictureSet:
         noise: (n, V, b, b) fp32 for policies that read it, b blocks per side.
         coverage: (n, V, G, G) fp32, share of each patch that the object covers; NaN where the
             sample has no object mask.
-        mask: how many blocks of which size are kept.
+        mask: how many blocks of which size are kept, and how noise takes part.
         skipped: how many samples can't be used, by kind.
     """
 
     images: Tensor
     captions: list[str]
+    is_captioned: Tensor
     student_views: Tensor
     colors: AugmentConfig
     teacher_box: Tensor
@@ -61,10 +64,10 @@ class PictureSet:
     mask: MaskConfig
     skipped: Counter
 
-    def keep_ids(self, policy: str, scores: Tensor | None = None) -> Tensor:
-        """What a policy keeps by the attention (n, g, g) on the images: (n, V, K) int64."""
+    def views(self, policy: str, scores: Tensor | None) -> ViewsToMask:
+        """What a policy reads, the attention (n, g, g) on the images without noise beside it."""
         grid, block_size = self.coverage.shape[-1], self.mask.block_size
-        views = ViewsToMask(
+        return ViewsToMask(
             grid,
             count_kept_blocks(grid, block_size, self.mask.keep_ratio),
             block_size,
@@ -75,8 +78,21 @@ class PictureSet:
             view_boxes=self.view_boxes,
             progress=1.0,
         )
-        selection = POLICIES[policy].select(views)
-        return kept_patches(selection, grid, *self.view_boxes.shape[:2])
+
+    def keep_ids(self, policy: str, scores: Tensor | None = None, progress: float = 1.0) -> Tensor:
+        """What a policy keeps by the attention (n, g, g) on the images, at some progress of a run:
+        (n, V, K) int64."""
+        views = replace(
+            self.views(policy, scores),
+            progress=progress,
+            noise_share=self._noise_share(progress),
+            temperature=self.mask.temperature,
+        )
+        selection = select_patches(POLICIES[policy], views)
+        return kept_patches(selection, views.grid, *self.view_boxes.shape[:2])
+
+    def _noise_share(self, progress: float) -> float:
+        return noise_share(progress, self.mask.warmup, self.mask.warmup_change)
 
     def _pixels(self) -> Tensor:
         """The student views as the student would see them without colour changes."""
@@ -84,30 +100,43 @@ class PictureSet:
         return views.unflatten(0, self.student_views.shape[:2])
 
     def columns(
-        self, policy: str, scores: Tensor | None, attention_of: str = "teacher"
+        self,
+        policy: str,
+        scores: Tensor | None,
+        attention_of: str = "teacher",
+        progress: float = 1.0,
     ) -> list[Column]:
         """The pictures of the first eight samples, with a random mask beside any other policy."""
+        share = self._noise_share(progress)
+        words = "patches kept"
+        if POLICIES[policy].reads_teacher and share:
+            words = "kept at random" if share == 1 else f"kept, {100 * share:.0f} % noise"
         random_ids = None if policy == "random" else self.keep_ids("random")[:, 0].numpy()
         return picture_columns(
             self.images.numpy(),
             None if scores is None else scores.numpy(),
             self.student_views.numpy(),
-            self.keep_ids(policy, scores).numpy(),
+            self.keep_ids(policy, scores, progress).numpy(),
             self.coverage.shape[-1],
             random_ids,
             attention_of,
+            words,
         )
 
 
 def read_picture_set(
-    recipe: Recipe, raw_samples: Iterable[RawSample | Skip], num_measured: int = 0
+    recipe: Recipe,
+    raw_samples: Iterable[RawSample | Skip],
+    num_measured: int = 0,
+    needs_objects: bool = True,
 ) -> PictureSet | None:
-    """Makes the first eight usable samples, and more of those with an object mask.
+    """Makes the first eight usable samples, and more to measure on.
 
     Args:
         recipe: the run's recipe; if it keeps all patches, half of them are kept here.
         raw_samples: the samples, which are read as far as needed.
-        num_measured: how many samples are wanted where the first eight have object masks.
+        num_measured: how many samples are wanted.
+        needs_objects: whether more than eight are of use only where these have object masks.
 
     Returns:
         None when no sample can be used.
@@ -115,9 +144,9 @@ def read_picture_set(
     recipe = _for_pictures(recipe)
     maker = SampleMaker(recipe, [Shard("samples", 0)])
     samples: list[Sample] = []
-    coverage, skipped = [], Counter()
-    for position, raw in enumerate(raw_samples):
-        raw = raw if isinstance(raw, Skip) else _with_caption(raw)
+    coverage, is_captioned, skipped = [], [], Counter()
+    for position, found in enumerate(raw_samples):
+        raw = found if isinstance(found, Skip) else _with_caption(found)
         place = Place(0, position, 0, position)
         sample = raw if isinstance(raw, Skip) else maker.make(0, place, raw)
         if not isinstance(sample, Skip):
@@ -128,8 +157,9 @@ def read_picture_set(
             continue
         samples.append(sample)
         coverage.append(covered)
-        has_masks = any(not np.isnan(covered).any() for covered in coverage)
-        if len(samples) >= (max(MAX_SAMPLES, num_measured) if has_masks else MAX_SAMPLES):
+        is_captioned.append(raw is found)
+        is_of_use = not needs_objects or any(not np.isnan(each).any() for each in coverage)
+        if len(samples) >= (max(MAX_SAMPLES, num_measured) if is_of_use else MAX_SAMPLES):
             break
     if not samples:
         return None
@@ -140,6 +170,7 @@ def read_picture_set(
     return PictureSet(
         images=_stack([sample.teacher_view for sample in samples]),
         captions=[sample.caption for sample in samples],
+        is_captioned=torch.tensor(is_captioned),
         student_views=student_views,
         colors=recipe.augment,
         teacher_box=_stack([sample.teacher_box for sample in samples]),

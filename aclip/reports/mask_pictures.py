@@ -54,6 +54,7 @@ def picture_columns(
     grid: int,
     random_ids: Array | None = None,
     attention_of: str = "teacher",
+    words: str = "patches kept",
 ) -> list[Column]:
     """Draws the first eight samples.
 
@@ -69,6 +70,7 @@ def picture_columns(
         grid: G, patches per side of a student view; divides R.
         random_ids: (n, K) int, what a random mask keeps of the first view; None for no such column.
         attention_of: whose scores they are.
+        words: what is said of the number of patches in `keep_ids`.
     """
     images, views, keep_ids = (array[:MAX_SAMPLES] for array in (images, student_views, keep_ids))
     resolution = views.shape[-1]
@@ -79,15 +81,17 @@ def picture_columns(
         heat = [_heat_over(*pair) for pair in zip(shown, scores[:MAX_SAMPLES], strict=True)]
         title = f"{attention_of.capitalize()} attention"
         columns.append(Column(title, "bright where it is high", heat))
-    masked = [(f"Student view {v + 1}", views[:, v], keep_ids[:, v]) for v in range(views.shape[1])]
+    masked = [
+        (f"Student view {v + 1}", views[:, v], keep_ids[:, v], words) for v in range(views.shape[1])
+    ]
     if random_ids is not None:
-        masked.append(("Random mask", views[:, 0], random_ids[:MAX_SAMPLES]))
-    for title, pictures, ids in masked:
+        masked.append(("Random mask", views[:, 0], random_ids[:MAX_SAMPLES], "patches kept"))
+    for title, pictures, ids, kept_words in masked:
         pictures = [
             _grey_out(_enlarge(picture, cell), kept, grid)
             for picture, kept in zip(pictures, ids, strict=True)
         ]
-        subtitle = f"{ids.shape[-1]} of {grid * grid} patches kept"
+        subtitle = f"{ids.shape[-1]} of {grid * grid} {kept_words}"
         columns.append(Column(title, subtitle, pictures))
     return columns
 

@@ -48,8 +48,15 @@ SHARES = {
     "image_to_text_r1": "Image-to-text R@1",
     "text_to_image_r1": "Text-to-image R@1",
     "object_patches_kept": "Object's patches kept",
+    "attention_kept": "Attention kept",
+    "agreement": "Agreement with the mask before",
 }
-"""Metrics of an evaluation that curves and the table show, if there are any."""
+"""Shares of an evaluation that curves and the table show, if there are any."""
+LOSSES = {
+    "loss_kept": "Loss on the most attended",
+    "loss_dropped": "Loss on the least attended",
+}
+"""Losses of an evaluation that curves and the table show, if there are any."""
 LOGGED = {
     "images_per_second": ("Images per second", "{:,.1f}"),
     "data_wait_percent": ("Data wait, %", "{:.1f}"),
@@ -110,7 +117,7 @@ def write_report(folders: list[Path], out: Path) -> None:
     ]
     blocks: list[Block] = [Gallery(charts, 340)]
     if any(run.evaluations for run in runs):
-        blocks += [Heading("Evaluations"), _evaluations(runs)]
+        blocks += [Heading("Evaluations"), _evaluations(runs), *_warnings(runs)]
     pictures = list(_pictures(runs, out))
     if pictures:
         blocks += [Heading("Kept patches"), Gallery(pictures, 1000, PICTURE_WIDTH)]
@@ -184,14 +191,23 @@ def _latest_values(run: RunRecord) -> dict[str, str]:
 
 def _evaluations(runs: list[RunRecord]) -> Table:
     lines = [(run.name, line) for run in runs for line in run.evaluations]
-    shown = [name for name in SHARES if any(name in line.metrics for _, line in lines)]
+    titles = SHARES | LOSSES
+    shown = [name for name in titles if any(name in line.metrics for _, line in lines)]
     rows = []
     for run, line in lines:
         prefix = [run] if len(runs) > 1 else []
         cells = [_show_metric(name, line.metrics.get(name)) for name in shown]
         rows.append([*prefix, f"{line.samples:,}", line.evaluation, *cells])
     first = ["run"] if len(runs) > 1 else []
-    return Table([*first, "samples", "model", *(SHARES[name] for name in shown)], rows)
+    return Table([*first, "samples", "model", *(titles[name] for name in shown)], rows)
+
+
+def _warnings(runs: list[RunRecord]) -> Iterator[Text]:
+    for run in runs:
+        place = f"Warning of {run.name}" if len(runs) > 1 else "Warning"
+        for line in run.evaluations:
+            if line.warning:
+                yield Text(f"{place} at {line.samples:,} samples: {line.warning}.")
 
 
 def _term(name: str) -> str:
@@ -205,6 +221,8 @@ def _show(value: float | None, form: str) -> str:
 def _show_metric(name: str, value: float | None) -> str:
     if value is None:
         return ""
+    if name.startswith("loss_"):
+        return f"{value:.4f}"
     return f"{value:,.0f}" if name.startswith("num_") else f"{100 * value:.2f} %"
 
 
@@ -215,7 +233,9 @@ def _curves(runs: list[RunRecord]) -> Iterator[tuple[str, str, list[Line]]]:
         lines = _over_steps(runs, lambda line, name=name: line.terms.get(name))
         yield f"term-{name}", _term(name), lines
     for metric, title in SHARES.items():
-        yield metric, f"{title}, %", _over_evaluations(runs, metric)
+        yield metric, f"{title}, %", _over_evaluations(runs, metric, scale=100)
+    for metric, title in LOSSES.items():
+        yield metric, title, _over_evaluations(runs, metric, scale=1)
     for name, (title, _) in LOGGED.items():
         yield name, title, _over_steps(runs, attrgetter(name))
 
@@ -229,13 +249,13 @@ def _over_steps(runs: list[RunRecord], number: Callable[[StepLine], float | None
     return lines
 
 
-def _over_evaluations(runs: list[RunRecord], metric: str) -> list[Line]:
+def _over_evaluations(runs: list[RunRecord], metric: str, scale: int) -> list[Line]:
     lines = []
     for color, run in enumerate(runs):
         for model in dict.fromkeys(line.evaluation for line in run.evaluations):
             chosen = [line for line in run.evaluations if line.evaluation == model]
             points = [
-                (line.samples, 100 * line.metrics[metric])
+                (line.samples, scale * line.metrics[metric])
                 for line in chosen
                 if line.metrics.get(metric) is not None
             ]

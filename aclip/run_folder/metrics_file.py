@@ -57,12 +57,15 @@ class EvaluationLine:
     Attributes:
         samples: samples that the run has seen.
         evaluation: what was evaluated, such as student.
-        metrics: shares in [0, 1], and counts with names that start with num_.
+        metrics: shares in [0, 1], counts with names that start with num_, and losses with names
+            that start with loss_.
+        warning: what is wrong with it, a sentence; the file holds it where there is one.
     """
 
     samples: int
     evaluation: str
     metrics: dict[str, float | None]
+    warning: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """A run's student and teacher as an evaluation takes them."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from aclip.data.images.augment import augment
 from aclip.data.tokenizer import build_tokenizer
+from aclip.evaluation.mask_signals import MaskTeacher
 from aclip.evaluation.towers import Encoder, Towers
+from aclip.method.masks.policy import Selection
 from aclip.training.stepper import Stepper
 
 
@@ -30,18 +30,30 @@ def evaluated_models(stepper: Stepper) -> dict[str, Towers]:
     return models
 
 
-def teacher_scores(stepper: Stepper) -> Callable[[Tensor], Tensor] | None:
-    """The function from teacher views (n, 3, T, T) uint8 to their scores (n, g, g) fp32, both on
-    the CPU; None where the recipe has no teacher view. One rank may call it alone."""
+def mask_teacher(stepper: Stepper) -> MaskTeacher | None:
+    """The teacher that a mask is measured with; None where the recipe has no teacher view."""
     if not stepper.recipe.needs_teacher_view:
         return None
+    teacher, device = stepper.teacher, stepper.device
+    tokenizer = build_tokenizer(stepper.recipe.model.text)
+    score_layers = stepper.recipe.teacher.score_layers
+
+    def pixels(views: Tensor) -> Tensor:
+        return augment(views.to(device), None, stepper.recipe.augment, stepper.dtype)
 
     def scores(views: Tensor) -> Tensor:
-        pixels = augment(views.to(stepper.device), None, stepper.recipe.augment, stepper.dtype)
-        score_layers = stepper.recipe.teacher.score_layers
-        return stepper.teacher.forward(pixels, score_layers, with_features=False).scores.cpu()
+        return teacher.forward(pixels(views), score_layers, with_features=False).scores.cpu()
 
-    return scores
+    def embed_kept(views: Tensor, selection: Selection) -> Tensor:
+        on_device = selection.map(lambda tensor: tensor.to(device))
+        embeds = teacher.encode_image(pixels(views.flatten(0, 1)), on_device)
+        return embeds.unflatten(0, views.shape[:2]).float().cpu()
+
+    def embed_texts(texts: list[str]) -> Tensor:
+        tokens = tokenizer.encode(texts).map(lambda ids: ids.to(device))
+        return teacher.encode_text(tokens).float().cpu()
+
+    return MaskTeacher(scores, embed_kept, embed_texts)
 
 
 def _towers(stepper: Stepper, encode_image: Encoder, encode_text: Encoder) -> Towers:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from aclip.engine.sharded_state import gathered
 from aclip.method.losses.term import LossTerm, Taught
+from aclip.method.masks.policy import Selection
 from aclip.method.tokens import Tokens
 from aclip.models.student import Student
 
@@ -68,8 +69,8 @@ class Teacher:
         return {term.name: term.target(self.model, taught) for term in terms}
 
     @torch.no_grad()
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        return self.model.encode_image(pixels)
+    def encode_image(self, pixels: Tensor, selection: Selection | None = None) -> Tensor:
+        return self.model.encode_image(pixels, selection)
 
     @torch.no_grad()
     def encode_text(self, tokens: Tokens) -> Tensor:

@@ -19,7 +19,7 @@ from aclip.evaluation.during_training import Evaluator
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER
 from aclip.run_folder.metrics_file import EvaluationLine, StepLine
 from aclip.training import checkpoint
-from aclip.training.evaluated_models import evaluated_models, teacher_scores
+from aclip.training.evaluated_models import evaluated_models, mask_teacher
 from aclip.training.metrics.host_bound import HostBound
 from aclip.training.metrics.loading_notice import LoadingNotice
 from aclip.training.metrics.metrics_logger import MetricsLogger, peak_memory_gib
@@ -245,15 +245,16 @@ class Trainer:
         self._settle()
         if self.evaluator is not None:
             self.stepper.engine.eval()
-            models, scores = evaluated_models(self.stepper), teacher_scores(self.stepper)
-            evaluation = self.evaluator(models, scores)
+            models, teacher = evaluated_models(self.stepper), mask_teacher(self.stepper)
+            evaluation = self.evaluator(models, teacher, self.schedule.progress(self.step + 1))
             self.stepper.engine.train()
             self.evaluations[when] = evaluation.metrics
             if evaluation.picture is not None:
                 self.logger.log_kept_patches(evaluation.picture, self.samples)
             for name, metrics in evaluation.metrics.items():
                 if name != "chance":
-                    self.logger.log_evaluation(EvaluationLine(self.samples, name, metrics))
+                    warning = evaluation.warning if name == "mask" else ""
+                    self.logger.log_evaluation(EvaluationLine(self.samples, name, metrics, warning))
         if self.evaluator is not None or self.step > 0:
             self.logger.write_report()
 

@@ -36,7 +36,7 @@ def _global_batches(run: Path, ranks: int) -> dict[int, dict]:
             assert seen.setdefault(line["step"], line) == line
         per_rank.append(seen)
     steps = set.intersection(*(set(seen) for seen in per_rank))
-    names = ("keys", "boxes", "colours")
+    names = ("keys", "boxes", "colours", "noise")
     return {
         step: {name: sum((seen[step][name] for seen in per_rank), []) for name in names}
         for step in steps
@@ -107,22 +107,22 @@ def test_every_family_learns_and_gives_equal_losses_however_it_is_split(
         assert other == pytest.approx(one, rel=2e-5)
 
 
-RESUMES = [  # ZeRO stage and ranks until the kill, then after it
-    ("0", 2, "0", 2),
-    ("2", 2, "1", 1),
-    ("3", 2, "1", 1),
-    ("1", 1, "2", 2),
+RESUMES = [  # ZeRO stage and ranks until the kill, then after it; what the mask does meanwhile
+    ("0", 2, "0", 2, []),
+    ("2", 2, "1", 1, ["mask.warmup=0.7"]),
+    ("3", 2, "1", 1, ["mask.temperature=1"]),
+    ("1", 1, "2", 2, ["mask.warmup=0.9", "mask.warmup_change=gradual"]),
 ]
-IDS = [f"ZeRO-{a} on {m} to ZeRO-{b} on {n}" for a, m, b, n in RESUMES]
+IDS = [f"ZeRO-{a} on {m} to ZeRO-{b} on {n}" for a, m, b, n, _ in RESUMES]
 
 
-@pytest.mark.parametrize("stage, ranks, stage_after, ranks_after", RESUMES, ids=IDS)
+@pytest.mark.parametrize("stage, ranks, stage_after, ranks_after, mask", RESUMES, ids=IDS)
 def test_killed_run_continues_at_the_exact_next_sample(
-    run_distributed, shards, tmp_path, stage, ranks, stage_after, ranks_after
+    run_distributed, shards, tmp_path, stage, ranks, stage_after, ranks_after, mask
 ):
     rng = np.random.default_rng(int(stage) + 10 * ranks_after)
     kill_at = int(rng.integers(7, STEPS))
-    overrides = [f"train.checkpoint_every={5 * BATCH}"]
+    overrides = [f"train.checkpoint_every={5 * BATCH}", *mask]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_distributed(train_in(whole, shards, stage=stage, overrides=overrides), ranks)
     with pytest.raises(Exception):  # noqa: B017 - the ranks are gone, however it is reported

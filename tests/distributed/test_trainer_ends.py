@@ -141,7 +141,7 @@ def test_evaluation_that_fails_at_the_end_costs_nothing_that_was_trained(
 ):
     calls = []
 
-    def fail(models, teacher_scores):
+    def fail(models, teacher, progress):
         calls.append(list(models))
         if len(calls) > 1:
             raise RuntimeError("no memory")
@@ -177,19 +177,23 @@ def test_ranks_end_after_rank_0_has_uploaded(run_distributed, shards, tmp_path):
 def test_run_that_is_made_longer_is_evaluated_at_its_new_end(run_distributed, shards, tmp_path):
     notes, run = tmp_path / "notes", tmp_path / "run"
 
-    def evaluate(models, teacher_scores):
+    def evaluate(models, teacher, progress):
         with open(notes, "a") as file:
-            file.write(".")
-        return Evaluation({"student": {"num_calls": len(notes.read_text())}})
+            file.write(f"{progress:g} ")
+        of_student = {"num_calls": len(notes.read_text().split())}
+        return Evaluation({"student": of_student, "mask": {}}, warning="it is blind")
 
     # Before the first step, at the first end, and at the new one.
     for epochs, num_calls, end in ((2, 2, 10), (2, 2, 10), (3, 3, 15)):
         overrides = [f"train.epochs={epochs}"]
         run_distributed(train_in(run, shards, overrides=overrides, evaluator=evaluate), 1)
         state = checkpoint.read_state(checkpoint_folder.find(run / "checkpoints", "auto"))
-        assert state["evaluations"]["end"] == {"student": {"num_calls": num_calls}}
+        assert state["evaluations"]["end"]["student"] == {"num_calls": num_calls}
         assert state["step"] == end
-        assert read_metrics(run).evaluations[-1].samples == end * BATCH
+        of_student, of_mask = read_metrics(run).evaluations[-2:]
+        assert of_mask.samples == end * BATCH
+        assert (of_student.warning, of_mask.warning) == ("", "it is blind")
+    assert notes.read_text() == "0 1 1 "
 
 
 def test_resumed_run_keeps_its_wandb_id_and_a_report_that_fails_ends_no_run(

@@ -60,7 +60,7 @@ def write_shards(folder: Path) -> list[Shard]:
 
 
 class Recorder(Trainer):
-    """Writes each step's loss and this rank's sample keys, boxes and colours to a file."""
+    """Writes each step's loss and this rank's sample keys, boxes, colours and noise to a file."""
 
     record: Path
     kill_at: int | None = None
@@ -73,6 +73,7 @@ class Recorder(Trainer):
             "keys": batch.keys,
             "boxes": batch.student_boxes.tolist(),
             "colours": batch.augment_params.tolist(),
+            "noise": [] if batch.mask_noise is None else batch.mask_noise.tolist(),
         }
         with open(self.record, "a") as file:
             file.write(json.dumps(line) + "\n")

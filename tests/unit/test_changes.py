@@ -21,6 +21,7 @@ def test_each_setting_that_differs_is_named_then_and_now(run):
     start(run, saves=[8])
     clipped = ZERO1 | {"gradient_clipping": 1.0, "bf16": {"enabled": False}}
     overrides = ["optimizer.lr=5e-4", "train.epochs=2", "model.image.kwargs={embed_dim: 24}"]
+    overrides += ["mask.warmup=0.5", "mask.warmup_change=gradual", "mask.temperature=1"]
     with pytest.raises(ConfigError) as raised:
         start(run, overrides=overrides, ds_values=clipped)
     words = str(raised.value)
@@ -28,6 +29,9 @@ def test_each_setting_that_differs_is_named_then_and_now(run):
         "optimizer.lr 0.001 -> 0.0005",
         "train.epochs 1.0 -> 2.0",
         "model.image.kwargs.embed_dim ",
+        "mask.warmup 0.0 -> 0.5",
+        'mask.warmup_change "at_once" -> "gradual"',
+        "mask.temperature 0.0 -> 1.0",
         "gradient_clipping 0.0 -> 1.0 (ds_config)",
         "bf16.enabled true -> false (ds_config)",
     ):

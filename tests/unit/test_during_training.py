@@ -1,6 +1,7 @@
 """The evaluation between two steps: every model's scores, chance by hand, the picture on rank 0."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from aclip.data.tokenizer import build_tokenizer
 from aclip.errors import ConfigError
 from aclip.evaluation import during_training
 from aclip.evaluation.during_training import Evaluator
+from aclip.evaluation.mask_signals import MaskTeacher
 from aclip.evaluation.towers import Towers
 
 NUM_SAMPLES = 12
@@ -60,31 +62,38 @@ def always(place):
     return towers(lambda pixels: torch.eye(4)[[place] * len(pixels)])
 
 
-def scores_of_the_object(views):
-    """Attention on the object alone, of 4 x 4 patches."""
-    assert views.dtype == torch.uint8 and views.shape == (NUM_SAMPLES, 3, 32, 32)
-    scores = torch.zeros(NUM_SAMPLES, 4, 4)
-    scores[:, :2, :2] = 1
-    return scores
+def sees_the_object(embed_kept=lambda views, selection: torch.ones(len(views), 2, 3)):
+    """A teacher with attention on the object alone, of 4 x 4 patches."""
+
+    def scores(views):
+        assert views.dtype == torch.uint8 and views.shape == (NUM_SAMPLES, 3, 32, 32)
+        scores = torch.zeros(NUM_SAMPLES, 4, 4)
+        scores[:, :2, :2] = 1
+        return scores
+
+    return MaskTeacher(scores, embed_kept, lambda texts: torch.ones(len(texts), 3))
 
 
 def test_every_model_is_scored_and_the_mask_measured(shards):
     evaluator = Evaluator(load_recipe("demo", RECIPE), shards)
     models = {"student": always(0), "teacher": always(1)}
-    for _ in range(2):  # the second time on the samples of the first
-        evaluation = evaluator(models, scores_of_the_object)
+    signals = {"object_patches_kept": 1.0, "attention_kept": pytest.approx(1, abs=0.01)}
+    # All views and captions are embedded alike, so that a loss is the logarithm of their number.
+    signals |= {f"loss_{name}": pytest.approx(math.log(12)) for name in ("kept", "dropped")}
+    for of_mask in (signals, signals | {"agreement": 1.0}):  # both times on the same samples
+        evaluation = evaluator(models, sees_the_object())
         metrics = evaluation.metrics
         assert list(metrics) == ["student", "teacher", "chance", "mask"]
         for name in ("student", "teacher"):  # both name one class of three, whatever they see
             assert metrics[name]["zero_shot_top1"] == pytest.approx(1 / 3)
             assert metrics[name]["num_images"] == metrics[name]["num_captions"] == NUM_SAMPLES
-        assert metrics["mask"] == {"object_patches_kept": 1.0}
+        assert metrics["mask"] == of_mask and evaluation.warning == ""
         assert evaluation.picture.dtype == np.uint8 and evaluation.picture.shape[2] == 3
 
 
 def test_chance_is_what_guessing_scores(shards):
     chance = Evaluator(load_recipe("demo", RECIPE), shards)(
-        {"student": always(0)}, scores_of_the_object
+        {"student": always(0)}, sees_the_object()
     ).metrics["chance"]
     assert chance == {
         "image_to_text_r1": pytest.approx(1 / 12),
@@ -107,7 +116,7 @@ def test_without_a_mask_or_on_another_rank_nothing_is_pictured(shards, monkeypat
     found = {"student": {"num_images": 1.0, "zero_shot_top1": 1.0, "num_classes": 3.0}}
     monkeypatch.setattr(during_training, "evaluate_models", lambda *_, **__: found)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    evaluation = evaluator({"student": always(0)}, scores_of_the_object)
+    evaluation = evaluator({"student": always(0)}, sees_the_object())
     assert evaluation.picture is None and "mask" not in evaluation.metrics
 
 
@@ -128,4 +137,4 @@ def test_a_set_without_any_score_is_refused_by_the_first_evaluation(write_tar, e
     shards = write_set(write_tar, encode_image, ("cls", b"0"))
     evaluator = Evaluator(load_recipe("demo", RECIPE), shards)
     with pytest.raises(ConfigError, match="data.val is .*small.tar.*neither captions nor labels"):
-        evaluator({"student": always(0)}, scores_of_the_object)
+        evaluator({"student": always(0)}, sees_the_object())

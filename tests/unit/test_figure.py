@@ -59,6 +59,10 @@ def run_visualize(*paths, out=None):
             "inverse_2x50_vitb16", [AT_32, "teacher.score_layers=1"],
             5, ["least attention", "heads and layers 1 to 1"], id="inverse",
         ),
+        pytest.param(
+            "demo", [AT_32, "mask.warmup=0.125", "mask.temperature=2"],
+            5, ["first 12.5 % of the run", "temperature 2; shown is one draw"], id="noise",
+        ),
     ],
 )  # fmt: skip
 def test_any_recipe_gives_pictures_and_a_page(

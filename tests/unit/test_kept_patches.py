@@ -89,6 +89,35 @@ def test_policies_keep_the_object_as_the_attention_on_it_says(scenes):
     assert len({tuple(ids) for ids in random.flatten(0, 1).tolist()}) > 10
 
 
+@pytest.mark.parametrize(
+    "change, progress, words, is_random",
+    [
+        ("at_once", 0.0, "8 of 16 kept at random", True),
+        ("at_once", 0.5, "8 of 16 patches kept", False),
+        ("gradual", 0.0, "8 of 16 kept at random", True),
+        ("gradual", 0.125, "8 of 16 kept, 75 % noise", None),
+        ("gradual", 0.5, "8 of 16 patches kept", False),
+    ],
+)
+def test_pictures_show_and_say_what_the_mask_does_while_it_warms_up(
+    scenes, change, progress, words, is_random
+):
+    warming = ["mask.warmup=0.5", f"mask.warmup_change={change}"]
+    pictured = read_picture_set(
+        load_recipe("demo", [*whole_views(), *warming]), TarShard(scenes).walk()
+    )
+    scores = torch.rand(8, 4, 4, generator=torch.Generator().manual_seed(0))
+    kept = pictured.keep_ids("attentive", scores, progress)
+    if is_random is not None:
+        same = pictured.keep_ids("random") if is_random else pictured.keep_ids("attentive", scores)
+        assert torch.equal(kept, same)
+    columns = pictured.columns("attentive", scores, progress=progress)
+    assert [column.subtitle for column in columns[2:]] == [words, words, "8 of 16 patches kept"]
+    # The other policies know no warm-up.
+    gaussian = pictured.keep_ids("gaussian", None, progress)
+    assert torch.equal(gaussian, pictured.keep_ids("gaussian"))
+
+
 def test_mask_of_another_size_than_the_image_is_counted(write_tar):
     members = []
     for number, side in enumerate((64, 32, 128)):
@@ -108,6 +137,11 @@ def test_eight_are_read_where_no_object_is_known(write_tar):
     pictured = read_picture_set(recipe, samples, num_measured=100)
     assert pictured.captions == [f"{n:02d}" for n in range(8)]  # no captions: named by their keys
     assert kept_object_patches(pictured.keep_ids("random"), pictured.coverage)[1].sum() == 0
+    assert not pictured.is_captioned.any()
+    members += [(f"{n:02d}.txt", b"a caption") for n in range(1, 12, 2)]
+    samples = TarShard(write_tar("half.tar", sorted(members))).walk()
+    pictured = read_picture_set(recipe, samples, num_measured=100, needs_objects=False)
+    assert pictured.is_captioned.tolist() == [False, True] * 6
 
 
 def test_nothing_usable_gives_no_pictures():

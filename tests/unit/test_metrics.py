@@ -285,3 +285,16 @@ def test_line_that_cannot_be_replaced_stays_and_the_run_goes_on(tmp_path, monkey
     logger.close()
     assert "metrics.jsonl can't be written (No space)" in capsys.readouterr().out
     assert [line["metrics"]["num_x"] for line in read_lines(tmp_path)] == [1, 2]
+
+
+def test_a_warning_is_printed_and_logged_with_its_evaluation(tmp_path, capsys):
+    blind = EvaluationLine(200, "mask", {"attention_kept": 0.5, "loss_kept": 2.5}, "it is blind")
+    logger = MetricsLogger(tmp_path, 1000)
+    logger.log_evaluation(blind)
+    logger.log_evaluation(evaluation(400, "mask", attention_kept=0.75))
+    first, warning, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("evaluation of mask at 200 samples  attention_kept 50.00 %")
+    assert warning.endswith("warning: it is blind")
+    assert last.endswith("evaluation of mask at 400 samples  attention_kept 75.00 %")
+    assert read_metrics(tmp_path).evaluations[0] == blind
+    assert "warning" not in (tmp_path / "metrics.jsonl").read_text().splitlines()[1]

@@ -99,6 +99,19 @@ def test_curves_are_the_values_over_samples(tmp_path, monkeypatch):
     ]
 
 
+def test_measures_of_the_mask_and_warnings_are_shown(tmp_path):
+    metrics = {"attention_kept": 0.625, "agreement": 0.5, "loss_kept": 2.34567, "loss_dropped": 1.5}
+    blind = {"samples": 1000, "evaluation": "mask", "metrics": metrics, "warning": "it is blind"}
+    run = write_run(tmp_path / "run", lines=[blind, log_step(1)])
+    write_report([run], run)
+    text = (run / "report.md").read_text()
+    row = "| 1,000 | mask | 62.50 % | 50.00 % | 2.3457 | 1.5000 |"
+    assert row in text and "mask loss_kept | 2.3457" in text
+    assert "Warning at 1,000 samples: it is blind." in text
+    for chart in ("attention_kept", "agreement", "loss_kept", "loss_dropped"):
+        assert f"{chart}.png)" in text
+
+
 def test_the_page_holds_its_images_and_the_recipe_and_markdown_finds_them(tmp_path):
     run = write_run(tmp_path / "run", ["description='<b>bold</b> & more'"])
     write_report([run], run)

@@ -5,7 +5,7 @@ g = G / b.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,14 @@ class Selection:
     @property
     def num_kept_patches(self) -> int:
         return self.num_kept_blocks * self.block_size**2
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Selection":
+        """The selection with its tensors changed by `change`."""
+        boxes = (self.teacher_box, self.view_boxes)
+        teacher_box, view_boxes = (None if box is None else change(box) for box in boxes)
+        return replace(
+            self, scores=change(self.scores), teacher_box=teacher_box, view_boxes=view_boxes
+        )
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from aclip.training.metrics.wandb_tracker import WandbTracker
 
 RATE_WINDOW = 20
 """Progress lines that the remaining time is estimated from."""
-HEADLINES = ("_top1", "_r1", "object_patches_kept")
+HEADLINES = ("_top1", "_r1", "object_patches_kept", "attention_kept")
 """How the names of the metrics end that are printed; metrics.jsonl and the report have all."""
 
 
@@ -92,7 +92,10 @@ class MetricsLogger:
             self._keep(lambda written: not place.items() <= written.items())
         except NotWritten as error:  # the earlier one stays beside this one
             say(f"{error}; the run goes on")
-        self._append(asdict(line))
+        values = asdict(line)
+        if not line.warning:
+            del values["warning"]
+        self._append(values)
         self._plot({line.evaluation: line.metrics}, line.samples)
         self._tensorboard.flush()
         shares = ((name, line.metrics[name]) for name in line.metrics if name.endswith(HEADLINES))
@@ -100,6 +103,8 @@ class MetricsLogger:
         if line.metrics.get("num_skipped"):
             shown.append(f"{line.metrics['num_skipped']:,.0f} images can't be used")
         say("  ".join([f"evaluation of {line.evaluation} at {line.samples:,} samples", *shown]))
+        if line.warning:
+            say(f"warning: {line.warning}")
 
     def log_kept_patches(self, picture: np.ndarray, samples: int) -> None:
         """Writes the (H, W, 3) uint8 picture of kept patches, and adds it to TensorBoard."""
