@@ -121,6 +121,45 @@ def append(path: Path, content: bytes) -> None:
             raise
 
 
+class PlacedWriter:
+    """Writes at places of a file that is there, as other processes may at other places.
+
+    Raises:
+        NotWritten: from every method, see `appearing`.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        with writing(path):
+            # Not for reading too: a network file system would fetch each page before it changes.
+            self._descriptor = os.open(path, os.O_WRONLY)
+
+    def write(self, content: bytes, place: int) -> None:
+        """Writes at so many bytes from the beginning."""
+        with writing(self._path):
+            if os.pwrite(self._descriptor, content, place) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def sync(self) -> None:
+        """Makes what was written last through a loss of power, for processes elsewhere too."""
+        with writing(self._path):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        with writing(self._path):
+            os.close(self._descriptor)
+
+
+def resize(path: Path, size: int) -> None:
+    """Cuts a file off, or adds zeros at its end that take no room, so that it has `size` bytes.
+
+    Raises:
+        NotWritten: see `appearing`.
+    """
+    with writing(path):
+        os.truncate(path, size)
+
+
 def make_folder(path: Path) -> None:
     """Makes a folder and those above it, if need be.
 

@@ -165,10 +165,10 @@ def _choose_rows(arguments: argparse.Namespace) -> list[Row]:
 
 def _gflops(case: Case) -> float:
     # Imported here, since the towers take seconds.
-    from aclip.planning.measure_step import measure_step
+    from aclip.planning.measure_step import measure_run
 
     batch = batch_of_mean_captions(case.recipe, CAPTION_TOKENS, CAPTION_TOKENS)
-    return measure_step(case.recipe, batch, modes=("none",)).total_flops / 1e9
+    return measure_run(case.recipe, batch, modes=("none",)).total_flops / 1e9
 
 
 def _devices(num_processes: int | None, num_runs: int) -> list[dict[str, str]]:

@@ -39,9 +39,9 @@ ALIKE = "~"
 LEGEND = (
     "Mean of the seeds ± standard error, of the student, at each quarter of the schedule. "
     "Object's patches kept: by the mask at the end, in brackets by that before training. "
-    "FLOPs and time of a sample are relative to the first row; the time is that of the runs "
-    "themselves, waiting for data included. Published: ImageNet-1K zero-shot, ViT-B/16, YFCC-15M, "
-    "25 epochs, half of the patches kept (arXiv:2212.08653)."
+    "FLOPs and time of a sample are relative to the first row; FLOPs are the average over a run, "
+    "the time is that of the runs themselves, waiting for data included. Published: ImageNet-1K "
+    "zero-shot, ViT-B/16, YFCC-15M, 25 epochs, half of the patches kept (arXiv:2212.08653)."
 )
 
 

@@ -18,11 +18,13 @@ NO_AUXILIARY_LOSS = (
 )
 NO_TEACHER = ("teacher=null", *NO_AUXILIARY_LOSS)
 TEACHER = ("teacher.resolution={full}", *NO_AUXILIARY_LOSS)
-NO_SCORES = ("mask.warmup=0", "mask.temperature=0")
-"""What a mask needs that does not go by scores; rows that do take the base's."""
+NO_REUSE = ("teacher.reuse=1",)
+NO_SCORES = ("mask.warmup=0", "mask.temperature=0", "teacher.score_layers=null", *NO_REUSE)
+"""What a mask needs that does not go by scores; rows that do take the base's, and those of BYOL all
+but NO_REUSE, since that loss needs the teacher in every step."""
 NO_MASK = (*NO_SCORES, "mask.policy=none", "mask.keep_ratio=1", "views.student=1")
 ATTENTIVE_2X = ("mask.policy=attentive", "views.student=2", *TEACHER)
-ACLIP = (*ATTENTIVE_2X, "loss.simclr=1", "loss.byol=2")
+ACLIP = (*ATTENTIVE_2X, *NO_REUSE, "loss.simclr=1", "loss.byol=2")
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,12 @@ GROUPS = {"masks": MASKS, "systems": (MASKS[0], *SYSTEMS)}
 
 def decided_by(rows: Iterable[Row]) -> set[str]:
     """Keys of the recipe that some of the rows sets, and that no user may."""
-    changes = (change for row in rows for change in row.overrides if change not in NO_SCORES)
-    return {change.partition("=")[0] for change in changes}
+    return {
+        change.partition("=")[0]
+        for row in rows
+        for change in row.overrides
+        if row.published is None or change not in NO_SCORES  # the paper's rows take the base's
+    }
 
 
 @dataclass(frozen=True)

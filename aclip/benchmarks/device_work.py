@@ -34,7 +34,7 @@ class DeviceWork:
 class Predicted:
     """What aclip/planning says of a step on this GPU before it ran."""
 
-    launches: int
+    launches: float
     seconds: float
 
 
@@ -110,7 +110,7 @@ def device_table(rows: list[tuple[str, float, OnGpu]]) -> list[str]:
     for name, seconds, gpu in rows:
         line = [name, f"{gpu.launches:,}", "", f"{gpu.busy_share:.0%}", f"{1e3 * seconds:.1f}"]
         if gpu.predicted is not None:
-            line[2] = f"{gpu.predicted.launches:,}"
+            line[2] = f"{gpu.predicted.launches:,.0f}"
             ratio = seconds / gpu.predicted.seconds
             line += [f"{1e3 * gpu.predicted.seconds:.1f}", f"{ratio:.2f}"]
         cells.append(line)

@@ -26,6 +26,7 @@ from aclip.nodes.hostfile import LOCAL, Host, environment_for_nodes, read_hostfi
 from aclip.nodes.node import Node
 from aclip.nodes.remote_shell import SSH, check_remote_shell, is_here
 from aclip.planning.plan import plan_memory
+from aclip.planning.step_kinds import teaching_share
 
 LONGEST_SECONDS = 3600.0
 WEAK, STRONG = "weak", "strong"
@@ -98,6 +99,11 @@ def benchmark_scaling(arguments: argparse.Namespace) -> int:
             )
         )
     print(format_table(rows))
+    share = teaching_share(read[0][0])
+    if share < 1:
+        print(
+            f"Timed were steps in which the teacher scores its view; in a run {share:.0%} are such."
+        )
     if not torch.cuda.is_available():
         print(
             "On a CPU only memory that was written to is measured, so that buckets larger than the "

@@ -1,9 +1,10 @@
 """The paper's cost table on this machine: a step of each system, interleaved in one run.
 
 All systems stay in memory and take turns, so that a machine whose speed drifts is fair to each; a
-ratio is the median of the rounds' ratios. On a CPU the time is CPU time, since wall time counts
-other processes too, and freed memory is kept, as on a GPU; there it is between CUDA events, and a
-second table says what the GPU did and what was predicted.
+ratio is the median of the rounds' ratios. A recipe whose teacher rests in some steps takes a turn
+with either kind of step, and its row is their average over a run. On a CPU the time is CPU time,
+since wall time counts other processes too, and freed memory is kept, as on a GPU; there it is
+between CUDA events, and a second table says what the GPU did and what was predicted.
 """
 
 import argparse
@@ -11,27 +12,19 @@ import contextlib
 import gc
 import json
 import platform
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
-from aclip.benchmarks.device_work import (
-    DeviceWork,
-    OnGpu,
-    Predicted,
-    device_table,
-    device_work,
-    predict_steps,
-)
+from aclip.benchmarks.cost_table import System, format_table, make_row, with_average
+from aclip.benchmarks.device_work import Predicted, device_work, predict_steps
 from aclip.benchmarks.host_pages import kept_pages
 from aclip.benchmarks.peak_memory import peak_growth
-from aclip.cli import MIB, text_table
 from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
@@ -44,6 +37,7 @@ from aclip.errors import ConfigError
 from aclip.files import check_writable, write_whole
 from aclip.planning.measure_step import measure_step
 from aclip.planning.open_clip_step import OpenClipStep
+from aclip.planning.step_kinds import StepKind, step_kinds
 from aclip.training.stepper import Stepper
 
 # On a GPU: what ds_configs/zero2.json says, with small buckets and without a stream of its own for
@@ -60,48 +54,6 @@ ON_GPU = {
     "gradient_clipping": 0.0,
 }
 ON_CPU = {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
-
-
-@dataclass
-class System:
-    """One row of the table.
-
-    Attributes:
-        name: what the table calls it.
-        step: runs one optimizer update.
-        state_bytes: what weights, optimizer and teacher take between steps.
-        gflops: of one sample, forward and backward; None where it is not counted.
-        seconds: the time of a step in each round.
-        peak_bytes: what a step takes at its peak, on top of what stays between steps.
-        work: what a GPU does in a step; None on a CPU.
-        predicted: what was predicted of it; None where nothing was.
-    """
-
-    name: str
-    step: Callable[[], object]
-    state_bytes: int
-    gflops: float | None
-    seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
-    work: DeviceWork | None = None
-    predicted: Predicted | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the table says of a system; times in seconds, memory in MiB."""
-
-    name: str
-    step_seconds: float
-    ratios: dict[str, float]
-    """The time over each baseline's, median over the rounds."""
-    spread: tuple[float, float]
-    """Least and greatest ratio to the first baseline."""
-    images_per_second: float
-    gflops: float | None
-    state_mib: float
-    step_mib: float
-    on_gpu: OnGpu | None = None
 
 
 def benchmark_steps(arguments: argparse.Namespace) -> int:
@@ -125,21 +77,28 @@ def benchmark_steps(arguments: argparse.Namespace) -> int:
     default_to_one_rank()
     device = init_distributed()
     ds_config = _ds_config(ON_GPU if on_gpu else ON_CPU, batch_size)
-    predicted, systems = {}, []
+    predicted: dict[str, Predicted] = {}
+    # Each system's kinds of step, with their shares of a run.
+    built: dict[str, list[tuple[float, System]]] = {}
     if on_gpu:
         predicted = predict_steps(recipes, ds_config, arguments.against == "open_clip", device)
     for name, recipe in recipes.items():
         print(f"building {name}", flush=True)
-        systems.append(_build(name, recipe, ds_config, batch_size, device))
+        built[name] = _build(name, recipe, ds_config, batch_size, device)
     baselines = [baseline]
     if arguments.against == "open_clip":
         print("building open_clip", flush=True)
-        systems += _build_open_clip(next(iter(recipes.values())), batch_size, device)
-        baselines.append(systems[-2].name)
-    _measure(systems, arguments.rounds, device)
+        plain, dropping = _build_open_clip(next(iter(recipes.values())), batch_size, device)
+        built |= {each.name: [(1.0, each)] for each in (plain, dropping)}
+        baselines.append(plain.name)
+    timed = [system for kinds in built.values() for _, system in kinds]
+    _measure(timed, arguments.rounds, device)
     if on_gpu:
-        for system in systems:
-            system.work, system.predicted = device_work(system.step), predicted.get(system.name)
+        for system in timed:
+            system.work = device_work(system.step)
+    systems = [each for name, kinds in built.items() for each in with_average(name, kinds)]
+    for system in systems:
+        system.predicted = predicted.get(system.name)
     rows = [make_row(system, systems, baselines, batch_size) for system in systems]
     environment = _environment(device, batch_size, arguments, next(iter(recipes.values())))
     print(format_table(rows, baselines, environment))
@@ -147,22 +106,6 @@ def benchmark_steps(arguments: argparse.Namespace) -> int:
         content = {"environment": environment, "rows": [asdict(row) for row in rows]}
         write_whole(Path(arguments.json), json.dumps(content, indent=2))
     return 0
-
-
-def format_table(rows: list[Row], baselines: list[str], environment: dict) -> str:
-    """The rows as text, the environment below."""
-    ratios = [f"/ {name}" for name in baselines]
-    cells = [["", "s a step", *ratios, "min - max", "img/s", "GFLOP", "state MiB", "step MiB"]]
-    for row in rows:
-        line = [row.name, f"{row.step_seconds:.4g}"]
-        line += [f"{row.ratios[name]:.3f}" for name in baselines]
-        line += [f"{row.spread[0]:.3f}-{row.spread[1]:.3f}", f"{row.images_per_second:.4g}"]
-        line.append("" if row.gflops is None else f"{row.gflops:.1f}")
-        cells.append([*line, f"{row.state_mib:,.0f}", f"{row.step_mib:,.0f}"])
-    legend = "GFLOP: of one image-caption pair, forward and backward; step: on top of state"
-    facts = ", ".join(f"{key} {value}" for key, value in environment.items())
-    of_gpu = [(row.name, row.step_seconds, row.on_gpu) for row in rows if row.on_gpu is not None]
-    return "\n".join([text_table(cells), legend, *device_table(of_gpu), facts])
 
 
 def _ds_config(values: dict, batch_size: int) -> DsConfig:
@@ -174,17 +117,24 @@ def _ds_config(values: dict, batch_size: int) -> DsConfig:
 
 def _build(
     name: str, recipe: Recipe, ds_config: DsConfig, batch_size: int, device: torch.device
-) -> System:
+) -> list[tuple[float, System]]:
+    """The recipe's kinds of step on one stepper, each with its share of a run's steps."""
     stepper = Stepper(recipe, ds_config, device)
-    synthetic = synthetic_batch(recipe, batch_size)
-    batch = join([synthetic], pin=device.type == "cuda")  # as the loader hands it over
     momentum = 1.0 if recipe.teacher is None else recipe.teacher.momentum
-    return System(
-        name,
-        lambda: stepper.step(batch, recipe.optimizer.lr, momentum),
-        _state_bytes(stepper),
-        measure_step(recipe, synthetic, modes=("none",)).total_flops / 1e9,
-    )
+    kinds = step_kinds(recipe, synthetic_batch(recipe, batch_size))
+
+    def system(kind: StepKind) -> System:
+        # As the loader hands it over.
+        batch = join([kind.batch], pin=device.type == "cuda")
+        flops = measure_step(recipe, kind.batch, modes=("none",), progress=kind.progress)
+        return System(
+            name if len(kinds) == 1 else f"{name}, {kind.name} ({kind.share:.0%})",
+            lambda: stepper.step(batch, recipe.optimizer.lr, momentum, kind.progress),
+            _state_bytes(stepper),
+            flops.total_flops / 1e9,
+        )
+
+    return [(kind.share, system(kind)) for kind in kinds]
 
 
 def _build_open_clip(recipe: Recipe, batch_size: int, device: torch.device) -> list[System]:
@@ -240,32 +190,6 @@ def _state_bytes(stepper: Stepper) -> int:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return sum(storages.values()) + optimizer_bytes(trained, stepper.dtype)
-
-
-def make_row(system: System, systems: list[System], baselines: list[str], batch_size: int) -> Row:
-    """Medians over the rounds; a ratio is the median of the rounds' ratios."""
-    by_name = {other.name: other for other in systems}
-    ratios = {
-        name: [a / b for a, b in zip(system.seconds, by_name[name].seconds, strict=True)]
-        for name in baselines
-    }
-    seconds = statistics.median(system.seconds)
-    first = ratios[baselines[0]]
-    on_gpu = None
-    if system.work is not None:
-        busy_share = system.work.busy_seconds / seconds
-        on_gpu = OnGpu(system.work.launches, busy_share, system.predicted)
-    return Row(
-        system.name,
-        seconds,
-        {name: statistics.median(values) for name, values in ratios.items()},
-        (min(first), max(first)),
-        batch_size / seconds,
-        system.gflops,
-        system.state_bytes / MIB,
-        system.peak_bytes / MIB,
-        on_gpu,
-    )
 
 
 def _environment(device, batch_size, arguments, recipe) -> dict:

@@ -30,6 +30,12 @@ def patch_grid(recipe: Recipe) -> int:
     return image.resolution // int(patch)
 
 
+def teacher_grid(recipe: Recipe) -> int:
+    """Patches per side of the teacher view, for a recipe that has one; see patch_grid."""
+    resolution = recipe.model.image.resolution
+    return recipe.teacher.resolution // (resolution // patch_grid(recipe))
+
+
 def count_kept_blocks(grid: int, block_size: int, keep_ratio: float) -> int:
     """The share `keep_ratio` of a view's blocks, rounded up: 25 of 49 at 0.5."""
     num_blocks = (grid // block_size) ** 2

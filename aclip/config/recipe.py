@@ -22,6 +22,8 @@ from aclip.method.losses.term import LossTerm
 from aclip.method.losses.terms import TERMS
 from aclip.method.masks.policies import POLICIES
 from aclip.method.masks.policy import MaskPolicy
+from aclip.method.schedules import count_steps
+from aclip.method.teaching import Teaching
 from aclip.section import Section
 
 
@@ -95,12 +97,38 @@ class Recipe(OfTerms):
     @property
     def needs_teacher_view(self) -> bool:
         """Whether the teacher reads a view of its own, which contains the student's."""
-        return self.mask_policy.reads_teacher or any(term.reads_teacher_view for term in self.terms)
+        return self.mask_policy.reads_teacher or self.needs_teacher_features
+
+    @property
+    def needs_teacher_features(self) -> bool:
+        """Whether a loss reads the features of the teacher view; the mask reads its scores."""
+        return any(term.reads_teacher_view for term in self.terms)
 
     @property
     def needs_teacher_patches(self) -> bool:
         """Whether the teacher also reads the first student view, all patches of it."""
         return any(term.reads_teacher_patches for term in self.terms)
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether the teacher's scores are kept for later epochs, see teacher.reuse."""
+        return self.teacher is not None and self.teacher.reuse > 1
+
+    def teaching(self, num_samples: int) -> Teaching:
+        """When the teacher scores its view; for a recipe that needs one.
+
+        Args:
+            num_samples: samples of an epoch.
+        """
+        train, mask = self.train, self.mask
+        return Teaching(
+            num_samples,
+            train.global_batch_size,
+            count_steps(train.epochs, num_samples, train.global_batch_size),
+            reuse=self.teacher.reuse if self.keeps_scores else 1,
+            warmup=mask.warmup,
+            is_blind=mask.warmup_change == "at_once" and not self.needs_teacher_features,
+        )
 
     @property
     def needs_teacher(self) -> bool:
@@ -114,6 +142,7 @@ class Recipe(OfTerms):
         self._check_terms()
         self._check_mask()
         self._check_teacher()
+        self._check_reuse()
         self._check_views()
         for part in ("augment", "ssl_augment"):
             low, high = getattr(self, part).blur_sigma
@@ -173,6 +202,34 @@ class Recipe(OfTerms):
                 f"teacher.resolution is {resolution}, but {' and '.join(readers)} alone lets the "
                 "teacher read the student's view; set it to model.image.resolution "
                 f"{self.model.image.resolution}"
+            )
+        score_layers = self.teacher.score_layers
+        if score_layers is not None and not self.mask_policy.reads_teacher:
+            raise ValueError(
+                f"teacher.score_layers is {score_layers}, but mask.policy {self.mask.policy} reads "
+                "no scores; remove the key"
+            )
+
+    def _check_reuse(self) -> None:
+        if not self.keeps_scores:
+            return
+        reuse = f"teacher.reuse is {self.teacher.reuse}"
+        if not self.mask_policy.reads_teacher:
+            raise ValueError(
+                f"{reuse}, but mask.policy {self.mask.policy} reads no scores of the teacher that "
+                "could be kept; set teacher.reuse to 1, or mask.policy to attentive or inverse"
+            )
+        for term in self.terms:
+            if term.reads_teacher_view or term.reads_teacher_patches:
+                raise ValueError(
+                    f"{reuse}, but loss.{term.name} {term.weight:g} needs the teacher in every "
+                    f"step; set teacher.reuse to 1, or loss.{term.name} to 0"
+                )
+        if self.data.sources:
+            raise ValueError(
+                f"{reuse}, but data.sources holds {len(self.data.sources)} sources, whose samples "
+                "do not come once an epoch each; set teacher.reuse to 1, or give one data set as "
+                "data.train"
             )
 
     def _check_views(self) -> None:

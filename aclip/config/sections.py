@@ -93,8 +93,15 @@ class AugmentConfig(ColorConfig):
 class TeacherConfig(Section):
     resolution: int = Field(224, gt=0)
     """Side of the teacher view, pixels; half the student's in A-CLIP-eff."""
+    score_layers: int | None = Field(None, ge=1)
+    """The scores are the attention of the first so many blocks, mean over them; empty for all.
+    Where no loss reads the teacher's features, the blocks behind are not run."""
     momentum: float = Field(0.996, ge=0, le=1)
     """EMA momentum at the first step; it rises to 1 on a cosine over the run."""
+    reuse: int = Field(1, ge=1)
+    """Epochs that share a sample's scores: with 4 the teacher scores every sample in one epoch of
+    four, of the whole image, and the other three read what it found, a byte a patch in the run
+    folder's `scores`. For a mask alone: a loss that reads the teacher needs it in every step."""
 
 
 class OptimizerConfig(Section):

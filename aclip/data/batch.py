@@ -52,6 +52,15 @@ class Batch:
     """Samples of this batch whose captions' text was guessed or left out in part, by kind"""
     whole_images: WholeImages | None = None
     """Whole images, from which the views are still to be cut"""
+    to_teach: list[str] = field(default_factory=list)
+    """Why the teacher scores each sample in this step, a kind of TO_TEACH; empty where it does not.
+    Zeros stand for the teacher view of a sample that it does not score beside others"""
+    stored_scores: Tensor | None = None
+    """(B, S, S) uint8, see score_codes.py: scores that the teacher gave in an earlier epoch; zeros
+    for a sample that lacks them, None where none are read"""
+    score_place: Tensor | None = None
+    """(B,) int64, the sample's number in the data set, at which its new scores are kept; -1 where
+    they are not. Stays on the CPU"""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -89,8 +98,10 @@ PER_SAMPLE = tuple(part.name for part in fields(Batch) if part.name not in OF_AL
 STACKED = tuple(
     part.name
     for part in fields(Sample)
-    if part.name not in ("key", "caption", "term_noise", "whole_image", "notes")
+    if part.name not in ("key", "caption", "term_noise", "whole_image", "notes", "to_teach")
 )
+MAY_BE_ZEROS = ("teacher_view", "stored_scores")
+"""What some samples of a batch may have and others not, for which zeros stand."""
 
 
 def collate(
@@ -105,7 +116,12 @@ def collate(
     were decoded into `buffer`."""
 
     def stack(arrays: list[np.ndarray | None]) -> Tensor | None:
-        return None if arrays[0] is None else torch.from_numpy(np.stack(arrays))
+        found = next((array for array in arrays if array is not None), None)
+        if found is None:
+            return None
+        blank = np.zeros_like(found)
+        whole = np.stack([blank if array is None else array for array in arrays])
+        return torch.from_numpy(whole)
 
     captions = [sample.caption for sample in samples]
     return Batch(
@@ -122,6 +138,7 @@ def collate(
         repeated=repeated,
         noted=dict(Counter(kind for sample in samples for kind in sample.notes)),
         whole_images=stack_images([sample.whole_image for sample in samples], buffer),
+        to_teach=[sample.to_teach for sample in samples],
     )
 
 
@@ -129,6 +146,7 @@ def join(parts: list[Batch], pin: bool = False) -> Batch:
     """Joins consecutive parts of a batch, with one copy, into pinned memory if asked."""
     if len(parts) == 1 and not pin:
         return parts[0]
+    parts = _with_zeros(parts)
     return Batch(
         **{name: _join([getattr(part, name) for part in parts], pin) for name in PER_SAMPLE},
         cursors=torch.cat([part.cursors for part in parts]),
@@ -136,6 +154,21 @@ def join(parts: list[Batch], pin: bool = False) -> Batch:
         repeated=sum(part.repeated for part in parts),
         noted=dict(sum((Counter(part.noted) for part in parts), Counter())),
     )
+
+
+def _with_zeros(parts: list[Batch]) -> list[Batch]:
+    """The parts, each with what one of them has of MAY_BE_ZEROS."""
+    for name in MAY_BE_ZEROS:
+        values = [getattr(part, name) for part in parts]
+        found = next((value for value in values if value is not None), None)
+        if found is not None:
+            parts = [
+                replace(part, **{name: found.new_zeros(len(part), *found.shape[1:])})
+                if value is None
+                else part
+                for part, value in zip(parts, values, strict=True)
+            ]
+    return parts
 
 
 def _rows(value, rows: slice):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from aclip.config.recipe import Recipe
 from aclip.config.sections import DataConfig
-from aclip.data.loader import count_lanes
+from aclip.data.dealing import count_lanes
 from aclip.data.marks import describe_difference, shard_marks
 from aclip.data.shards.listing import Shard, shard_names
 from aclip.errors import ConfigError

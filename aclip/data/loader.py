@@ -22,15 +22,17 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch, collate, join
+from aclip.data.dealing import count_lanes, deal
 from aclip.data.images.whole_images import PixelBuffer
-from aclip.data.lanes.counts import resolve_lanes, resolve_workers
-from aclip.data.lanes.mixing import MixedLane, Turns, deal_sources
-from aclip.data.lanes.order import LaneOrder, SourceOrder, describe_rest
+from aclip.data.lanes.counts import resolve_workers
+from aclip.data.lanes.mixing import MixedLane, Turns
+from aclip.data.lanes.order import LaneOrder, SourceOrder
 from aclip.data.lanes.stream import LaneStream
 from aclip.data.samples import SampleMaker
 from aclip.data.shards.listing import Shard
 from aclip.data.shards.tar import ShardError
 from aclip.data.side_stream import SideStream
+from aclip.data.stored_scores import ScoreFiles, ScoreReader
 from aclip.data.tokenizer import build_tokenizer
 from aclip.data.workers import (
     end_when_told_by,
@@ -63,13 +65,22 @@ class LaneDataset(IterableDataset):
     """Endless parts of one rank's batches; in a worker process, only that worker's parts."""
 
     def __init__(
-        self, recipe: Recipe, shards: list[Shard], num_lanes: int, first: int, cursors: np.ndarray
+        self,
+        recipe: Recipe,
+        shards: list[Shard],
+        num_lanes: int,
+        first: int,
+        cursors: np.ndarray,
+        steps_done: int = 0,
+        scores: ScoreFiles | None = None,
     ):
         self.recipe = recipe
         self.shards = shards
         self.num_lanes = num_lanes
         self.first = first
         self.cursors = cursors
+        self.steps_done = steps_done
+        self.scores = scores
         patch_grid(recipe)  # refuses a tower here rather than in a worker
         self.tokenizer = build_tokenizer(recipe.model.text)
 
@@ -78,7 +89,11 @@ class LaneDataset(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         share = len(self.cursors) // workers
         buffer = PixelBuffer()
-        maker = SampleMaker(self.recipe, self.shards, buffer)
+        reader = None
+        if self.recipe.needs_teacher_view:
+            teaching = self.recipe.teaching(sum(shard.num_samples for shard in self.shards))
+            reader = ScoreReader(teaching, self.shards, self.scores)
+        maker = SampleMaker(self.recipe, self.shards, buffer, reader)
         orders, turns = deal(self.recipe, self.shards)
         streams = [
             self._lane(maker, orders, turns, index)
@@ -88,7 +103,9 @@ class LaneDataset(IterableDataset):
             stream.prefetch()
         per_lane = self.recipe.train.global_batch_size // self.num_lanes
         try:
-            while True:
+            for step in itertools.count(self.steps_done + 1):
+                if reader is not None:
+                    reader.start_step(step)
                 start = time.perf_counter()
                 samples = [sample for stream in streams for sample in stream.take(per_lane)]
                 cursors = np.array([stream.cursor for stream in streams], dtype=np.int64)
@@ -182,7 +199,13 @@ class TrainLoader:
         if self.pin_memory:
             device = torch.device("cuda", torch.cuda.current_device())
             batches = run_ahead(batches, SideStream(device))
-        yield from batches
+        try:
+            while True:
+                yield next(batches)
+        finally:
+            if self._dataset.scores is not None:
+                self._dataset.scores.let_read()  # or what runs ahead would wait for the next epoch
+            batches.close()
 
     def _joined(self, parts: Iterator[Part]) -> Iterator[Batch]:
         warned = set()
@@ -210,6 +233,8 @@ def build_train_loader(
     rank: int,
     world_size: int,
     cursors: Tensor | None = None,
+    steps_done: int = 0,
+    scores: ScoreFiles | None = None,
 ) -> TrainLoader:
     """Builds the stream of this rank's batches of global_batch_size / world_size samples.
 
@@ -220,12 +245,22 @@ def build_train_loader(
         world_size: number of ranks.
         cursors: where the lanes of all ranks continue, rows as in Batch.cursors; None to start at
             the beginning.
+        steps_done: how many steps the run has done there.
+        scores: where the teacher's scores are kept; None where none are read.
 
     Raises:
-        ConfigError: lanes, batch, ranks and workers do not fit, or the cursors belong to other
-            lanes or sources. While iterating: a shard can't be read or a lane holds nothing usable.
+        ConfigError: lanes, batch, ranks and workers do not fit, the data are too few to keep scores
+            of, or the cursors belong to other lanes or sources. While iterating: a shard can't be
+            read or a lane holds nothing usable.
     """
     recipe = with_crops(recipe)
+    num_samples, batch_size = sum(s.num_samples for s in shards), recipe.train.global_batch_size
+    if recipe.keeps_scores and num_samples < batch_size:
+        raise ConfigError(
+            f"teacher.reuse is {recipe.teacher.reuse}, but the data hold {num_samples} samples, "
+            f"less than a batch of {batch_size}, so that none keeps its scores for an epoch; set "
+            "teacher.reuse to 1, or train.global_batch_size lower"
+        )
     num_lanes = count_lanes(recipe)
     cores = _cores_per_rank()
     workers = resolve_workers(recipe.data.workers, num_lanes, world_size, cores)
@@ -246,27 +281,8 @@ def build_train_loader(
         )
     share = num_lanes // world_size
     local = cursors[rank * share : (rank + 1) * share].numpy()
-    dataset = LaneDataset(recipe, shards, num_lanes, rank * share, local)
+    dataset = LaneDataset(recipe, shards, num_lanes, rank * share, local, steps_done, scores)
     return TrainLoader(dataset, workers, advised, pin_memory=torch.cuda.is_available())
-
-
-def deal(recipe: Recipe, shards: list[Shard]) -> tuple[list[SourceOrder], Turns | None]:
-    """The orders of a recipe's sources, and whose turn it is, see deal_sources."""
-    weights = [source.weight for source in recipe.data.sources] or [1.0]
-    sizes: list[dict[int, int]] = [{} for _ in weights]
-    for index, shard in enumerate(shards):
-        sizes[shard.source][index] = shard.num_samples
-    batch_size, seed = recipe.train.global_batch_size, recipe.train.seed
-    return deal_sources(sizes, weights, batch_size, count_lanes(recipe), seed)
-
-
-def describe_rests(recipe: Recipe, shards: list[Shard]) -> list[str]:
-    """How many samples an epoch leaves out and where they come in, a sentence for each source."""
-    (first, *_), turns = deal(recipe, shards)
-    if turns is None:
-        return [describe_rest(first.num_samples, recipe.train.global_batch_size)]
-    sources = range(len(recipe.data.sources))
-    return [f"data.sources.{source}: {turns.describe_rest(source)}" for source in sources]
 
 
 def with_crops(recipe: Recipe, begun: str | None = None) -> Recipe:
@@ -275,11 +291,6 @@ def with_crops(recipe: Recipe, begun: str | None = None) -> Recipe:
     by_device = "device" if torch.cuda.is_available() else "worker"
     crops = recipe.data.crops or begun or by_device
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"crops": crops})})
-
-
-def count_lanes(recipe: Recipe) -> int:
-    """The lanes that a recipe's data are dealt to, see resolve_lanes."""
-    return resolve_lanes(recipe.data.lanes, recipe.train.global_batch_size)
 
 
 def _cores_per_rank() -> int:

@@ -11,10 +11,11 @@ from aclip.data.images.augment import draw_augment_params
 from aclip.data.images.decode import decode_image
 from aclip.data.images.views import Box, crop, cut_ssl_views, draw_boxes, draw_ssl_boxes
 from aclip.data.images.whole_images import PixelBuffer, WholeImage, read_whole_image
-from aclip.data.lanes.order import sample_rng
+from aclip.data.lanes.order import Place, sample_rng
 from aclip.data.members import read_captions, read_image_bytes, with_found
 from aclip.data.shards.listing import Shard, Skip, shard_names
 from aclip.data.shards.tar import RawSample
+from aclip.data.stored_scores import DUE, Found, ScoreReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,9 @@ class Sample:
     student_views: np.ndarray | None = None
     teacher_view: np.ndarray | None = None
     ssl_views: np.ndarray | None = None
+    stored_scores: np.ndarray | None = None
+    score_place: np.ndarray | None = None
+    to_teach: str = ""
     whole_image: WholeImage | None = None
     notes: frozenset[str] = frozenset()
     """What is counted about its captions, kinds of NOTE_KINDS."""
@@ -60,13 +64,21 @@ class SampleMaker:
         recipe: decides views, augmentation and noise, and which images are too small.
         shards: the whole data set's shards; samples are named by their files.
         buffer: gets the pixels of whole images, in the order of the calls; or None.
+        scores: says which samples the teacher scores, see ScoreReader; None for all.
     """
 
-    def __init__(self, recipe: Recipe, shards: list[Shard], buffer: PixelBuffer | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        shards: list[Shard],
+        buffer: PixelBuffer | None = None,
+        scores: ScoreReader | None = None,
+    ):
         self.recipe = recipe
         self.names = shard_names([shard.url for shard in shards])
         self.sources = [shard.source for shard in shards]
         self.buffer = buffer
+        self.scores = scores
         self.grid = patch_grid(recipe)
         self.blocks = self.grid // recipe.mask.block_size
         self.resolution = recipe.model.image.resolution
@@ -74,22 +86,23 @@ class SampleMaker:
         shapes = {term.name: term.noise_shape(self.grid) for term in recipe.terms}
         self.noise_shapes = {name: shape for name, shape in shapes.items() if shape is not None}
 
-    def make(
-        self, lane: int, shard_index: int, raw: RawSample, epoch: int, position: int
-    ) -> Sample | Skip:
-        """The sample of `raw`, which stands at (epoch, position) of a lane."""
+    def make(self, lane: int, place: Place, raw: RawSample) -> Sample | Skip:
+        """The sample of `raw`, which stands at that place of a lane."""
         captions = read_captions(raw)
         if isinstance(captions, Skip):
             return with_found(captions, raw)
         image = self._decode(raw)
         if isinstance(image, Skip):
             return with_found(image, raw)
-        source = self.sources[shard_index]
-        rng = sample_rng(self.recipe.train.seed, lane, epoch, position, source)
+        source = self.sources[place.shard]
+        rng = sample_rng(self.recipe.train.seed, lane, place.epoch, place.position, source)
         draws = self._draw(rng, captions, image.height, image.width)
         has_teacher = self.teacher_resolution is not None
+        found = Found(DUE if has_teacher else "")
+        if self.scores is not None:
+            found = self.scores.find(place)
         sample = Sample(
-            key=f"{self.names[shard_index]}/{raw.key}",
+            key=f"{self.names[place.shard]}/{raw.key}",
             caption=draws.caption,
             student_boxes=np.array(draws.boxes, dtype=np.int32),
             teacher_box=np.array(draws.around, dtype=np.int32) if has_teacher else None,
@@ -97,6 +110,9 @@ class SampleMaker:
             mask_noise=draws.mask_noise,
             ssl_params=draws.ssl_params,
             term_noise=draws.term_noise,
+            stored_scores=found.codes,
+            score_place=found.place,
+            to_teach=found.to_teach,
             notes=captions.notes,
         )
         return self._with_pixels(sample, image, draws)
@@ -117,6 +133,8 @@ class SampleMaker:
         recipe, views = self.recipe, self.recipe.views
         caption = captions[rng.integers(len(captions))]
         boxes, around = draw_boxes(rng, height, width, views.student, views.scale)
+        if recipe.keeps_scores:
+            around = 0, 0, height, width  # so that the scores fit the boxes of other epochs
         augment_params = draw_augment_params(rng, recipe.augment, views.student)
         mask_noise = None
         if recipe.needs_mask_noise:
@@ -149,7 +167,7 @@ class SampleMaker:
                 image = replace(image, ssl_boxes=draws.ssl_boxes, ssl_flips=draws.ssl_flips)
             return replace(sample, whole_image=image)
         teacher_view = ssl_views = None
-        if self.teacher_resolution is not None:
+        if sample.to_teach:
             teacher_view = crop(image, draws.around, self.teacher_resolution)
         if draws.ssl_boxes:
             ssl_views = cut_ssl_views(image, draws.ssl_boxes, draws.ssl_flips, self.resolution)

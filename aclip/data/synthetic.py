@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aclip.config.geometry import patch_grid
+from aclip.config.geometry import patch_grid, teacher_grid
 from aclip.config.recipe import Recipe
 from aclip.data.batch import PER_SAMPLE, Batch
 from aclip.data.images.augment import draw_augment_params
+from aclip.data.stored_scores import DUE
 from aclip.method.tokens import END_ID, START_ID, Tokens
 
 # Token counts of YFCC-15M's captions: log-normal with this median and mean.
@@ -89,7 +90,19 @@ def synthetic_batch(recipe: Recipe, batch_size: int, tokens: Tokens | None = Non
         keys=[str(index) for index in range(batch_size)],
         captions=[""] * batch_size,
         cursors=torch.zeros(1, 3, dtype=torch.int64),
+        to_teach=[DUE if has_teacher_view else ""] * batch_size,
     )
+
+
+def without_teacher_view(recipe: Recipe, batch: Batch) -> Batch:
+    """The batch in a step for which the teacher scores nothing: where the recipe keeps scores, with
+    those of every sample."""
+    codes = None
+    if recipe.keeps_scores:
+        shape = (len(batch), teacher_grid(recipe), teacher_grid(recipe))
+        codes = torch.from_numpy(np.random.default_rng(0).integers(1, 256, shape, dtype=np.uint8))
+    to_teach = [""] * len(batch)
+    return replace(batch, teacher_view=None, to_teach=to_teach, stored_scores=codes)
 
 
 def batch_of_mean_captions(

@@ -217,9 +217,16 @@ def _check_mask(recipe: Recipe, image: ImageTower) -> None:
             f"mask.block_size is {recipe.mask.block_size}, which does not divide the {image.grid} "
             f"patches per side of a {recipe.model.image.resolution} px view; choose a divisor"
         )
-    patch = image.patch_size
-    if recipe.teacher is not None and recipe.teacher.resolution % patch:
+    if recipe.teacher is None:
+        return
+    patch, depth = image.patch_size, len(image.vit.blocks)
+    if recipe.teacher.resolution % patch:
         raise ConfigError(
             f"teacher.resolution is {recipe.teacher.resolution}, which patches of {patch} px do "
             "not divide; choose a multiple"
+        )
+    if (recipe.teacher.score_layers or 0) > depth:
+        raise ConfigError(
+            f"teacher.score_layers is {recipe.teacher.score_layers}, but the image tower has "
+            f"{depth} blocks; give {depth} or less"
         )

@@ -100,29 +100,37 @@ class ImageTower(nn.Module):
             x = self._run(self._full_block, block, x)
         return self.vit.norm(x), keep_ids
 
-    def forward_with_scores(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_with_scores(
+        self, pixels: Tensor, score_layers: int | None = None, with_features: bool = True
+    ) -> tuple[Tensor | None, Tensor]:
         """Encodes images and also returns the attention of the CLS query to every patch.
 
         Args:
             pixels: (B, 3, T, T) float, normalised; T may differ from the tower's resolution, then
                 the positions are interpolated.
+            score_layers: how many blocks, from the first one on, the scores are the mean of; None
+                for all.
+            with_features: whether the features are wanted; without them the blocks behind those
+                of the scores are not run.
 
         Returns:
-            features (B, C), and scores (B, g, g) fp32: mean over heads and layers of the CLS row's
-            softmax, g patches per side. No gradient through the scores.
+            features (B, C) or None, and scores (B, g, g) fp32: mean over heads and layers of the
+            CLS row's softmax, g patches per side. No gradient through the scores.
 
-        Source: A-CLIP, arXiv:2212.08653, section 3.2.
+        Source: A-CLIP, arXiv:2212.08653, section 3.2, which takes the scores of all layers.
         """
         x, _ = self._embed(pixels, None)
         scores = x.new_zeros(x.shape[0], x.shape[1] - 1, dtype=torch.float32)
-        weight = 1.0 / len(self.vit.blocks)
-        *blocks, last = self.vit.blocks
+        num_blocks = len(self.vit.blocks)
+        num_scored = num_blocks if score_layers is None else score_layers
+        num_run = num_blocks if with_features else num_scored
         # Not through `_run`: a block that runs again would add its scores again.
-        for block in blocks:
-            x = self._full_block("none", block, x, scores, weight)
-        x = self._cls_only_block("none", last, x, scores, weight)
+        for index, block in enumerate(self.vit.blocks[:num_run]):
+            run = self._full_block if index + 1 < num_run else self._cls_only_block
+            x = run("none", block, x, scores if index < num_scored else None, 1.0 / num_scored)
+        features = self.vit.norm(x)[:, 0] if with_features else None
         side = pixels.shape[-1] // self.vit.patch_embed.patch_size[0]
-        return self.vit.norm(x)[:, 0], scores.view(-1, side, side)
+        return features, scores.view(-1, side, side)
 
     def _embed(self, pixels: Tensor, selection: Selection | None) -> tuple[Tensor, Tensor | None]:
         """What enters the blocks (M, 1 + K, C), and the kept patches (M, K) or None."""

@@ -6,7 +6,7 @@ A tower, a head or a loss term that a step gets later is counted without being d
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import get_args
 
@@ -20,7 +20,8 @@ from aclip.data.batch import Batch
 from aclip.distributed import world_size
 from aclip.method.losses.term import StudentOutput, Taught, total
 from aclip.models.student import Student, StudentInput, build_student
-from aclip.planning.meter import Flops, Meter, add_up, fused_attention, merge
+from aclip.planning.meter import Flops, Meter, add_up, fused_attention, merge, scaled
+from aclip.planning.step_kinds import EPOCH_SAMPLES, step_kinds
 from aclip.training.step_inputs import StepInputs
 from aclip.training.teacher import Teacher
 
@@ -88,6 +89,7 @@ def measure_step(
     num_ranks: int = 1,
     dtype: torch.dtype = torch.float32,
     modes: tuple[Recompute, ...] = MODES,
+    progress: float = 1.0,
 ) -> Measured:
     """Runs what `Stepper.step` runs, as the first of `num_ranks` ranks, and measures it.
 
@@ -99,6 +101,7 @@ def measure_step(
         batch: any number of samples, on the CPU.
         dtype: the dtype of the towers.
         modes: what all towers recompute, one measurement each; `Measured.flops` needs `none`.
+        progress: how much of the run is done, in [0, 1].
     """
     model = recipe.model.model_copy(update={"compile": False})
     with META:
@@ -112,7 +115,7 @@ def measure_step(
         meter.begin(TEACHER, size)
         taught = inputs.teach(batch)
         statistics = {term.name: term.statistic([taught]) for term in student.terms}
-        make_input = partial(inputs.student, batch, taught, statistics)
+        make_input = partial(inputs.student, batch, taught, statistics, progress)
         other_flops = meter.take_flops()
 
         encoding: dict[Recompute | None, Encoding] = {}
@@ -143,6 +146,27 @@ def measure_step(
         loss.backward()
     other_flops = merge(other_flops, meter.take_flops())
     return Measured(encoding, other_flops, heads, of_losses, meter.collectives)
+
+
+def measure_run(
+    recipe: Recipe,
+    batch: Batch,
+    num_samples: float = EPOCH_SAMPLES,
+    num_ranks: int = 1,
+    dtype: torch.dtype = torch.float32,
+    modes: tuple[Recompute, ...] = MODES,
+) -> Measured:
+    """The average step of a run: FLOPs are means over its kinds of step, memory is what the
+    teaching step takes, which is the most. Arguments are those of `step_kinds` and `measure_step`.
+    """
+    first, *others = step_kinds(recipe, batch, num_samples)
+    teaching = measure_step(recipe, first.batch, num_ranks, dtype, modes, first.progress)
+    # The student does the same in all kinds.
+    flops = scaled(teaching.other_flops, first.share)
+    for kind in others:
+        other = measure_step(recipe, kind.batch, num_ranks, dtype, (), kind.progress)
+        flops = merge(flops, scaled(other.other_flops, kind.share))
+    return replace(teaching, other_flops=flops)
 
 
 def _encode(

@@ -50,6 +50,11 @@ def merge(first: dict[str, Flops], second: dict[str, Flops]) -> dict[str, Flops]
     return {name: first.get(name, Flops()) + second.get(name, Flops()) for name in names}
 
 
+def scaled(parts: dict[str, Flops], share: float) -> dict[str, Flops]:
+    """Each part times a share."""
+    return {name: Flops(share * f.forward, share * f.backward) for name, f in parts.items()}
+
+
 class Meter(TorchDispatchMode):
     """Counts the operations that run inside `with meter:`, phase by phase.
 

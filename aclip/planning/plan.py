@@ -11,19 +11,20 @@ from dataclasses import dataclass, replace
 import torch
 
 from aclip.config.ds_config import DsConfig
+from aclip.config.geometry import teacher_grid
 from aclip.config.recipe import Recipe
-from aclip.config.sections import Recompute
 from aclip.data.batch import Batch
+from aclip.data.stored_scores import HEADER_BYTES, record_bytes
 from aclip.data.synthetic import batch_of_mean_captions
-from aclip.engine.optimizer import parameter_groups
 from aclip.method.schedules import count_steps
-from aclip.models.student import Student, build_student
 from aclip.planning.gpu_memory import Memory, MemoryRow
 from aclip.planning.gpus import NETWORK_BYTES, Gpu
-from aclip.planning.measure_step import META, MODES, Measured, measure_step
+from aclip.planning.measure_step import Measured
 from aclip.planning.plan_input import PlanInput
-from aclip.planning.run_memory import CheckpointCopies, batch_bytes, checkpoint_copies
+from aclip.planning.run_memory import batch_bytes
+from aclip.planning.step_kinds import teaching_share
 from aclip.planning.step_time import StepTime, recipe_step_times
+from aclip.planning.workload import Workload, describe_workload
 from aclip.planning.zero_memory import (
     FP32,
     ZeroSettings,
@@ -33,38 +34,9 @@ from aclip.planning.zero_memory import (
     zero_settings,
     zero_states,
 )
-from aclip.training.teacher import Teacher
 
 # A run's share of a GPU; the rest is for CUDA's context, NCCL, work space and fragmentation.
 USABLE_SHARE = 0.9
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is the same under every ZeRO stage.
-
-    Attributes:
-        groups: the trained parameters' numbers of elements, by parameter group.
-        frozen: the frozen parameters' numbers of elements.
-        teacher: the EMA teacher's number of elements.
-        checkpoint: the copies for a checkpoint, in rank 0's host memory.
-        global_batch_size: images in a step. num_ranks: how many GPUs there are.
-        measured: a step on one GPU, by the bytes of a weight.
-        batch_bytes: pixels that a GPU holds for each image of its local batch.
-    """
-
-    groups: list[list[int]]
-    frozen: list[int]
-    teacher: int
-    checkpoint: CheckpointCopies
-    global_batch_size: int
-    num_ranks: int
-    measured: dict[int, Measured]
-    batch_bytes: float = 0.0
-
-    @property
-    def local_batch_size(self) -> int:
-        return self.global_batch_size // self.num_ranks
 
 
 @dataclass(frozen=True)
@@ -80,6 +52,9 @@ class Plan:
         stated_mfu: share of the GPU's peak FLOPs that takes the prediction's place.
         link_bytes: what a GPU can send in a second. sent_bytes: what it sends in a step.
         num_steps: the schedule's length. num_samples: of an epoch.
+        teaching_share: the share of the steps in which the teacher runs on its view. FLOPs and
+            times are the average over all steps.
+        kept_scores_bytes: the disk space that scores take which later epochs read.
     """
 
     ds_config: DsConfig
@@ -96,6 +71,8 @@ class Plan:
     sent_bytes: float
     num_steps: int
     num_samples: int
+    teaching_share: float
+    kept_scores_bytes: int
 
     @property
     def measured(self) -> Measured:
@@ -151,7 +128,8 @@ def plan(given: PlanInput) -> Plan:
     context = recipe.model.text.context_length
     length = min(arguments.caption_tokens, context)
     batch = batch_of_mean_captions(recipe, length, context)
-    workload = describe_workload(recipe, batch, num_ranks, {ds_config.dtype, torch.float32})
+    dtypes = {ds_config.dtype, torch.float32}
+    workload = describe_workload(recipe, batch, num_ranks, dtypes, num_samples=arguments.samples)
     held = batch_bytes(recipe, batch, arguments.image_pixels)
     workload = replace(workload, batch_bytes=held)
     memory_bytes = USABLE_SHARE * gpu.memory_bytes
@@ -163,7 +141,9 @@ def plan(given: PlanInput) -> Plan:
         workload.groups, workload.frozen, settings, num_micro_steps, bool(workload.teacher)
     )
     sent += ring_share(num_ranks) * workload.measured[settings.dtype_bytes].collectives
-    eager, compiled = recipe_step_times(recipe, ds_config.dtype, settings, gpu, micro, length)
+    eager, compiled = recipe_step_times(
+        recipe, ds_config.dtype, settings, gpu, micro, length, arguments.samples
+    )
     link = gpu.link_bytes if arguments.nodes == 1 else NETWORK_BYTES
     if arguments.bandwidth is not None:
         link = arguments.bandwidth * 1e9
@@ -183,7 +163,17 @@ def plan(given: PlanInput) -> Plan:
         sent_bytes=sent,
         num_steps=num_steps,
         num_samples=round(arguments.samples),
+        teaching_share=teaching_share(recipe, arguments.samples),
+        kept_scores_bytes=kept_scores_bytes(recipe, round(arguments.samples)),
     )
+
+
+def kept_scores_bytes(recipe: Recipe, num_samples: int) -> int:
+    """The disk space that a run's kept scores take in its folder: those of the last epoch that made
+    some, and of the one before, which the checkpoint before the last may need; 0 where none are."""
+    if not recipe.keeps_scores:
+        return 0
+    return 2 * (HEADER_BYTES + num_samples * record_bytes(teacher_grid(recipe)))
 
 
 def plan_memory(
@@ -199,29 +189,6 @@ def plan_memory(
     workload = describe_workload(recipe, batch, num_ranks, {ds_config.dtype}, modes=())
     kept = workload.measured[settings.dtype_bytes].encoding[None].kept
     return stage_memory(workload, settings).peak(ds_config.micro_batch_size, kept)
-
-
-def describe_workload(
-    recipe: Recipe,
-    batch: Batch,
-    num_ranks: int,
-    dtypes: set[torch.dtype],
-    modes: tuple[Recompute, ...] = MODES,
-) -> Workload:
-    """Counts parameters and measures steps of the recipe on such batches, see measure_step."""
-    with META:
-        student = build_student(recipe)
-    teacher = Teacher(student, torch.float32, META).state_dict() if recipe.needs_teacher else {}
-    return Workload(
-        *count_parameters(student, recipe.optimizer.weight_decay),
-        teacher=sum(average.numel() for average in teacher.values()),
-        checkpoint=checkpoint_copies(student, list(teacher.values())),
-        global_batch_size=recipe.train.global_batch_size,
-        num_ranks=num_ranks,
-        measured={
-            dtype.itemsize: measure_step(recipe, batch, num_ranks, dtype, modes) for dtype in dtypes
-        },
-    )
 
 
 def memory_row(workload: Workload, settings: ZeroSettings, limit: float) -> MemoryRow:
@@ -245,10 +212,3 @@ def stage_memory(workload: Workload, settings: ZeroSettings) -> Memory:
         batches=workload.batch_bytes * workload.local_batch_size,
         local_batch_size=workload.local_batch_size,
     )
-
-
-def count_parameters(student: Student, weight_decay: float) -> tuple[list[list[int]], list[int]]:
-    """Elements of the trained parameters by the optimizer's groups, and of the frozen ones."""
-    groups = parameter_groups(student, weight_decay)
-    frozen = [p.numel() for p in student.parameters() if not p.requires_grad]
-    return [[p.numel() for p in group["params"]] for group in groups], frozen

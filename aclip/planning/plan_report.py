@@ -51,7 +51,11 @@ def _flops(plan: Plan) -> str:
     lines.append(row("sum", add_up(parts)))
     if plan.repeated_flops:
         lines.append(["run again", "", "", f"{plan.repeated_flops / 1e9:,.2f}"])
-    return text_table(lines)
+    note = (
+        f"Averages over the run: the teacher scores its view in {plan.teaching_share:.0%} of the "
+        "steps. So are the times below."
+    )
+    return text_table(lines) + (f"\n{note}" if plan.teaching_share < 1 else "")
 
 
 def _states(plan: Plan) -> str:
@@ -114,6 +118,7 @@ def _time(plan: Plan) -> str:
         f"Schedule: {plan.num_steps:,} steps, {show_duration(seconds)}, "
         f"{plan.gpu_hours:,.0f} GPU-hours",
         f"Data: {describe_rest(plan.num_samples, plan.workload.global_batch_size)}",
+        *_kept_scores(plan),
     ]
     return "\n".join(lines)
 
@@ -125,7 +130,7 @@ def _compute(plan: Plan) -> str:
     whole = plan.time.whole
     return (
         f"predicted: device {whole.device_seconds:.3f} s, host {whole.host_seconds:.3f} s for "
-        f"{whole.launches:,} launches"
+        f"{whole.launches:,.0f} launches"
     )
 
 
@@ -143,6 +148,14 @@ def _host_bound(plan: Plan) -> list[str]:
         f"Host-bound: with {plan.micro_batch_size} images at a time the GPU would be done in "
         f"{whole.device_seconds:.3f} s, and the host (+-40 %) in {whole.host_seconds:.3f} s; {ways}"
     ]
+
+
+def _kept_scores(plan: Plan) -> list[str]:
+    """What the scores that later epochs read take on disk; nothing where none are kept."""
+    if not plan.kept_scores_bytes:
+        return []
+    space = plan.kept_scores_bytes / 1e9
+    return [f"Scores: up to {space:,.2f} GB in the run folder, those of two epochs (teacher.reuse)"]
 
 
 def _mark(plan: Plan, title: str) -> str:

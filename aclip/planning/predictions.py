@@ -8,7 +8,8 @@ from aclip.config.recipe import Recipe
 from aclip.data.synthetic import batch_of_mean_captions
 from aclip.planning.engine_operations import fused_adamw
 from aclip.planning.gpus import Gpu
-from aclip.planning.measure_step import measure_step
+from aclip.planning.measure_step import measure_run
+from aclip.planning.step_kinds import teaching_share
 from aclip.planning.step_time import PartTime, StepTime, recipe_step_times, step_time
 from aclip.planning.trace_step import COMPILED, LOSSES, trace_open_clip
 from aclip.planning.zero_memory import zero_settings
@@ -29,6 +30,7 @@ class Prediction:
         time: the step by part.
         flops: of matrix products that are needed once, of the whole batch.
         gpu: what it is predicted for. in_bf16: which of its peaks the MFU is a share of.
+        teaching_share: of a run's steps, whose average this is, those with the teacher's pass.
     """
 
     system: str
@@ -38,6 +40,7 @@ class Prediction:
     flops: float
     gpu: Gpu
     in_bf16: bool = True
+    teaching_share: float = 1.0
 
     @property
     def name(self) -> str:
@@ -56,7 +59,7 @@ class Prediction:
 def predict(
     name: str, recipe: Recipe, ds_config: DsConfig, gpu: Gpu, caption_tokens: float
 ) -> list[Prediction]:
-    """A recipe's step on one GPU, without and with model.compile.
+    """A recipe's average step on one GPU, without and with model.compile.
 
     Args:
         name: what the recipe is called.
@@ -68,11 +71,11 @@ def predict(
     settings, dtype = zero_settings(ds_config, 1), ds_config.dtype
     eager, compiled = recipe_step_times(recipe, dtype, settings, gpu, size, length)
     few = batch_of_mean_captions(recipe, length, context)
-    flops = size * measure_step(recipe, few, modes=("none",)).total_flops
-    in_bf16 = dtype.itemsize == 2
+    flops = size * measure_run(recipe, few, modes=("none",)).total_flops
+    in_bf16, share = dtype.itemsize == 2, teaching_share(recipe)
     return [
-        Prediction(name, False, size, eager, flops, gpu, in_bf16),
-        Prediction(name, True, size, compiled, flops, gpu, in_bf16),
+        Prediction(name, False, size, eager, flops, gpu, in_bf16, share),
+        Prediction(name, True, size, compiled, flops, gpu, in_bf16, share),
     ]
 
 
@@ -107,7 +110,13 @@ def report(predictions: list[Prediction]) -> str:
     parts = [_parts(each) for each in predictions if each.batch_size == largest]
     gpu = predictions[0].gpu
     note = f"Predicted for one {gpu.name}, not measured. {NOTE}"
-    return "\n\n".join([*parts, _summary(predictions), note])
+    shares = {each.system: each.teaching_share for each in predictions}
+    averages = [
+        f"\n{name}: the average over a run, in {share:.0%} of whose steps the teacher runs."
+        for name, share in shares.items()
+        if share < 1
+    ]
+    return "\n\n".join([*parts, _summary(predictions), note + "".join(averages)])
 
 
 def _parts(prediction: Prediction) -> str:
@@ -117,7 +126,7 @@ def _parts(prediction: Prediction) -> str:
     def row(name: str, part: PartTime) -> list[str]:
         return [
             name,
-            f"{part.launches:,}",
+            f"{part.launches:,.0f}",
             f"{part.host_seconds * 1e3:.1f}",
             f"{part.moved / 1e9:.1f}",
             f"{part.flops / 1e12:.2f}",

@@ -5,7 +5,7 @@ at the share of the peaks that well-tuned programs reach; operations run one aft
 launches ahead of the device, so a step takes the longer of both sums. This is a prediction.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -14,7 +14,8 @@ from aclip.data.synthetic import batch_of_mean_captions
 from aclip.planning.engine_operations import engine_operations
 from aclip.planning.gpus import HOST_LINK_SHARE, MATRIX_SHARE, MEMORY_SHARE, Gpu
 from aclip.planning.operations import Operation
-from aclip.planning.trace_step import BACKWARD, COMPILED, PARTS, UPDATE, trace_step
+from aclip.planning.step_kinds import EPOCH_SAMPLES, step_kinds
+from aclip.planning.trace_step import BACKWARD, COMPILED, PARTS, UPDATE, Trace, trace_step
 from aclip.planning.zero_memory import ZeroSettings
 
 # Seconds of one core of a server, +-40 %. This is the CPU time of towers and DeepSpeed with tensors
@@ -33,7 +34,7 @@ PLAIN_UPDATE = 3.7e-6
 
 @dataclass(frozen=True)
 class PartTime:
-    """What a part of a step asks for.
+    """What a part of a step asks for, or of several kinds of step on average.
 
     Attributes:
         launches: operations that compute something, each at least one launch.
@@ -43,10 +44,10 @@ class PartTime:
         device_seconds: what the GPU takes to run them.
     """
 
-    launches: int = 0
+    launches: float = 0
     host_seconds: float = 0.0
-    moved: int = 0
-    flops: int = 0
+    moved: float = 0
+    flops: float = 0
     device_seconds: float = 0.0
 
     def __add__(self, other: "PartTime") -> "PartTime":
@@ -58,20 +59,21 @@ class PartTime:
             self.device_seconds + other.device_seconds,
         )
 
+    def __mul__(self, share: float) -> "PartTime":
+        return PartTime(*(share * getattr(self, each.name) for each in fields(self)))
+
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step on one GPU, by part."""
+    """A step on one GPU, by part, or the average over several kinds of step."""
 
     parts: dict[str, PartTime]
+    seconds: float
+    """The longer of host and device; of several kinds the average of what is the longer in each."""
 
     @property
     def whole(self) -> PartTime:
         return sum(self.parts.values(), PartTime())
-
-    @property
-    def seconds(self) -> float:
-        return max(self.whole.host_seconds, self.whole.device_seconds)
 
     @property
     def is_host_bound(self) -> bool:
@@ -112,7 +114,16 @@ def step_time(
     of_update = PLAIN_UPDATE if stage is None else ENGINE_UPDATE[stage]
     parts[BACKWARD] += PartTime(host_seconds=num_parameters * of_hooks)
     parts[UPDATE] += PartTime(host_seconds=num_parameters * of_update)
-    return StepTime(parts)
+    whole = sum(parts.values(), PartTime())
+    return StepTime(parts, max(whole.host_seconds, whole.device_seconds))
+
+
+def average_time(times: list[tuple[float, StepTime]]) -> StepTime:
+    """The average over kinds of step, each with its share of the steps."""
+    parts = {
+        name: sum((time.parts[name] * share for share, time in times), PartTime()) for name in PARTS
+    }
+    return StepTime(parts, sum(share * time.seconds for share, time in times))
 
 
 def recipe_step_times(
@@ -122,22 +133,28 @@ def recipe_step_times(
     gpu: Gpu,
     micro_batch_size: int,
     caption_tokens: float,
+    num_samples: float = EPOCH_SAMPLES,
 ) -> tuple[StepTime, StepTime]:
-    """A rank's step of the recipe, without and with `model.compile`, without communication.
+    """A rank's average step of a run, without and with `model.compile`, without communication.
 
     Args:
         dtype: the dtype of the towers.
         settings: the ZeRO stage and the number of ranks.
         caption_tokens: the captions' mean length; they are padded to the context length.
+        num_samples: samples of an epoch.
     """
     local_batch_size = recipe.train.global_batch_size // settings.num_ranks
     num_micro_steps = local_batch_size // micro_batch_size
     context = recipe.model.text.context_length
     batch = batch_of_mean_captions(recipe, caption_tokens, context, micro_batch_size)
-    trace = trace_step(recipe, batch, settings.num_ranks, num_micro_steps, dtype)
-    engine = engine_operations(trace.trained, settings, num_micro_steps)
+    kinds = step_kinds(recipe, batch, num_samples)
+    traces = [
+        trace_step(recipe, k.batch, settings.num_ranks, num_micro_steps, dtype, k.progress)
+        for k in kinds
+    ]
 
-    def time(parts: set[str]) -> StepTime:
+    def time(trace: Trace, parts: set[str]) -> StepTime:
+        engine = engine_operations(trace.trained, settings, num_micro_steps)
         return step_time(
             trace.compiled(parts) + engine,
             gpu,
@@ -147,7 +164,11 @@ def recipe_step_times(
             num_micro_steps,
         )
 
-    return time(set()), time(COMPILED)
+    def average(parts: set[str]) -> StepTime:
+        times = [(k.share, time(t, parts)) for k, t in zip(kinds, traces, strict=True)]
+        return average_time(times)
+
+    return average(set()), average(COMPILED)
 
 
 def device_seconds(operation: Operation, gpu: Gpu) -> float:

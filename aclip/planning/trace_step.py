@@ -57,6 +57,7 @@ def trace_step(
     num_ranks: int = 1,
     num_micro_steps: int = 1,
     dtype: torch.dtype = torch.bfloat16,
+    progress: float = 1.0,
 ) -> Trace:
     """Runs what `Stepper.step` runs, as the first of `num_ranks` ranks.
 
@@ -66,6 +67,7 @@ def trace_step(
         num_micro_steps: how many of them a step has. Towers and teacher run once here, and their
             operations say how often they would; heads and losses run on the whole local batch.
         dtype: the dtype of the towers.
+        progress: how much of the run is done, in [0, 1].
     """
     model = recipe.model.model_copy(update={"compile": False})
     with META:
@@ -82,7 +84,7 @@ def trace_step(
         taught = inputs.teach(batch)
         statistics = {term.name: term.statistic([taught]) for term in student.terms}
         log.begin(STUDENT, encodings)
-        features = student("encode", inputs.student(batch, taught, statistics))
+        features = student("encode", inputs.student(batch, taught, statistics, progress))
         whole = {
             name: resized(part, local_size).detach().requires_grad_()
             for name, part in features.items()

@@ -97,11 +97,15 @@ def attention(weights: CheckpointWeights, images: Tensor) -> Tensor:
     prefix = "image."
     state = {n.removeprefix(prefix): t for n, t in weights.state.items() if n.startswith(prefix)}
     tower.load_state_dict(state, assign=True)
-    scores = []
+    scores, score_layers = [], _score_layers(weights.recipe)
     for chunk in images.split(BATCH_SIZE):
         pixels = augment(chunk, None, weights.recipe.augment, torch.float32)
-        scores.append(tower.forward_with_scores(pixels)[1])
+        scores.append(tower.forward_with_scores(pixels, score_layers, with_features=False)[1])
     return torch.cat(scores)
+
+
+def _score_layers(recipe: Recipe) -> int | None:
+    return None if recipe.teacher is None else recipe.teacher.score_layers
 
 
 def _raw_samples(paths: list[str], recipe: Recipe) -> Iterator[RawSample | Skip]:
@@ -148,10 +152,12 @@ def _of_file(path: Path) -> RawSample:
 
 
 def _explanation(weights: CheckpointWeights) -> list[Block]:
+    score_layers = _score_layers(weights.recipe)
+    layers = "layers" if score_layers is None else f"layers 1 to {score_layers}"
     lines = [
         weights.recipe.description,
         f"The heat map is the attention of the {weights.model}'s CLS token to each patch of the "
-        "image, mean over heads and layers; grey patches are dropped.",
+        f"image, mean over heads and {layers}; grey patches are dropped.",
     ]
     if weights.model == "student":
         lines.append("This run has no teacher, so the attention is the student's.")

@@ -16,6 +16,7 @@ from aclip.config.recipe import MaskConfig, Recipe
 from aclip.config.sections import AugmentConfig, TeacherConfig
 from aclip.data.images.augment import augment
 from aclip.data.images.decode import decode_image
+from aclip.data.lanes.order import Place
 from aclip.data.members import read_captions, read_image_bytes
 from aclip.data.samples import Sample, SampleMaker
 from aclip.data.shards.listing import Shard, Skip
@@ -146,7 +147,8 @@ def read_picture_set(
     coverage, is_captioned, skipped = [], [], Counter()
     for position, found in enumerate(raw_samples):
         raw = found if isinstance(found, Skip) else _with_caption(found)
-        sample = raw if isinstance(raw, Skip) else maker.make(0, 0, raw, 0, position)
+        place = Place(0, position, 0, position)
+        sample = raw if isinstance(raw, Skip) else maker.make(0, place, raw)
         if not isinstance(sample, Skip):
             covered = _coverage_of(raw, sample, maker.grid)
             sample = covered if isinstance(covered, Skip) else sample

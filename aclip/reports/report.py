@@ -63,6 +63,7 @@ LOGGED = {
     "memory_gib": ("Memory of rank 0, GiB", "{:.2f}"),
     "learning_rate": ("Learning rate", "{:.3e}"),
     "momentum": ("EMA momentum", "{:.6f}"),
+    "taught": ("Samples that the teacher scored", "{:.0%}"),
 }
 """Numbers of a StepLine: title and format."""
 

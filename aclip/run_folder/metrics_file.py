@@ -30,6 +30,8 @@ class StepLine:
             file holds it where there are any.
         images_per_second: images of all ranks, mean over the last steps.
         data_wait_percent: the part of the host's time that waits for data, over the last steps.
+        taught: the share of the samples since the last line that the teacher has scored; None, and
+            not in the file, where it scores each sample or none.
     """
 
     samples: int
@@ -45,6 +47,7 @@ class StepLine:
     noted: dict[str, int] = field(default_factory=dict)
     images_per_second: float | None = None
     data_wait_percent: float | None = None
+    taught: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from aclip.cli import EXIT_NON_FINITE, EXIT_NOT_SAVED, EXIT_STOPPED_BY_SIGNAL
+from aclip.data.dealing import describe_rests
 from aclip.data.find_data import check_same_shards
-from aclip.data.loader import describe_rests
 from aclip.distributed import rank, say, world_size
 from aclip.engine.process_group import init_distributed, limit_engine_collectives
 from aclip.evaluation.during_training import Evaluator

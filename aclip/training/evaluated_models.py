@@ -36,9 +36,13 @@ def mask_teacher(stepper: Stepper) -> MaskTeacher | None:
         return None
     teacher, device = stepper.teacher, stepper.device
     tokenizer = build_tokenizer(stepper.recipe.model.text)
+    score_layers = stepper.recipe.teacher.score_layers
 
     def pixels(views: Tensor) -> Tensor:
         return augment(views.to(device), None, stepper.recipe.augment, stepper.dtype)
+
+    def scores(views: Tensor) -> Tensor:
+        return teacher.forward(pixels(views), score_layers, with_features=False).scores.cpu()
 
     def embed_kept(views: Tensor, selection: Selection) -> Tensor:
         on_device = selection.map(lambda tensor: tensor.to(device))
@@ -49,9 +53,7 @@ def mask_teacher(stepper: Stepper) -> MaskTeacher | None:
         tokens = tokenizer.encode(texts).map(lambda ids: ids.to(device))
         return teacher.encode_text(tokens).float().cpu()
 
-    return MaskTeacher(
-        lambda views: teacher.forward(pixels(views)).scores.cpu(), embed_kept, embed_texts
-    )
+    return MaskTeacher(scores, embed_kept, embed_texts)
 
 
 def _towers(stepper: Stepper, encode_image: Encoder, encode_text: Encoder) -> Towers:

@@ -1,7 +1,7 @@
 """A run as a function of its steps: how many, what each is taken with, what is due after it."""
 
 from aclip.config.recipe import Recipe
-from aclip.method.schedules import count_steps, ema_momentum, learning_rate
+from aclip.method.schedules import ema_momentum, learning_rate
 
 
 class RunSchedule:
@@ -13,11 +13,13 @@ class RunSchedule:
 
     Attributes:
         num_steps, total_samples: the length of the whole run.
+        teaching: what the teacher does in each step.
     """
 
     def __init__(self, recipe: Recipe, dataset_size: int):
         train = recipe.train
-        self.num_steps = count_steps(train.epochs, dataset_size, train.global_batch_size)
+        self.teaching = recipe.teaching(dataset_size)
+        self.num_steps = self.teaching.num_steps
         self.total_samples = self.num_steps * train.global_batch_size
         self._warmup_samples = round(train.warmup_epochs * dataset_size)
         self._recipe = recipe

@@ -20,7 +20,7 @@ from aclip.evaluation.sets.validation_check import check_validation
 from aclip.machine import check_gpus, check_shared_memory
 from aclip.run_folder.checkpoint_folder import read_progress
 from aclip.training.metrics.wandb_tracker import check_wandb
-from aclip.training.take_folder import Beginning, take_folder
+from aclip.training.take_folder import Beginning, check_shared, take_folder
 from aclip.weights.first_look import check_init
 
 
@@ -64,8 +64,9 @@ def check_start(arguments: argparse.Namespace) -> Start:
 
     Raises:
         ConfigError: a wrong argument, recipe or ds_config, a run folder that can't be written, is
-            in use or holds a run with other settings, no such checkpoint, no data, a validation set
-            that can't be scored, or lanes, ranks and workers that do not fit.
+            in use, holds a run with other settings or should be shared by the ranks and is not, no
+            such checkpoint, no data, a validation set that can't be scored, or lanes, ranks and
+            workers that do not fit.
     """
     default_to_one_rank()
     check_gpus()
@@ -79,6 +80,8 @@ def check_start(arguments: argparse.Namespace) -> Start:
         return take_folder(run_folder, arguments.resume, recipe, ds_config, arguments.allow_changes)
 
     beginning = Beginning(**decided_by_rank_0(take, "beginning"))
+    if recipe.keeps_scores and num_ranks > 1:
+        check_shared(run_folder, recipe)
     if beginning.checkpoint is None:
         check_init(recipe.model.init)
     recipe = with_crops(recipe, beginning.crops)

@@ -18,6 +18,7 @@ from aclip.data.images.device_views import cut_views_on_device
 from aclip.method.losses.term import LossTerm, Taught, TermContext
 from aclip.method.masks.noise import noise_share
 from aclip.method.masks.policy import Selection, ViewsToMask, select_patches
+from aclip.method.score_codes import decode_scores, encode_scores
 from aclip.models.student import StudentInput
 from aclip.models.vit import ImageTower
 from aclip.training.teacher import Teacher
@@ -63,22 +64,45 @@ class StepInputs:
         views = cut_views_on_device(
             micro.whole_images.to(self._device),
             self._to_device(micro.student_boxes),
-            self._to_device(micro.teacher_box),
+            self._to_device(micro.teacher_box) if any(micro.to_teach) else None,
             recipe.model.image.resolution,
             recipe.teacher.resolution if recipe.needs_teacher_view else None,
         )
         return replace(micro, whole_images=None, **views)
 
     def teach(self, micro: Batch) -> Taught:
-        """Runs the teacher on the views that the recipe's parts ask for."""
-        scores = features = patches = None
-        if self._recipe.needs_teacher_view:
-            output = self._teacher.forward(self._augment(micro.teacher_view, None))
+        """Runs the teacher on the views that the recipe's parts ask for; on its own view only where
+        it scores one of the samples."""
+        scores = features = patches = codes = None
+        if any(micro.to_teach):
+            output = self._teacher.forward(
+                self._augment(micro.teacher_view, None),
+                self._recipe.teacher.score_layers,
+                self._recipe.needs_teacher_features,
+            )
             scores, features = output.scores, output.features
+        if self._recipe.keeps_scores:
+            scores, codes = self._as_kept(scores, micro.stored_scores)
         if self._recipe.needs_teacher_patches:
             view, params = micro.student_views[:, 0], micro.augment_params[:, 0]
             patches = self._teacher.encode_patches(self._augment(view, params))
-        return Taught(scores, features, patches)
+        return Taught(scores, features, patches, codes)
+
+    def _as_kept(
+        self, scores: Tensor | None, stored: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The scores to mask by, and the codes of the new ones.
+
+        New scores go through their codes too, so that a sample's mask is the same in the step in
+        which it is scored as in one that reads what was kept.
+        """
+        fresh = None if scores is None else encode_scores(scores)
+        codes = self._to_device(stored)
+        if codes is None or fresh is None:
+            codes = fresh if codes is None else codes
+        else:
+            codes = torch.where(codes > 0, codes, fresh)
+        return None if codes is None else decode_scores(codes), fresh
 
     def student(
         self,

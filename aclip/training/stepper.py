@@ -36,6 +36,8 @@ class Stepper:
         init_report: what became of the keys of `init`; None without `init`.
         teacher: None where the recipe has none.
         terms: the loss terms that have a weight.
+        coded: what the teacher scored in the last step, for a recipe that keeps it: the samples'
+            Batch.score_place on the CPU, and their Taught.codes, of each micro-batch.
     """
 
     def __init__(self, recipe: Recipe, ds_config: DsConfig, device: torch.device, init: str = ""):
@@ -55,6 +57,7 @@ class Stepper:
         self.engine = build_engine(student, recipe.optimizer, ds_config)
         self._sharded_state = ShardedState(self.engine)
         self._gradient_norm: Tensor | None = None
+        self.coded: list[tuple[Tensor, Tensor]] = []
         self._exact_scalars = student.exact_scalars()
         for name, weights in exact.items():
             self._sharded_state.load(name, MASTER, weights)
@@ -95,6 +98,11 @@ class Stepper:
             group["lr"] = learning_rate
         micro_batches = [self.inputs.with_views(m) for m in batch.split(self.micro_batch_size)]
         taught = [self.inputs.teach(micro) for micro in micro_batches]
+        self.coded = [
+            (micro.score_place, of_teacher.codes)
+            for micro, of_teacher in zip(micro_batches, taught, strict=True)
+            if of_teacher.codes is not None
+        ]
         statistics = {term.name: term.statistic(taught) for term in self.terms}
         # Made anew for each pass over a micro-batch, so that only one input exists at a time.
         make_inputs = [

@@ -2,6 +2,8 @@
 
 import json
 import os
+import secrets
+import socket
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,9 +17,9 @@ from aclip.config.continuing import (
 from aclip.config.ds_config import DsConfig
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
-from aclip.distributed import say
+from aclip.distributed import decided_by_rank_0, say
 from aclip.errors import ConfigError, NotWritten
-from aclip.files import check_writable
+from aclip.files import check_writable, write_whole
 from aclip.lock import PATIENCE_VARIABLE, claim
 from aclip.method.schedules import count_steps
 from aclip.run_folder import checkpoint_folder
@@ -27,6 +29,7 @@ from aclip.run_folder.layout import (
     METRICS_FILE,
     PICTURES_FOLDER,
     RECIPE_FILE,
+    SHARED_FILE,
     START_FILE,
     TENSORBOARD_FOLDER,
     latest_record,
@@ -178,6 +181,34 @@ def check_changes(
     elif changes and is_complete:
         say(f"the run is complete, so these have no effect (then -> now): {', '.join(changes)}")
     return is_complete and progress["step"] >= steps
+
+
+def check_shared(run_folder: Path, recipe: Recipe) -> None:
+    """Refuses a run folder that is another one on this rank than on rank 0, where the teacher's
+    scores are kept: what a rank writes, others read. Rank 0 owns the folder already.
+
+    Raises:
+        ConfigError: as said.
+    """
+    path = run_folder / SHARED_FILE
+
+    def mark() -> str:
+        token = secrets.token_hex(8)
+        write_whole(path, token)
+        return token
+
+    token = decided_by_rank_0(mark, "shared")
+    try:
+        differs = "" if path.read_text() == token else "holds another word"
+    except OSError as error:
+        differs = f"can't be read: {error.strerror}"
+    if differs:
+        raise ConfigError(
+            f"--output is {run_folder}, which rank {os.environ['RANK']} on {socket.gethostname()} "
+            f"does not share with rank 0 (its {path.name} {differs}), but teacher.reuse is "
+            f"{recipe.teacher.reuse}, for which all ranks keep scores there; give a folder that "
+            "all nodes share, or set teacher.reuse to 1"
+        )
 
 
 def _recorded_crops(run_folder: Path, beginning: Beginning) -> str | None:

@@ -18,10 +18,10 @@ CHUNK_ELEMENTS = 1 << 25
 
 @dataclass
 class TeacherOutput:
-    """scores (B, g, g) fp32 attention per patch of the teacher view, features (B, C)."""
+    """scores (B, g, g) fp32 attention per patch of the teacher view, features (B, C) or None."""
 
     scores: Tensor
-    features: Tensor
+    features: Tensor | None
 
 
 class Teacher:
@@ -47,9 +47,12 @@ class Teacher:
         self._compute = dict(self.model.named_parameters())
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor) -> TeacherOutput:
-        """pixels (B, 3, T, T) normalised -> scores and features of the teacher view."""
-        features, scores = self.model.image.forward_with_scores(pixels)
+    def forward(
+        self, pixels: Tensor, score_layers: int | None = None, with_features: bool = True
+    ) -> TeacherOutput:
+        """pixels (B, 3, T, T) normalised -> scores and features of the teacher view; see
+        ImageTower.forward_with_scores."""
+        features, scores = self.model.image.forward_with_scores(pixels, score_layers, with_features)
         return TeacherOutput(scores, features)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from aclip.config.ds_config import DsConfig
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
 from aclip.data.captions import NOTE_KINDS
-from aclip.data.fingerprint import check_progress, fingerprint
+from aclip.data.fingerprint import LIST, check_progress, fingerprint
 from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import SKIP_KINDS, Shard
 from aclip.distributed import all_gather_rows, rank, world_size
@@ -27,6 +27,7 @@ from aclip.training.metrics.step_timer import StepTimer
 from aclip.training.metrics.wandb_tracker import WandbTracker
 from aclip.training.run_schedule import RunSchedule
 from aclip.training.saver import Moment, Saver
+from aclip.training.score_keeper import build_score_keeper
 from aclip.training.step_watch import StepWatch, WatchedStep
 from aclip.training.stepper import Stepper
 from aclip.training.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
@@ -78,6 +79,9 @@ class Trainer:
         self.evaluations: dict[str, dict] = {}
         self.wandb_id = ""
         self._fingerprint = fingerprint(recipe, shards)
+        self._scores = build_score_keeper(
+            recipe, self.schedule.teaching, run_folder, self._fingerprint[LIST]
+        )
         cursors = None if resume_from is None else self._resume(resume_from, shards)
         saved = None if resume_from is None else self._moment
         self._saver = Saver(
@@ -86,7 +90,9 @@ class Trainer:
         self._timer = StepTimer()
         self.watch = StepWatch()
         self._host_bound = HostBound(recipe, ds_config.stage)
-        self.loader = build_train_loader(recipe, shards, rank(), world_size(), cursors)
+        self.loader = build_train_loader(
+            recipe, shards, rank(), world_size(), cursors, self.step, self._scores.files
+        )
         self._cursors = self.loader.cursors
         self._loading = LoadingNotice(self.loader, self._timer, device)
         tracker = None
@@ -120,6 +126,7 @@ class Trainer:
             batches = iter(self.loader)
             first = self.step + 1
             while self.step < self.num_steps:
+                self._begin_epoch()
                 self.watchdog.enter(LOADING, self.step + 1)
                 with self._timer.waiting():
                     batch = next(batches)
@@ -134,6 +141,7 @@ class Trainer:
                     self._save(required=True)
                     return False
             self._settle()
+            self._scores.end_epoch()
             if "end" not in self.evaluations:
                 # What was trained is saved first, since an evaluation can fail.
                 self._save(required=True, uploads=self.evaluator is None)
@@ -168,6 +176,7 @@ class Trainer:
             self.watch.receive(signal.SIGUSR1)
         counted = batch.skipped | batch.noted
         counts = [*(counted.get(kind, 0) for kind in COUNTED_KINDS), batch.repeated]
+        counts += self._scores.put(self.step, batch.to_teach, self.stepper.coded)
         self.watch.put(self.step, terms | watched, batch.keys, counts)
         self._cursors = batch.cursors
 
@@ -184,6 +193,13 @@ class Trainer:
             self._timer.reset()
         return False
 
+    def _begin_epoch(self) -> None:
+        """Brings together what the ranks keep of the teacher's scores, where an epoch begins."""
+        if self._scores.begins(self.step + 1):
+            self.watchdog.enter(SAVING, self.step)
+            self._settle()
+            self._scores.begin(self.step + 1)
+
     def _evaluation_is_due(self) -> bool:
         if self.step == self.num_steps or self._place in self.evaluations:
             return False
@@ -199,9 +215,10 @@ class Trainer:
         watched = self.watch.settle()
         if watched is None:
             return
-        *counts, repeats = watched.counts
-        self.counts.update(dict(zip(COUNTED_KINDS, counts, strict=True)))
-        self.repeated += repeats
+        num_kinds = len(COUNTED_KINDS)
+        self.counts.update(dict(zip(COUNTED_KINDS, watched.counts[:num_kinds], strict=True)))
+        self.repeated += watched.counts[num_kinds]
+        self._scores.settle(watched.counts[num_kinds + 1 :])
         if self.schedule.is_logged(watched.step) or watched.step == self.num_steps:
             self._log(watched)
 
@@ -222,6 +239,7 @@ class Trainer:
             noted={kind: self.counts[kind] for kind in NOTE_KINDS if self.counts[kind]},
             images_per_second=self._timer.images_per_second,
             data_wait_percent=self._timer.data_wait_percent,
+            taught=self._scores.take_share(),
         )
         self.logger.log(line)
 
@@ -251,6 +269,7 @@ class Trainer:
         """
         self.watchdog.enter(SAVING, self.step)
         self._settle()
+        self._scores.sync()
         if self._saver.is_saved(self._moment):
             return
         state = {
@@ -265,6 +284,7 @@ class Trainer:
             "wandb_id": self.wandb_id,
         }
         self._saver.save(state, self._moment, required, uploads)
+        self._scores.forget(self.checkpoints, self.step)
 
     def _resume(self, folder: Path, shards: list[Shard]) -> Tensor:
         """Continues from a checkpoint; returns the cursors of all ranks' lanes."""

@@ -9,8 +9,10 @@ import pytest
 import torch.distributed as dist
 
 from aclip.cli import EXIT_BAD_INPUT, EXIT_NOT_SAVED, run_reporting_errors
+from aclip.config.recipe_file import load_recipe
 from aclip.distributed import decided_by_rank_0
 from aclip.errors import ConfigError, NotWritten, PortInUse
+from aclip.training.take_folder import check_shared
 
 pytestmark = pytest.mark.distributed
 LIMIT = 30.0
@@ -78,6 +80,35 @@ def test_rank_that_waits_for_a_rank_0_that_is_gone_ends_too():
             decided_by_rank_0(lambda: 0, "b")
 
     assert run_ranks(die) == [7, 0]
+
+
+def test_folder_that_a_rank_does_not_share_is_refused_where_scores_are_kept_in_it(tmp_path):
+    recipe = load_recipe("demo", ["teacher.reuse=4", "loss.simclr=0", "loss.byol=0"])
+    all_looked = multiprocessing.get_context("fork").Barrier(4)
+    found = {2: "can't be read: No such file or directory", 3: "holds another word"}
+
+    def check(number):
+        folder = tmp_path / (f"disk-{number}" if number in found else "shared")
+        folder.mkdir(exist_ok=True)
+        if number == 3:
+            (folder / ".shared").write_text("of an earlier start")
+        said = None
+        try:
+            check_shared(folder, recipe)
+        except ConfigError as error:
+            said = str(error)
+        all_looked.wait(LIMIT)
+        expected = None
+        if number in found:
+            expected = (
+                f"--output is {folder}, which rank {number} on {socket.gethostname()} does not "
+                f"share with rank 0 (its .shared {found[number]}), but teacher.reuse is 4, for "
+                "which all ranks keep scores there; give a folder that all nodes share, or set "
+                "teacher.reuse to 1"
+            )
+        assert said == expected
+
+    assert run_ranks(check, 4) == [0] * 4
 
 
 def test_port_that_another_run_holds_is_named(monkeypatch):

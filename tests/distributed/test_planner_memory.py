@@ -4,7 +4,7 @@ import pytest
 import tiny_run
 import torch
 
-from aclip.planning.plan import count_parameters
+from aclip.planning.workload import count_parameters
 from aclip.planning.zero_memory import ZeroSettings, zero_states
 
 pytestmark = pytest.mark.distributed

@@ -6,7 +6,10 @@ the width. On a GPU each operation is at least one launch, and each wait leaves 
 
 import json
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,13 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe_file import load_recipe
-from aclip.data.batch import join
+from aclip.data.batch import Batch, join
+from aclip.data.stored_scores import MISSING, ScoreFiles
 from aclip.data.synthetic import synthetic_batch
 from aclip.engine.process_group import init_distributed
 from aclip.method.tokens import Tokens
 from aclip.planning.engine_operations import engine_operations
 from aclip.planning.trace_step import trace_step
 from aclip.planning.zero_memory import zero_settings
+from aclip.training.score_keeper import ScoreKeeper
 from aclip.training.stepper import Stepper
 
 pytestmark = pytest.mark.distributed
@@ -66,7 +71,7 @@ class Operations(TorchDispatchMode):
         return run
 
 
-def build(ds_values: dict | str, ranks: int, folder: Path):
+def build(ds_values: dict | str, ranks: int, folder: Path, overrides=()):
     """The stepper of a narrow aclip_vitb16 and its batch, after two steps."""
     device = init_distributed()
     path = folder / "ds.json"
@@ -74,7 +79,7 @@ def build(ds_values: dict | str, ranks: int, folder: Path):
         path = ROOT / "ds_configs" / ds_values
     else:
         path.write_text(json.dumps(ds_values))
-    recipe = load_recipe("aclip_vitb16", NARROW)
+    recipe = load_recipe("aclip_vitb16", [*NARROW, *overrides])
     stepper = Stepper(recipe, read_ds_config(str(path), 4, ranks), device)
     batch = join([synthetic_batch(recipe, 4 // ranks)], pin=False)
     for _ in range(2):
@@ -178,26 +183,64 @@ def test_the_host_waits_for_nothing_in_a_step(
 
     def find():
         stepper, batch = build("zero2.json", ranks, tmp_path)
-        waits, patch, make = Waits(), pytest.MonkeyPatch(), torch.tensor
-        for name in ("tolist", "cpu", "numpy"):
-            patch.setattr(torch.Tensor, name, waits.noting(name, getattr(torch.Tensor, name)))
-        stop = waits.noting("synchronize", lambda self, index=None: None)
-        patch.setattr(CPU_Accelerator, "synchronize", stop)
-        copies = waits.noting("torch.tensor(..., device=...)", make)
-        patch.setattr(
-            torch, "tensor", lambda *a, **o: (copies if o.get("device") else make)(*a, **o)
-        )
         device_that_runs_behind.waited_for.clear()
-        # On a GPU the tokens are located while they are on the host.
-        patch.setattr(Tokens, "located", waits.on_the_host(Tokens.located))
-        with waits:
-            stepper.step(batch, 1e-3, 0.99)
-            stepper.gradient_norm()
-        patch.undo()
+        found = waits_of_step(stepper, batch)
         last = device_that_runs_behind.waited_for[-1]
-        return waits.found, last is stepper.engine.optimizer.reduction_stream
+        return found, last is stepper.engine.optimizer.reduction_stream
 
     assert run_distributed(find, ranks) == [([], True)] * ranks
+
+
+def waits_of_step(stepper: Stepper, batch: Batch, after=lambda: None) -> list[str]:
+    """What the host waits for in a step, and in what is called after it."""
+    waits, patch, make = Waits(), pytest.MonkeyPatch(), torch.tensor
+    for name in ("tolist", "cpu", "numpy"):
+        patch.setattr(torch.Tensor, name, waits.noting(name, getattr(torch.Tensor, name)))
+    stop = waits.noting("synchronize", lambda self, index=None: None)
+    patch.setattr(CPU_Accelerator, "synchronize", stop)
+    copies = waits.noting("torch.tensor(..., device=...)", make)
+    patch.setattr(torch, "tensor", lambda *a, **o: (copies if o.get("device") else make)(*a, **o))
+    # On a GPU the tokens are located while they are on the host.
+    patch.setattr(Tokens, "located", waits.on_the_host(Tokens.located))
+    with waits:
+        stepper.step(batch, 1e-3, 0.99)
+        stepper.gradient_norm()
+        after()
+    patch.undo()
+    return waits.found
+
+
+def test_the_host_waits_for_nothing_where_scores_are_kept_or_read(
+    run_distributed, tmp_path, device_that_runs_behind
+):
+    """Nor where some samples lack theirs; and the step that reads does not run the teacher."""
+    overrides = ["loss.byol=0", "loss.simclr=0", "teacher.reuse=2", "mask.warmup=0.1"]
+
+    def find():
+        stepper, scored = build("zero2.json", 1, tmp_path, overrides)
+        keeper = ScoreKeeper(stepper.recipe.teaching(8), ScoreFiles(tmp_path / "scores", 14, 8, ""))
+        stored = torch.full((4, 14, 14), 100, dtype=torch.uint8)
+        stored[1] = 0
+        place = torch.arange(4)
+        blind = replace(scored, teacher_view=None, to_teach=[""] * 4, score_place=place - 4)
+        scored = replace(scored, score_place=place)
+        mixed = replace(scored, to_teach=["", MISSING, "", ""], stored_scores=stored)
+        read = replace(blind, stored_scores=stored.clamp(min=1))
+        seen = []
+        for batch in (scored, mixed, read):
+            with mock.patch.object(
+                stepper.teacher, "forward", wraps=stepper.teacher.forward
+            ) as ran:
+                found = waits_of_step(stepper, batch, partial(put, keeper, stepper, batch))
+            seen.append((found, ran.call_count, len(stepper.coded)))
+        return seen
+
+    assert run_distributed(find, 1) == [[([], 1, 1), ([], 1, 1), ([], 0, 0)]]
+
+
+def put(keeper: ScoreKeeper, stepper: Stepper, batch: Batch) -> None:
+    """What the trainer does with the scores of a step."""
+    keeper.put(9, batch.to_teach, stepper.coded)
 
 
 def test_zero_3_plans_ahead_from_step_to_step(run_distributed, tmp_path):

@@ -23,6 +23,7 @@ def main(folder: Path, first: int, count: int) -> None:
     from aclip.config.recipe import Recipe
     from aclip.config.sections import TextTowerConfig
     from aclip.data.batch import collate
+    from aclip.data.lanes.order import Place
     from aclip.data.samples import SampleMaker
     from aclip.data.shards.counts import _scan_shard
     from aclip.data.shards.listing import Shard, Skip, read_shard
@@ -57,7 +58,8 @@ def main(folder: Path, first: int, count: int) -> None:
         samples, positions = [], []
         for position, raw in read_shard(shard):
             positions.append(position)
-            sample = raw if isinstance(raw, Skip) else maker.make(0, 0, raw, 0, position)
+            place = Place(0, position, 0, position)
+            sample = raw if isinstance(raw, Skip) else maker.make(0, place, raw)
             if isinstance(sample, Skip):
                 counts[sample.kind] += 1
             else:

@@ -73,6 +73,17 @@ def test_noise_in_the_mask_is_for_the_rows_that_go_by_scores():
     assert not {"mask.warmup", "mask.temperature"} & decided_by(choose_rows(["masks"]))
 
 
+def test_a_cheap_teacher_is_for_the_rows_that_can_have_it():
+    rows = choose_rows(["masks", "systems"])
+    cases = make_cases(rows, "aclip_fast_vitb16", ["teacher.score_layers=3"], [0.5])
+    teachers = {case.row.name: case.recipe.teacher for case in cases if case.recipe.teacher}
+    of_mask = dict.fromkeys(["attentive_1x", "attentive_2x", "inverse_2x"], (4, 3))
+    assert {name: (each.reuse, each.score_layers) for name, each in teachers.items()} == {
+        **of_mask, "aclip": (1, 3), "aclip_eff": (1, 3), "maskclip": (1, None)
+    }  # fmt: skip
+    assert not {"teacher.reuse", "teacher.score_layers"} & decided_by(rows)
+
+
 def test_rows_keep_the_papers_order_and_a_wrong_name_says_which_there_are():
     names = [row.name for row in choose_rows(["inverse_2x", "masks", "clip"])]
     assert names == ["clip", "random_1x", "random_2x", "attentive_1x", "attentive_2x", "inverse_2x"]

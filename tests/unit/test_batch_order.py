@@ -19,8 +19,9 @@ from shard_batches import (
 
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
+from aclip.data.dealing import count_lanes, describe_rests
 from aclip.data.images.augment import augment
-from aclip.data.loader import build_train_loader, count_lanes, describe_rests
+from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import Shard
 from aclip.errors import ConfigError
 

@@ -20,6 +20,8 @@ SHIPPED = [
     "random_2x50_vitb16",
     *(f"{method}_vit{size}16" for method in ("clip", "slip", "aclip") for size in "sbl"),
     "maskclip_vitb16",
+    "aclip_fast_vitb16",
+    "attentive_1x50_fast_vitb16",
 ]
 
 

@@ -11,7 +11,9 @@ from statistics import mean, median
 import pytest
 import torch
 
-from aclip.benchmarks.step_cost import System, benchmark_steps, format_table, make_row
+from aclip.benchmarks.cost_table import System, format_table, make_row, with_average
+from aclip.benchmarks.device_work import DeviceWork
+from aclip.benchmarks.step_cost import benchmark_steps
 from aclip.config.recipe_file import load_recipe
 from aclip.data.synthetic import (
     batch_of_mean_captions,
@@ -45,6 +47,27 @@ def test_ratio_is_the_median_of_the_rounds_ratios():
     assert row.images_per_second == pytest.approx(4 / 4.2)
     assert (row.state_mib, row.step_mib) == (2, 3)
     assert "2.000" in format_table([row], ["base"], {"device": "none"})
+
+
+def test_average_over_the_kinds_of_step_is_made_round_by_round():
+    base, teaching, other = system("base", [1, 2]), system("a", [4, 6], 9), system("b", [2, 4], 5)
+    teaching.gflops = 3.5
+    average, *kinds = with_average("own", [(0.25, teaching), (0.75, other)])
+    assert kinds == [teaching, other]
+    assert average.seconds == [2.5, 4.5]
+    assert (average.name, average.gflops, average.peak_bytes) == ("own", 2.0, 9)
+    row = make_row(average, [average, base], ["base"], batch_size=4)
+    assert row.ratios == {"base": (2.5 + 2.25) / 2}
+    assert "own: the average over a run" in format_table([row], ["base"], {})
+    assert with_average("base", [(1.0, base)]) == [base]
+
+
+def test_average_of_what_a_gpu_does():
+    kinds = [(0.25, system("a", [4])), (0.75, system("b", [2]))]
+    assert with_average("own", kinds)[0].work is None
+    for (_, each), work in zip(kinds, (DeviceWork(100, 2.0), DeviceWork(60, 1.0)), strict=True):
+        each.work = work
+    assert with_average("own", kinds)[0].work == DeviceWork(70, 1.25)
 
 
 def test_captions_have_the_published_lengths():
@@ -96,12 +119,16 @@ def test_command_prints_every_system_and_writes_the_figures(tmp_path):
     figures = tmp_path / "figures.json"
     command = [sys.executable, "launch/benchmark.py", "demo", "--against", "open_clip"]
     command += ["--batch_size", "2", "--rounds", "2", "--json", str(figures), "--set", *SMALL]
-    command += ["teacher.resolution=32"]
+    command += ["teacher.resolution=32", "mask.warmup=0.25"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(figures.read_text())["rows"]
-    assert [row["name"] for row in rows] == ["demo", "open_clip", "open_clip, patch dropout 0.5"]
-    assert rows[0]["ratios"]["demo"] == rows[1]["ratios"]["open_clip"] == 1
+    kinds = ["demo", "demo, teaching step (75%)", "demo, other step (25%)"]
+    names = [*kinds, "open_clip", "open_clip, patch dropout 0.5"]
+    assert [row["name"] for row in rows] == names
+    assert [row["is_average"] for row in rows] == [True, False, False, False, False]
+    assert rows[0]["ratios"]["demo"] == rows[3]["ratios"]["open_clip"] == 1
+    assert rows[2]["gflops"] < rows[0]["gflops"] < rows[1]["gflops"]
     for row in rows:
         assert row["name"] in done.stdout and row["step_seconds"] > 0
 

@@ -55,7 +55,10 @@ def run_visualize(*paths, out=None):
         pytest.param(
             "random_2x50_vitb16", [], 5, ["has no teacher", "random patches"], id="random"
         ),
-        pytest.param("inverse_2x50_vitb16", [AT_32], 5, ["least attention"], id="inverse"),
+        pytest.param(
+            "inverse_2x50_vitb16", [AT_32, "teacher.score_layers=1"],
+            5, ["least attention", "heads and layers 1 to 1"], id="inverse",
+        ),
         pytest.param(
             "demo", [AT_32, "mask.warmup=0.125", "mask.temperature=2"],
             5, ["first 12.5 % of the run", "temperature 2; shown is one draw"], id="noise",
@@ -98,19 +101,21 @@ def test_captions_beside_image_files_are_those_that_a_conversion_takes(
     assert re.findall("<h2>(.*?)</h2>", page) == ["café", "naïve", "of the json", "d\ufffd"]
 
 
-def test_attention_is_the_teachers_of_the_checkpoint(write_run, photos, monkeypatch):
+@pytest.mark.parametrize("layers", [None, 1])
+def test_attention_is_the_teachers_of_the_checkpoint(layers, write_run, photos, monkeypatch):
     seen = {}
     monkeypatch.setattr(
         "aclip.reports.kept_patches.picture_columns",
         lambda images, scores, *rest: seen.update(images=images, scores=scores) or [],
     )
-    run, _, teacher = write_run(load_recipe("demo", [*TINY, AT_32]))
+    of_layers = [] if layers is None else [f"teacher.score_layers={layers}"]
+    run, _, teacher = write_run(load_recipe("demo", [*TINY, AT_32, *of_layers]))
     with pytest.raises(IndexError):  # nothing to draw
         run_visualize(run, photos)
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
     pixels = (torch.from_numpy(seen["images"]) / 255 - mean) / std
     with torch.no_grad():
-        _, expected = teacher.image.forward_with_scores(pixels)
+        _, expected = teacher.image.forward_with_scores(pixels, layers)
     torch.testing.assert_close(torch.from_numpy(seen["scores"]), expected, rtol=1e-4, atol=1e-6)
 
 

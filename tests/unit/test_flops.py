@@ -8,8 +8,8 @@ from aclip.config.recipe_file import load_recipe, recipe_names
 from aclip.data.synthetic import batch_of_mean_captions
 from aclip.models.student import Student
 from aclip.planning import measure_step as module_under_test
-from aclip.planning.measure_step import MODES, measure_step
-from aclip.planning.meter import add_up
+from aclip.planning.measure_step import MODES, measure_run, measure_step
+from aclip.planning.meter import Flops, add_up
 
 # The demo's towers: 64 patches of 8 x 8 pixels, of which a view keeps 32 in 8 blocks of 4.
 WIDTH, DEPTH, HEADS, PATCHES, KEPT, PIXELS = 96, 4, 3, 64, 32, 3 * 8 * 8
@@ -81,6 +81,41 @@ def test_teacher_runs_forward_on_all_patches_with_scores():
     blocks = (DEPTH - 1) * block(1 + PATCHES, WIDTH) + one_query_block(1 + PATCHES, WIDTH, HEADS)
     scores = (DEPTH - 1) * product(1, WIDTH, 1 + PATCHES)
     expect(measured().flops["teacher"], EMBEDDING + blocks + scores, 0)
+
+
+def test_teacher_runs_the_blocks_of_its_scores_and_the_others_only_for_a_loss():
+    full, one_query = block(1 + PATCHES, WIDTH), one_query_block(1 + PATCHES, WIDTH, HEADS)
+    scores = product(1, WIDTH, 1 + PATCHES)
+    first_two = ["teacher.score_layers=2"]
+    # The last block of the scores gives its attention beside the one row that it computes.
+    expect(measured(first_two).flops["teacher"], EMBEDDING + full + scores + one_query, 0)
+    with_byol = measured([*first_two, "loss.byol=2"]).flops["teacher"]
+    projector = product(1, WIDTH, 256) + product(1, 256, 64)
+    blocks = (DEPTH - 1) * full + one_query
+    expect(with_byol, EMBEDDING + blocks + 2 * scores + projector, 0)
+
+
+@pytest.mark.parametrize(
+    "overrides, share",
+    [
+        ((), 1),
+        (["mask.warmup=0.25"], 0.75),
+        (["mask.warmup=0.25", "mask.warmup_change=gradual"], 1),
+        (["mask.warmup=0.25", "loss.byol=2"], 1),
+        (["teacher.reuse=2"], 0.5),
+        (["mask.warmup=0.25", "teacher.reuse=3"], 0.25),  # epoch 1 of 0 to 3
+        (["mask.warmup=0.375", "teacher.reuse=2"], 0.375),  # half of epoch 1, and epoch 2
+    ],
+)
+def test_of_a_run_the_teacher_counts_by_its_share_of_the_steps(overrides, share):
+    recipe = load_recipe("demo", ["train.epochs=4", *overrides])
+    batch = batch_of_mean_captions(recipe, CAPTION, CONTEXT)
+    every_step = measure_step(recipe, batch, modes=("none",))
+    of_run = measure_run(recipe, batch, num_samples=100 * BATCH, modes=("none",))
+    expected = dict(every_step.flops)
+    expected["teacher"] = Flops(share * expected["teacher"].forward)
+    assert of_run.flops == pytest.approx(expected)
+    assert (of_run.heads, of_run.losses) == (every_step.heads, every_step.losses)
 
 
 def test_frozen_patch_embedding_has_no_backward_pass():
@@ -208,7 +243,8 @@ def test_a_part_of_which_planning_is_not_told_is_counted(monkeypatch):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_measured(name):
-    shallow = ["model.image.kwargs={patch_size: 16, depth: 2}", "model.text.layers=2"]
+    # As deep as the scores of any recipe, and no deeper.
+    shallow = ["model.image.kwargs={patch_size: 16, depth: 4}", "model.text.layers=2"]
     recipe = load_recipe(name, shallow)
     parts = measured(shallow, name=name).flops
     assert {"image", "text", "losses"} <= parts.keys()

@@ -198,21 +198,31 @@ def test_a_teacher_that_looks_past_the_objects_is_warned_of(
     assert all(word in warning for word in (WORDS + words if words else []))
 
 
-def test_a_runs_teacher_embeds_what_is_kept_of_each_view_and_nothing_else():
-    recipe = load_recipe(
-        "demo",
-        [
-            "model.image.resolution=32",
-            "teacher.resolution=32",
-            "model.image.kwargs={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}",
-            "model.text={width: 16, heads: 2, layers: 1, context_length: 16}",
-            "model.embed_dim=12",
-        ],
-    )
-    device = torch.device("cpu")
+def stepper_of(*overrides):
+    """What an evaluation reads of a run's stepper, with tiny towers."""
+    tiny = [
+        "model.image.resolution=32",
+        "teacher.resolution=32",
+        "model.image.kwargs={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}",
+        "model.text={width: 16, heads: 2, layers: 1, context_length: 16}",
+        "model.embed_dim=12",
+    ]
+    recipe, device = load_recipe("demo", [*tiny, *overrides]), torch.device("cpu")
     teacher = Teacher(build_student(recipe), torch.float32, device)
-    stepper = SimpleNamespace(recipe=recipe, teacher=teacher, device=device, dtype=torch.float32)
-    of_run = mask_teacher(stepper)
+    return SimpleNamespace(recipe=recipe, teacher=teacher, device=device, dtype=torch.float32)
+
+
+def test_a_mask_is_measured_by_the_scores_of_the_blocks_that_the_run_reads():
+    stepper = stepper_of("teacher.score_layers=1")
+    views = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    scores = mask_teacher(stepper).scores(views)
+    stepper.teacher.model.image.vit.blocks[0].attn.qkv.weight.data[24:48] = 0  # its keys
+    flat = mask_teacher(stepper).scores(views)
+    assert flat.std() < 1e-6 < scores.std()
+
+
+def test_a_runs_teacher_embeds_what_is_kept_of_each_view_and_nothing_else():
+    of_run = mask_teacher(stepper_of())
     views = torch.randint(0, 256, (3, 2, 3, 32, 32), dtype=torch.uint8)
     scores = torch.zeros(3, 2, 4, 4)
     scores[:, 0, :2] = scores[:, 1, 2:] = 1  # the upper half of one view, the lower of the other

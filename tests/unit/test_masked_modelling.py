@@ -9,6 +9,7 @@ from torch import nn
 from aclip.config.recipe_file import load_recipe
 from aclip.data import samples
 from aclip.data.images import views
+from aclip.data.lanes.order import Place
 from aclip.data.samples import SampleMaker
 from aclip.data.shards.listing import Shard
 from aclip.data.shards.tar import TarShard
@@ -216,6 +217,8 @@ def test_sample_is_decoded_once_and_cut_for_the_parts_that_read_it(
     monkeypatch.setattr(samples, "decode_image", counted("decode_image", samples.decode_image))
     shard = write_tar("0.tar", [("0.jpg", encode_image(90, 70)), ("0.txt", b"a thing")])
     (raw,) = TarShard(shard).walk()
-    sample = SampleMaker(load_recipe("demo", overrides), [Shard("0.tar", 1)]).make(0, 0, raw, 0, 0)
+    sample = SampleMaker(load_recipe("demo", overrides), [Shard("0.tar", 1)]).make(
+        0, Place(0, 0, 0, 0), raw
+    )
     assert calls == {"crop": num_crops, "decode_image": 1}
     assert sample.caption == "a thing"

@@ -33,8 +33,9 @@ def shards(write_tar):
 def open_lane(shards, weights, lane=0, num_lanes=2, cursor=None, bad=(), seed=0, share=1):
     """A lane that gives `share` samples to each batch."""
 
-    def prepare(shard_index, raw, epoch, position):
-        return Skip("no_image") if raw.key in bad else (shards[shard_index].source, raw.key, epoch)
+    def prepare(place, raw):
+        source = shards[place.shard].source
+        return Skip("no_image") if raw.key in bad else (source, raw.key, place.epoch)
 
     sizes = [{} for _ in weights]
     for index, shard in enumerate(shards):
@@ -167,9 +168,7 @@ def test_sources_draw_different_orders_and_the_first_as_without_sources(write_ta
     first, second = ([key for its, key, _ in samples if its == source] for source in range(2))
     assert first[:30] != second[:30]
     (order,), turns = deal_sources([{0: 50}], [1], batch_size=1, num_lanes=1, seed=0)
-    alone = LaneStream(
-        shards[:1], LaneOrder(order, 0, 4), (0, 0, 0), lambda index, raw, *place: raw.key
-    )
+    alone = LaneStream(shards[:1], LaneOrder(order, 0, 4), (0, 0, 0), lambda place, raw: raw.key)
     assert turns is None and first == alone.take(len(first))
 
 

@@ -16,10 +16,10 @@ from aclip.planning import plan as plan_module
 from aclip.planning.gpu_memory import Memory, largest_divisor
 from aclip.planning.gpus import GPUS, find_gpu
 from aclip.planning.measure_step import MODES
-from aclip.planning.plan import describe_workload
 from aclip.planning.plan_input import read_input
 from aclip.planning.plan_report import report
 from aclip.planning.run_memory import batch_bytes, checkpoint_copies
+from aclip.planning.workload import describe_workload
 from aclip.planning.zero_memory import States, ZeroSettings, sent_bytes, zero_states
 
 GROUPS, FROZEN = [[30, 7], [5]], [11]  # elements
@@ -167,10 +167,13 @@ def workloads():
 def plan(tmp_path, monkeypatch, workloads):
     """plan(ds_values=None, overrides=(), **arguments): a plan of CLIP with ViT-S on 2 x 4 GPUs."""
 
-    def describe_once(recipe, batch, num_ranks, dtypes):
-        key = recipe.model_dump_json(), batch.tokens.lengths.sum().item(), num_ranks, str(dtypes)
+    def describe_once(recipe, batch, num_ranks, dtypes, num_samples):
+        length = batch.tokens.lengths.sum().item()
+        key = recipe.model_dump_json(), length, num_ranks, str(dtypes), num_samples
         if key not in workloads:
-            workloads[key] = describe_workload(recipe, batch, num_ranks, dtypes)
+            workloads[key] = describe_workload(
+                recipe, batch, num_ranks, dtypes, num_samples=num_samples
+            )
         return workloads[key]
 
     monkeypatch.setattr(plan_module, "describe_workload", describe_once)
@@ -211,6 +214,33 @@ def test_time_of_a_plan_without_a_stated_mfu_is_predicted(plan):
     assert planned.mfu == pytest.approx(512 * flops / 312e12 / planned.step_seconds)
     assert 0.1 < planned.mfu < 0.6
     assert "Host-bound" not in report(planned)
+
+
+def test_a_plan_averages_over_the_run_and_says_so(plan):
+    demo = {"recipe": "demo", "mfu": None, "samples": 32 * 100, "gpus_per_node": 1, "nodes": 1}
+    overrides = ["train.epochs=4", "teacher.resolution=128"]
+    every_step = plan(**demo, overrides=overrides)
+    of_run = plan(**demo, overrides=[*overrides, "mask.warmup=0.25"])
+    assert (every_step.teaching_share, of_run.teaching_share) == (1, 0.75)
+    taught = every_step.measured.flops["teacher"].total
+    saved = every_step.measured.total_flops - of_run.measured.total_flops
+    assert saved == pytest.approx(0.25 * taught)
+    assert of_run.gpu_hours < every_step.gpu_hours
+    sentence = "the teacher scores its view in 75% of the steps"
+    assert sentence in report(of_run) and sentence not in report(every_step)
+
+
+def test_a_plan_says_what_kept_scores_take_on_the_disk(plan):
+    demo = {"recipe": "demo", "samples": 3200, "gpus_per_node": 1, "nodes": 1}
+    kept = plan(**demo, overrides=["teacher.reuse=4"])
+    # Two files, each a page and, for every sample, 8 x 8 patches, epoch and checksum.
+    assert kept.kept_scores_bytes == 2 * (4096 + 3200 * (64 + 4 + 4))
+    none = plan(**demo)
+    assert none.kept_scores_bytes == 0 and "Scores:" not in report(none)
+    large = replace(kept, kept_scores_bytes=1_710_008_192)
+    assert report(large).endswith(
+        "Scores: up to 1.71 GB in the run folder, those of two epochs (teacher.reuse)"
+    )
 
 
 def test_a_plan_says_when_the_gpu_waits_for_the_host(plan):

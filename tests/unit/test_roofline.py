@@ -21,6 +21,8 @@ from aclip.planning.step_time import (
     ENGINE_UPDATE,
     FORWARD_OPERATION,
     PLAIN_UPDATE,
+    average_time,
+    recipe_step_times,
     step_time,
 )
 from aclip.planning.trace_step import (
@@ -72,6 +74,17 @@ def test_the_longer_of_host_and_device_is_the_steps_time():
     assert on_host.seconds == pytest.approx(10**6 * FORWARD_OPERATION + hooks)
     compiled = step_time(many, TOY, 10, stage=None, compiled=True)
     assert compiled.seconds == pytest.approx(10**6 * BACKWARD_OPERATION + 10 * PLAIN_UPDATE)
+
+
+def test_the_average_weighs_each_kind_of_step_with_what_bounds_it():
+    on_device = step_time([Operation("add", STUDENT, moved=80)], TOY, 0, stage=None)
+    on_host = step_time([Operation("add", STUDENT, times=10**6)], TOY, 0, stage=None)
+    average = average_time([(0.25, on_device), (0.75, on_host)])
+    assert average.seconds == pytest.approx(
+        0.25 * 10 / MEMORY_SHARE + 0.75 * 10**6 * FORWARD_OPERATION
+    )
+    assert average.parts[STUDENT].launches == 0.25 + 0.75 * 10**6
+    assert (average.whole.moved, average.whole.host_seconds) == (20, pytest.approx(0.75 * 19))
 
 
 def test_images_a_second_and_mfu_follow():
@@ -161,6 +174,21 @@ def test_micro_steps_run_the_towers_again_and_heads_and_losses_once():
         assert next(each.times for each in parts.operations if each.name == name) == times
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["eager", "compiled"])
+def test_the_time_of_a_run_has_the_teacher_by_its_share_of_the_steps(which):
+    def times(*overrides):
+        recipe, _ = demo(["train.epochs=4", *overrides])
+        dtype = torch.bfloat16
+        return recipe_step_times(recipe, dtype, settings(2), TOY, 32, 12, 3200)[which]
+
+    every_step, of_run = times(), times("mask.warmup=0.25")
+    taught = every_step.parts[TEACHER]
+    assert taught.flops > 0
+    assert of_run.parts[TEACHER] == taught * 0.75
+    assert of_run.parts[BACKWARD] == every_step.parts[BACKWARD]
+    assert of_run.seconds < every_step.seconds
+
+
 def test_a_large_batch_has_the_shapes_of_a_real_one():
     recipe, few = demo(SIMCLR)
     _, many = demo(SIMCLR, size=96)
@@ -196,6 +224,15 @@ def test_open_clips_step_is_as_large_as_it_says():
     views = [each for each in trace.operations if each.part == VIEWS]
     assert [each.from_host for each in views] == [pixels + 8 * 77 * 8, 0]
     assert [each.moved for each in views] == [0, pixels * (1 + 4)]
+
+
+def test_a_prediction_says_that_it_is_an_average_over_a_run():
+    time = step_time([Operation("add", STUDENT, moved=8)], TOY, 0, None)
+    every_step = Prediction("plain", False, 32, time, flops=50, gpu=TOY)
+    of_run = Prediction("own", False, 32, time, flops=50, gpu=TOY, teaching_share=0.26)
+    *_, last = report([every_step, of_run]).splitlines()
+    assert last == "own: the average over a run, in 26% of whose steps the teacher runs."
+    assert "average" not in report([every_step])
 
 
 def test_a_compiled_step_has_the_same_flops_and_fewer_launches_and_bytes():

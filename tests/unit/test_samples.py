@@ -7,7 +7,7 @@ import torch
 from aclip.config.recipe_file import load_recipe
 from aclip.data.batch import collate, join
 from aclip.data.images.views import draw_boxes
-from aclip.data.lanes.order import sample_rng
+from aclip.data.lanes.order import Place, sample_rng
 from aclip.data.samples import SampleMaker
 from aclip.data.shards.listing import Shard
 from aclip.data.shards.tar import TarShard
@@ -23,7 +23,7 @@ def make_sample(write_tar, encode_image):
         shard = write_tar("0.tar", [("0.jpg", encode_image(50, 40)), ("0.txt", text)])
         (raw,) = TarShard(shard).walk()
         maker = SampleMaker(load_recipe("demo", overrides), [Shard("0.tar", 1)])
-        return maker.make(0, 0, raw, epoch, 0)
+        return maker.make(0, Place(0, 0, epoch, 0), raw)
 
     return make
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from plain_towers import CONTEXT, captions, compare, image_towers, text_towers
 
+from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
 from aclip.method.masks.policy import Selection
 from aclip.method.tokens import Tokens, clip_tokens
+from aclip.models.student import build_student
 from aclip.models.vit import ImageTower
 
 # Real widths and depths; few patches and, for base and large, fewer blocks keep this quick.
@@ -95,11 +97,12 @@ def _plain_on_kept(plain, pixels, ids):
     return plain.norm(plain.blocks(plain.norm_pre(torch.stack(rows))))
 
 
+@pytest.mark.parametrize("score_layers", [None, 1, 2, 3])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_scores_equal_mean_of_full_attention_matrices(qk_norm):
+def test_scores_equal_mean_of_full_attention_matrices(qk_norm, score_layers):
     tower, plain = image_towers("vit_tiny_patch16_224", 64, {"depth": 3, "qk_norm": qk_norm})
     pixels = torch.randn(2, 3, 64, 64)
-    features, scores = tower.forward_with_scores(pixels)
+    features, scores = tower.forward_with_scores(pixels, score_layers)
     x = plain.norm_pre(plain._pos_embed(plain.patch_embed(pixels)))
     rows = []
     for block in plain.blocks:
@@ -109,9 +112,14 @@ def test_scores_equal_mean_of_full_attention_matrices(qk_norm):
         attention = (q @ k.transpose(-2, -1) * 64**-0.5).softmax(-1)  # (B, H, N, N)
         rows.append(attention[:, :, 0, 1:].mean(1))
         x = block(x)
-    expected = torch.stack(rows).mean(0).view(2, 4, 4)
+    expected = torch.stack(rows[:score_layers]).mean(0).view(2, 4, 4)
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(features, plain.norm(x)[:, 0], rtol=1e-5, atol=1e-5)
+    # Without features: the blocks behind are not even looked at.
+    del tower.vit.blocks[score_layers or 3 :], tower.vit.norm
+    alone = tower.forward_with_scores(pixels, score_layers, with_features=False)
+    assert alone[0] is None
+    torch.testing.assert_close(alone[1], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_teacher_view_at_half_resolution_gives_half_the_grid():
@@ -188,6 +196,19 @@ def test_masked_tokens_read_the_mask_token_at_their_position():
     of_words[1234] = 0
     own = tower.transformer.embeddings.token_embedding.weight.grad
     torch.testing.assert_close(own, of_words, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("teacher.score_layers=5", "score_layers is 5, .* has 4 blocks; give 4 or less"),
+        ("teacher.resolution=60", "resolution is 60, which patches of 8 px do not divide"),
+        ("mask.block_size=3", "block_size is 3, which does not divide the 8 patches per side"),
+    ],
+)
+def test_mask_that_does_not_fit_the_image_tower_is_refused(override, sentence):
+    with pytest.raises(ConfigError, match=sentence), torch.device("meta"):
+        build_student(load_recipe("demo", [override]))
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,24 @@ class Span:
     """The shard's index in the data set."""
     samples: range
     """Positions in the shard, ascending; at least one."""
+    number: int = 0
+    """Which pass through the source they belong to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a sample stands in the data set, and in the order of its lane."""
+
+    shard: int
+    """The shard's index in the data set."""
+    index: int
+    """The sample's position in the shard."""
+    epoch: int
+    position: int
+    """As in a cursor."""
+    is_first: bool = True
+    """Whether it comes in its own pass. Every sample comes so at most once an epoch; what another
+    pass has left over, or what stands in for a bad sample, may come beside that."""
 
 
 class SourceOrder:
@@ -114,7 +132,7 @@ class SourceOrder:
             index = bisect_right(ends, place)
             start = self.sizes[shards[index]] - (ends[index] - place)
             count = min(ends[index] - place, end - first)
-            spans.append(Span(shards[index], range(start, start + count)))
+            spans.append(Span(shards[index], range(start, start + count), number))
             first += count
         return spans
 
@@ -183,7 +201,7 @@ class LaneEpoch:
             span = self._spans[index]
             start = len(span.samples) - (self._ends[index] - first)
             samples = span.samples[start : start + end - first]
-            spans.append(Span(span.shard, samples))
+            spans.append(Span(span.shard, samples, span.number))
             first += len(samples)
             index += 1
         first, end = first - self.num_samples, end - self.num_samples

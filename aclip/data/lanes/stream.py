@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from aclip.data.lanes.order import LaneOrder, Span
+from aclip.data.lanes.order import LaneOrder, Place, Span
 from aclip.data.lanes.patience import Patience
 from aclip.data.shards.listing import Shard, Skip, read_shard
 from aclip.data.shards.tar import RawSample, ShardError
@@ -23,7 +23,7 @@ class LaneStream:
         shards: all shards of the data set.
         order: says which of their samples come, and when.
         cursor: (epoch, position, given) of the sample to start with.
-        prepare: called as prepare(shard_index, raw, epoch, position); gives the sample, or Skip.
+        prepare: called as prepare(place, raw); gives the sample, or Skip.
         skips_unreadable: whether the samples of a shard that can't be read are skipped; otherwise
             such a shard raises.
 
@@ -39,7 +39,7 @@ class LaneStream:
         shards: list[Shard],
         order: LaneOrder,
         cursor: tuple[int, int, int],
-        prepare: Callable[[int, RawSample, int, int], Any],
+        prepare: Callable[[Place, RawSample], Any],
         skips_unreadable: bool = False,
     ):
         self.shards = shards
@@ -87,13 +87,16 @@ class LaneStream:
                 self._start_epoch(self.epoch + 1, 0, 0)
             if not self._block:
                 self._load_block()
-            shard_index, raw = self._block.pop()
-            sample = raw if isinstance(raw, Skip) else self._prepare(shard_index, raw)
-            self._patience.count(shard_index, sample)
+            span, index, raw = self._block.pop()
+            stands_in = self.position >= self._this_epoch.num_samples
+            is_first = span.number == self.epoch and not stands_in
+            place = Place(span.shard, index, self.epoch, self.position, is_first)
+            sample = raw if isinstance(raw, Skip) else self._prepare(place, raw)
+            self._patience.count(span.shard, sample)
             if not isinstance(sample, Skip):
                 samples.append(sample)
                 self.given += 1
-                self.repeated += self.position >= self._this_epoch.num_samples
+                self.repeated += stands_in
             self.position += 1
         return samples
 
@@ -103,11 +106,11 @@ class LaneStream:
         part = self._this_epoch.spans(range(position, self._this_epoch.num_samples))
         self._patience.start_epoch(part if position == 0 else [])
         self._reader, self._reads_next = None, None
-        self._block: list[tuple[int, RawSample | Skip]] = []
+        self._block: list[tuple[Span, int, RawSample | Skip]] = []
 
-    def _prepare(self, shard_index: int, raw: RawSample) -> Any:
+    def _prepare(self, place: Place, raw: RawSample) -> Any:
         try:
-            return self.prepare(shard_index, raw, self.epoch, self.position)
+            return self.prepare(place, raw)
         except ShardError as error:
             self._patience.bear(error)
             return Skip("unreadable_shard")
@@ -122,15 +125,16 @@ class LaneStream:
         order = self._this_epoch.shuffled(block)[self.position - block.start :]
         self._block = [raw[index] for index in order[::-1]]
 
-    def _read(self, span: Span, place: int) -> list[tuple[int, RawSample | Skip]]:
-        """The (shard index, sample) of a span, which is read at the positions from `place` on."""
+    def _read(self, span: Span, place: int) -> list[tuple[Span, int, RawSample | Skip]]:
+        """(span, position in the shard, sample) of the span's samples, which are read at the
+        lane's positions from `place` on."""
         shard = self.shards[span.shard]
         if self._reads_next != (span.shard, span.samples.start):
             # Goes on from block to block, so that a shard is walked once.
             self._reader = self._read_shard(shard, span.samples.start)
             self._prefetch_at(self._this_epoch.end_of_span(place))
         self._reads_next = span.shard, span.samples.stop
-        samples = [(span.shard, next(self._reader)) for _ in span.samples]
+        samples = [(span, index, next(self._reader)) for index in span.samples]
         if span.samples.stop == shard.num_samples:
             for unlisted in self._reader:
                 self._patience.count_unlisted(unlisted)

@@ -38,11 +38,13 @@ class Taught:
         scores: (B, g, g) fp32 attention per patch of the teacher view.
         features: (B, C), features of the teacher view.
         patches: (B, P, C), features of the first student view's patches.
+        codes: (B, g, g) uint8, what the teacher has just scored, as it is kept (score_codes.py).
     """
 
     scores: Tensor | None = None
     features: Tensor | None = None
     patches: Tensor | None = None
+    codes: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,9 @@ class MetricsLogger:
             return
         line = StepLine(**_plain(asdict(line)))
         values = asdict(line)
-        if not line.noted:  # as in most runs
-            del values["noted"]
+        for name in ("noted", "taught"):  # as in most runs
+            if not values[name] and values[name] != 0:
+                del values[name]
         self._append(values)
         rest = {k: v for k, v in values.items() if k not in ("samples", "terms")}
         self._plot({"terms": line.terms, "train": rest}, line.samples)
@@ -168,6 +169,7 @@ class MetricsLogger:
         for value, form in (
             (line.images_per_second, "{:,.4g} img/s"),
             (line.data_wait_percent, "data wait {:.0f} %"),
+            (line.taught, "taught {:.0%}"),
             (line.learning_rate, "lr {:.2e}"),
             (line.memory_gib, "{:.1f} GiB"),
         ):

@@ -1,0 +1,75 @@
+"""What a run asks of each of its ranks under every ZeRO stage alike: counted and measured."""
+
+from dataclasses import dataclass
+
+import torch
+
+from aclip.config.recipe import Recipe
+from aclip.config.sections import Recompute
+from aclip.data.batch import Batch
+from aclip.engine.optimizer import parameter_groups
+from aclip.models.student import Student, build_student
+from aclip.planning.measure_step import META, MODES, Measured, measure_run
+from aclip.planning.run_memory import CheckpointCopies, checkpoint_copies
+from aclip.planning.step_kinds import EPOCH_SAMPLES
+from aclip.training.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is the same under every ZeRO stage.
+
+    Attributes:
+        groups: the trained parameters' numbers of elements, by parameter group.
+        frozen: the frozen parameters' numbers of elements.
+        teacher: the EMA teacher's number of elements.
+        checkpoint: the copies for a checkpoint, in rank 0's host memory.
+        global_batch_size: images in a step. num_ranks: how many GPUs there are.
+        measured: a step on one GPU, by the bytes of a weight.
+        batch_bytes: pixels that a GPU holds for each image of its local batch.
+    """
+
+    groups: list[list[int]]
+    frozen: list[int]
+    teacher: int
+    checkpoint: CheckpointCopies
+    global_batch_size: int
+    num_ranks: int
+    measured: dict[int, Measured]
+    batch_bytes: float = 0.0
+
+    @property
+    def local_batch_size(self) -> int:
+        return self.global_batch_size // self.num_ranks
+
+
+def describe_workload(
+    recipe: Recipe,
+    batch: Batch,
+    num_ranks: int,
+    dtypes: set[torch.dtype],
+    modes: tuple[Recompute, ...] = MODES,
+    num_samples: float = EPOCH_SAMPLES,
+) -> Workload:
+    """Counts parameters and measures steps of the recipe on such batches, see measure_run."""
+    with META:
+        student = build_student(recipe)
+    teacher = Teacher(student, torch.float32, META).state_dict() if recipe.needs_teacher else {}
+    return Workload(
+        *count_parameters(student, recipe.optimizer.weight_decay),
+        teacher=sum(average.numel() for average in teacher.values()),
+        checkpoint=checkpoint_copies(student, list(teacher.values())),
+        global_batch_size=recipe.train.global_batch_size,
+        num_ranks=num_ranks,
+        measured={
+            dtype.itemsize: measure_run(recipe, batch, num_samples, num_ranks, dtype, modes)
+            for dtype in dtypes
+        },
+    )
+
+
+def count_parameters(student: Student, weight_decay: float) -> tuple[list[list[int]], list[int]]:
+    """Elements of the trained parameters by the optimizer's groups, and of the frozen ones."""
+    groups = parameter_groups(student, weight_decay)
+    frozen = [p.numel() for p in student.parameters() if not p.requires_grad]
+    return [[p.numel() for p in group["params"]] for group in groups], frozen
