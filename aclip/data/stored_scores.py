@@ -114,7 +114,7 @@ class ScoreFiles:
         Raises:
             OSError: one can't be removed.
         """
-        for path in self.folder.glob("epoch-*.scores"):
+        for path in self.folder.glob(f"epoch-{'[0-9]' * 5}.scores"):
             epoch = int(path.stem.removeprefix("epoch-"))
             if epoch < max(needed, default=0) and epoch not in needed:
                 path.unlink()

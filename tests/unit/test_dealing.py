@@ -128,12 +128,12 @@ def run(monkeypatch):
             yield shard.num_samples, Skip("not_in_index")
 
     class Maker:
-        def __init__(self, recipe, shards, buffer):
+        def __init__(self, recipe, shards, buffer, scores):
             self.seed, self.shards = recipe.train.seed, shards
 
-        def make(self, lane, shard_index, raw, epoch, position):
-            assert raw[0] == shard_index
-            source = self.shards[shard_index].source
+        def make(self, lane, place, raw):
+            assert raw == (place.shard, place.index)
+            source, epoch, position = self.shards[place.shard].source, place.epoch, place.position
             drawn = sample_rng(self.seed, lane, epoch, position, source).integers(2**32)
             if raw in bad:
                 return Skip("no_image")
