@@ -43,8 +43,8 @@ from aclip.machine import usable_cores
 VERSION = 2
 """Raise it with every change of the code here or in scenes.py that changes a picture, a caption or
 a file, or the old ones stay in use. A change of a constant in _folder_name needs no new version."""
-TRAIN_SHARDS, TRAIN_SHARD_SIZE = 96, 160
-VAL_PER_CLASS = 80
+TRAIN_SHARDS, TRAIN_SHARD_SIZE = 48, 160
+VAL_PER_CLASS = 40
 VAL_SHARD = TRAIN_SHARDS  # a shard's number is its seed
 MAX_PROCESSES = 4
 PROMPTS = ("a photo of a {c}", "a picture of a {c}", "a {c}", "the {c}")

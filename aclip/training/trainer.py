@@ -181,14 +181,13 @@ class Trainer:
         self._cursors = batch.cursors
 
         train = self.recipe.train
-        at_end = self.step == self.num_steps
         if signal.SIGTERM in signals:
             return True
         if self._evaluation_is_due():
             self._evaluate(self._place)
             self._timer.reset()
-        is_due = not at_end and self.schedule.is_due(train.checkpoint_every, self.step)
-        if signal.SIGUSR1 in signals or is_due:
+        is_due = self.schedule.is_due(train.checkpoint_every, self.step)
+        if signal.SIGUSR1 in signals or (is_due and self.step < self.num_steps):
             self._save()
             self._timer.reset()
         return False
@@ -201,9 +200,8 @@ class Trainer:
             self._scores.begin(self.step + 1)
 
     def _evaluation_is_due(self) -> bool:
-        if self.step == self.num_steps or self._place in self.evaluations:
-            return False
-        return self.schedule.is_due(self.recipe.train.evaluate_every, self.step)
+        is_new = self.step < self.num_steps and self._place not in self.evaluations
+        return is_new and self.schedule.is_due(self.recipe.train.evaluate_every, self.step)
 
     def _settle(self) -> None:
         """Reads the last step that was not read yet: counts its samples, and logs it if that is
@@ -215,10 +213,10 @@ class Trainer:
         watched = self.watch.settle()
         if watched is None:
             return
-        num_kinds = len(COUNTED_KINDS)
-        self.counts.update(dict(zip(COUNTED_KINDS, watched.counts[:num_kinds], strict=True)))
-        self.repeated += watched.counts[num_kinds]
-        self._scores.settle(watched.counts[num_kinds + 1 :])
+        counts = iter(watched.counts)
+        self.counts.update({kind: next(counts) for kind in COUNTED_KINDS})
+        self.repeated += next(counts)
+        self._scores.settle([*counts])
         if self.schedule.is_logged(watched.step) or watched.step == self.num_steps:
             self._log(watched)
 
