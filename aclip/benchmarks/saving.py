@@ -131,7 +131,7 @@ def _run_rank(
     device = init_distributed()
     found = [_save_often(recipe, stage, device, num_ranks, rounds, folder) for stage in STAGES]
     if rank == 0:
-        (folder / "saves.json").write_text(json.dumps(found))
+        write_whole(folder / "saves.json", json.dumps(found))
     torch.distributed.destroy_process_group()
 
 

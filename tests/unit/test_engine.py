@@ -74,7 +74,12 @@ def test_a_port_in_use_is_named_and_a_start_may_be_tried_again(monkeypatch):
 
 def sharded_state(model, optimizer):
     return ShardedState(
-        SimpleNamespace(module=model, optimizer=optimizer, zero_optimization_stage=lambda: 0)
+        SimpleNamespace(
+            module=model,
+            device=torch.device("cpu"),
+            optimizer=optimizer,
+            zero_optimization_stage=lambda: 0,
+        )
     )
 
 
