@@ -130,6 +130,15 @@ def from_rank_0(value: Any) -> Any:
     return box[0]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """The value of each rank, in rank order; a collective."""
+    if world_size() == 1:
+        return [value]
+    every = [None] * world_size()
+    dist.all_gather_object(every, value)
+    return every
+
+
 def decided_by_rank_0(decide: Callable[[], Any], name: str) -> Any:
     """What rank 0 finds out where the others can't or must not look, before the ranks have met.
 

@@ -20,8 +20,8 @@ NO_TEACHER = ("teacher=null", *NO_AUXILIARY_LOSS)
 TEACHER = ("teacher.resolution={full}", *NO_AUXILIARY_LOSS)
 NO_REUSE = ("teacher.reuse=1",)
 NO_SCORES = ("mask.warmup=0", "mask.temperature=0", "teacher.score_layers=null", *NO_REUSE)
-"""What a mask needs that does not go by scores; rows that do take the base's, and those of BYOL all
-but NO_REUSE, since that loss needs the teacher in every step."""
+"""Of rows whose mask does not go by scores. Rows whose mask does keep the base's values of these
+keys; those with BYOL too, except teacher.reuse, since that loss needs the teacher in every step."""
 NO_MASK = (*NO_SCORES, "mask.policy=none", "mask.keep_ratio=1", "views.student=1")
 ATTENTIVE_2X = ("mask.policy=attentive", "views.student=2", *TEACHER)
 ACLIP = (*ATTENTIVE_2X, *NO_REUSE, "loss.simclr=1", "loss.byol=2")
@@ -105,12 +105,13 @@ GROUPS = {"masks": MASKS, "systems": (MASKS[0], *SYSTEMS)}
 
 
 def decided_by(rows: Iterable[Row]) -> set[str]:
-    """Keys of the recipe that some of the rows sets, and that no user may."""
+    """Keys of the recipe that some of the rows sets, and that no user may; without those of
+    NO_SCORES in the paper's rows, where a user gives values to the other rows."""
     return {
         change.partition("=")[0]
         for row in rows
         for change in row.overrides
-        if row.published is None or change not in NO_SCORES  # the paper's rows take the base's
+        if row.published is None or change not in NO_SCORES
     }
 
 
@@ -135,7 +136,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        return self.row.label.format(keep=self.keep)
+        return self.row.label.replace("{keep}", self.keep)
 
     @property
     def keep(self) -> str:
@@ -183,7 +184,10 @@ def make_cases(
     cases = []
     for row in rows:
         for keep_ratio in keep_ratios if row.drops_patches else [None]:
-            of_row = (change.format(full=full, half=full // 2) for change in row.overrides)
+            of_row = (
+                change.replace("{full}", f"{full}").replace("{half}", f"{full // 2}")
+                for change in row.overrides
+            )
             changes = [*overrides, *of_row]
             if keep_ratio is not None:
                 changes.append(f"mask.keep_ratio={keep_ratio:g}")

@@ -46,10 +46,12 @@ def read_rows(path: str) -> list[Row]:
     rows = [_row(path, str(name), of_row) for name, of_row in values.items()]
     names = {row.name for row in rows}
     for row in rows:
-        if row.against and row.against not in names:
+        others = sorted(names - {row.name})
+        if row.against and row.against not in others:
+            way_out = f"take one of {', '.join(others)}" if others else "leave it out"
             raise ConfigError(
-                f"{row.name} in {path} is against {row.against}, which is no row of the file; "
-                f"take one of {', '.join(names - {row.name})}"
+                f"{row.name} in {path} is against {row.against}, which is no other row of the "
+                f"file; {way_out}"
             )
     return rows
 

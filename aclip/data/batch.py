@@ -115,17 +115,21 @@ def collate(
     """Stacks samples; `cursors`, `skipped` and `repeated` become Batch's, and the samples' images
     were decoded into `buffer`."""
 
-    def stack(arrays: list[np.ndarray | None]) -> Tensor | None:
+    def stack(arrays: list[np.ndarray | None], may_be_zeros: bool = False) -> Tensor | None:
         found = next((array for array in arrays if array is not None), None)
         if found is None:
             return None
-        blank = np.zeros_like(found)
-        whole = np.stack([blank if array is None else array for array in arrays])
-        return torch.from_numpy(whole)
+        if may_be_zeros:
+            blank = np.zeros_like(found)
+            arrays = [blank if array is None else array for array in arrays]
+        return torch.from_numpy(np.stack(arrays))
 
     captions = [sample.caption for sample in samples]
     return Batch(
-        **{name: stack([getattr(sample, name) for sample in samples]) for name in STACKED},
+        **{
+            name: stack([getattr(sample, name) for sample in samples], name in MAY_BE_ZEROS)
+            for name in STACKED
+        },
         term_noise={
             name: stack([sample.term_noise[name] for sample in samples])
             for name in samples[0].term_noise

@@ -147,7 +147,8 @@ def _train_contents(rng: np.random.Generator) -> list[tuple[str, str, str]]:
 
 
 def _val_contents(rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """Contents with equally many scenes of each class."""
+    """Contents with equally many scenes of each class. Scenes may have the same caption, so that
+    retrieval among them can't be perfect."""
     names = [name for name in CLASSES for _ in range(VAL_PER_CLASS)]
     return [_content(rng, names[index]) for index in rng.permutation(len(names))]
 

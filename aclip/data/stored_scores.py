@@ -49,13 +49,16 @@ class ScoreFiles:
         side: S, the patches per side of the teacher view.
         num_samples: samples of the data set.
         data: what tells the data set from others.
+        layers: the teacher's blocks that score, teacher.score_layers.
     """
 
-    def __init__(self, folder: Path, side: int, num_samples: int, data: str):
+    def __init__(
+        self, folder: Path, side: int, num_samples: int, data: str, layers: int | None = None
+    ):
         self.folder = folder
         self.side = side
         self.record_bytes = record_bytes(side)
-        self._facts = {"side": side, "samples": num_samples, "data": data}
+        self._facts = {"side": side, "samples": num_samples, "data": data, "layers": layers}
         self._size = HEADER_BYTES + num_samples * self.record_bytes
         # The workers share its memory however they are started.
         self._readable = torch.full((), NO_EPOCH).share_memory_()
@@ -184,7 +187,8 @@ class ScoreWriter:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a step does about the scores of one sample; see Batch for the names."""
+    """What a step does about the scores of one sample: Batch's to_teach, stored_scores and
+    score_place for it."""
 
     to_teach: str
     codes: np.ndarray | None = None

@@ -2,8 +2,6 @@
 
 from collections import Counter
 
-import torch.distributed as dist
-
 from aclip import distributed
 from aclip.errors import ConfigError, DataError
 
@@ -15,7 +13,7 @@ def raise_together(error: ConfigError | None) -> None:
     """
     # Not the error itself: not every class of them can be pickled.
     words = None if error is None else (str(error), isinstance(error, DataError))
-    for found in _gather(words):
+    for found in distributed.gather_objects(words):
         if found is not None:
             text, is_data_error = found
             raise DataError(text) if is_data_error else ConfigError(text)
@@ -23,12 +21,4 @@ def raise_together(error: ConfigError | None) -> None:
 
 def count_together(counts: Counter) -> Counter:
     """The sum of all ranks' counts; a collective."""
-    return sum(_gather(counts), Counter())
-
-
-def _gather(value) -> list:
-    if distributed.world_size() == 1:
-        return [value]
-    every = [None] * distributed.world_size()
-    dist.all_gather_object(every, value)
-    return every
+    return sum(distributed.gather_objects(counts), Counter())

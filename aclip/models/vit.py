@@ -103,7 +103,7 @@ class ImageTower(nn.Module):
     def forward_with_scores(
         self, pixels: Tensor, score_layers: int | None = None, with_features: bool = True
     ) -> tuple[Tensor | None, Tensor]:
-        """Encodes images and also returns the attention of the CLS query to every patch.
+        """The attention of the CLS query to every patch, and the features if they are wanted.
 
         Args:
             pixels: (B, 3, T, T) float, normalised; T may differ from the tower's resolution, then
@@ -114,8 +114,9 @@ class ImageTower(nn.Module):
                 of the scores are not run.
 
         Returns:
-            features (B, C) or None, and scores (B, g, g) fp32: mean over heads and layers of the
-            CLS row's softmax, g patches per side. No gradient through the scores.
+            features (B, C) or None, and scores (B, g, g) fp32: mean over heads and the first
+            `score_layers` blocks of the CLS row's softmax, g patches per side. No gradient through
+            the scores.
 
         Source: A-CLIP, arXiv:2212.08653, section 3.2, which takes the scores of all layers.
         """

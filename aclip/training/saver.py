@@ -86,7 +86,7 @@ class Saver:
     def save(
         self, state: dict[str, Any], moment: Moment, required: bool = False, uploads: bool = True
     ) -> None:
-        """Gathers a checkpoint and starts to write it, after the one before. A collective.
+        """Copies a checkpoint and starts to write it, after the one before. A collective.
 
         Args:
             state: see checkpoint.gather.

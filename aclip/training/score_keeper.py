@@ -8,13 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from aclip.config.geometry import teacher_grid
 from aclip.config.recipe import Recipe
 from aclip.data.stored_scores import DAMAGED, MISSING, TO_TEACH, ScoreFiles, ScoreWriter
-from aclip.distributed import from_rank_0, rank, say, world_size
+from aclip.distributed import from_rank_0, gather_objects, rank, say
 from aclip.errors import NotWritten
 from aclip.method.teaching import Teaching
 from aclip.run_folder import checkpoint_folder
@@ -51,12 +50,18 @@ class ScoreKeeper:
         """Begins the epoch of a step: from here on its scores can be read. A collective.
 
         Raises:
-            NotWritten: on every rank, if the epoch's file can't be made.
+            NotWritten: on every rank, if one can't write what the epoch before made, or if the
+                epoch's file can't be made.
         """
-        self.end_epoch()
-        if world_size() > 1:
-            dist.barrier()  # all ranks have written what the epochs before made
-        problem = from_rank_0(self._prepare(step) if rank() == 0 else None)
+        try:
+            self.end_epoch()
+            problem = None
+        except NotWritten as error:
+            problem = str(error)
+        # Once this is through, all ranks have written.
+        problem = next(filter(None, gather_objects(problem)), None)
+        if problem is None:
+            problem = from_rank_0(self._prepare(step) if rank() == 0 else None)
         if problem is not None:
             raise NotWritten(problem)
         self._epoch = self._teaching.epoch(step)
@@ -186,5 +191,6 @@ def build_score_keeper(
     if not recipe.keeps_scores:
         return ScoreKeeper(teaching, None)
     folder = run_folder / SCORES_FOLDER
-    files = ScoreFiles(folder, teacher_grid(recipe), teaching.num_samples, data)
+    layers = recipe.teacher.score_layers
+    files = ScoreFiles(folder, teacher_grid(recipe), teaching.num_samples, data, layers)
     return ScoreKeeper(teaching, files)

@@ -29,6 +29,7 @@ from aclip.run_folder.layout import (
     METRICS_FILE,
     PICTURES_FOLDER,
     RECIPE_FILE,
+    SCORES_FOLDER,
     SHARED_FILE,
     START_FILE,
     TENSORBOARD_FOLDER,
@@ -264,7 +265,7 @@ def own_folder(run_folder: Path) -> None:
         note = claim(run_folder, "--output", "a run", patience)
     if note is not None:
         say(note)
-    for name in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, PICTURES_FOLDER):
+    for name in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, PICTURES_FOLDER, SCORES_FOLDER):
         if os.path.lexists(run_folder / name):
             check_writable(run_folder / name, f"{name} of --output")
     metrics = run_folder / METRICS_FILE

@@ -63,6 +63,7 @@ def test_rows_of_a_file_are_trained_at_each_ratio_and_compared(write_rows, tmp_p
         ("a: {overrides: [], color: red}", "a.color in .* is 'red'"),
         ("a/b: {overrides: []}", "has a row 'a/b', but it names a folder"),
         ("a: {overrides: [], against: b}\nc: {overrides: []}", "a in .* is against b.*one of c"),
+        ("a: {overrides: [], against: a}", "a in .* is against a, .*no other row.*leave it out"),
     ],
 )
 def test_a_wrong_file_is_refused_in_a_sentence(write_rows, text, words):
@@ -100,3 +101,11 @@ def test_a_file_of_rows_comes_alone(write_rows):
     arguments = argparse.Namespace(rows=[write_rows(ROWS), "masks"], overrides=[])
     with pytest.raises(ConfigError, match="give one file of rows alone"):
         _choose_rows(arguments)
+
+
+def test_braces_of_a_row_are_yamls_and_not_a_place_to_fill_in(write_rows):
+    text = (
+        'a: {label: "{a} of {keep} %", overrides: ["model.text={width: 32, heads: 2, layers: 1}"]}'
+    )
+    (case,) = make_cases(read_rows(write_rows(text)), "demo", [], [0.5])
+    assert case.label == "{a} of 50 %" and case.recipe.model.text.width == 32

@@ -127,6 +127,7 @@ def test_file_that_can_not_be_used_is_mended_and_what_was_wrong_is_said(files, t
         (ScoreFiles(files.folder, 3, 10, "these data"), "has the side 2 instead of 3"),
         (ScoreFiles(files.folder, SIDE, 11, "these data"), "has the samples 10 instead of 11"),
         (ScoreFiles(files.folder, SIDE, 10, "others"), "has the data these data instead of others"),
+        (ScoreFiles(files.folder, SIDE, 10, "these data", 4), "has the layers None instead of 4"),
     ):
         files.path(2).write_bytes(whole)
         assert other.mend(2) == said and other.mend(2) is None

@@ -74,7 +74,7 @@ class MetricsLogger:
         line = StepLine(**_plain(asdict(line)))
         values = asdict(line)
         for name in ("noted", "taught"):  # as in most runs
-            if not values[name] and values[name] != 0:
+            if values[name] in (None, {}):
                 del values[name]
         self._append(values)
         rest = {k: v for k, v in values.items() if k not in ("samples", "terms")}
