@@ -63,7 +63,7 @@ def main() -> None:
     from aclip.planning.plan import plan
     from aclip.planning.plan_report import report
 
-    print(report(plan(given)))
+    print(report([plan(stage) for stage in given]))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from aclip.errors import ConfigError, NotWritten
 from aclip.files import check_writable
 from aclip.lock import claim
 from aclip.machine import check_gpus, usable_cores
-from aclip.method.schedules import count_steps
 from aclip.nodes.probe import BUSY_MIB, gpus
 
 CAPTION_TOKENS = 17
@@ -106,12 +105,12 @@ def _make_runs(arguments: argparse.Namespace) -> list[Run]:
             "are compared"
         )
     dataset_size = sum(shard.num_samples for shard in shards)
-    steps = count_steps(train.epochs, dataset_size, train.global_batch_size)
+    steps = recipe.num_steps(dataset_size)
     if steps < LEAST_STEPS:
         enough = math.ceil(100 * LEAST_STEPS * train.global_batch_size / dataset_size) / 100
         raise ConfigError(
-            f"train.epochs is {train.epochs:g}, which is {steps} steps, but the rows are compared "
-            f"after {LEAST_STEPS} steps at the least; raise it to {enough:g} or more"
+            f"the run has {steps} steps, but the rows are compared after {LEAST_STEPS} steps at "
+            f"the least; raise train.epochs to {enough:g} or more"
         )
     every = math.ceil(steps / QUARTERS) * train.global_batch_size
     schedule = [

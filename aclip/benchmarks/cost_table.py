@@ -76,6 +76,7 @@ def _average(name: str, kinds: list[tuple[float, System]]) -> System:
         name=name,
         gflops=mean(lambda system: system.gflops),
         seconds=[mean(lambda system, i=i: system.seconds[i]) for i in range(len(first.seconds))],
+        state_bytes=max(system.state_bytes for _, system in kinds),
         peak_bytes=max(system.peak_bytes for _, system in kinds),
         work=work,
         is_average=True,
@@ -124,7 +125,7 @@ def format_table(rows: list[Row], baselines: list[str], environment: dict) -> st
     if averages:
         legend += (
             f"\n{', '.join(averages)}: the average over a run; below it its kinds of step, with "
-            "their shares of the run's steps"
+            "their shares of its steps"
         )
     facts = ", ".join(f"{key} {value}" for key, value in environment.items())
     of_gpu = [(row.name, row.step_seconds, row.on_gpu) for row in rows if row.on_gpu is not None]

@@ -1,10 +1,10 @@
 """The paper's cost table on this machine: a step of each system, interleaved in one run.
 
 All systems stay in memory and take turns, so that a machine whose speed drifts is fair to each; a
-ratio is the median of the rounds' ratios. A recipe whose teacher rests in some steps takes a turn
-with either kind of step, and its row is their average over a run. On a CPU the time is CPU time,
-since wall time counts other processes too, and freed memory is kept, as on a GPU; there it is
-between CUDA events, and a second table says what the GPU did and what was predicted.
+ratio is the median of the rounds' ratios. A recipe whose teacher rests in some steps, or that has
+stages, takes a turn with each kind of step, and its row is their average over a run. On a CPU the
+time is CPU time, since wall time counts other processes too, and freed memory is kept, as on a GPU;
+there it is between CUDA events, and a second table says what the GPU did and what was predicted.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from aclip.errors import ConfigError
 from aclip.files import check_writable, write_whole
 from aclip.planning.measure_step import measure_step
 from aclip.planning.open_clip_step import OpenClipStep
+from aclip.planning.stage_shares import stage_shares, stage_title
 from aclip.planning.step_kinds import StepKind, step_kinds
 from aclip.training.stepper import Stepper
 
@@ -67,11 +68,19 @@ def benchmark_steps(arguments: argparse.Namespace) -> int:
     on_gpu = torch.cuda.is_available()
     batch_size = arguments.batch_size or (128 if on_gpu else 8)
     # Every recipe is read before the first one is built, which takes time.
-    overrides = [*arguments.set, f"train.global_batch_size={batch_size}", "data.train=demo"]
-    recipes = {name: load_recipe(name, overrides) for name in arguments.recipes}
+    overrides = [*arguments.set, "data.train=demo"]
+    # Stages have their own lengths and batches in a run, but one batch size here.
+    stages = {
+        name: stage_shares(load_recipe(name, overrides), batch_size) for name in arguments.recipes
+    }
+    recipes = {
+        stage_title(name, number, len(of_name)): stage
+        for name, of_name in stages.items()
+        for number, (stage, _) in enumerate(of_name, start=1)
+    }
     baseline = arguments.baseline or arguments.recipes[0]
-    if baseline not in recipes:
-        raise ConfigError(f"--baseline is {baseline}, which is not among {', '.join(recipes)}")
+    if baseline not in stages:
+        raise ConfigError(f"--baseline is {baseline}, which is not among {', '.join(stages)}")
     if not on_gpu:
         torch.set_num_threads(arguments.threads)
     default_to_one_rank()
@@ -82,9 +91,15 @@ def benchmark_steps(arguments: argparse.Namespace) -> int:
     built: dict[str, list[tuple[float, System]]] = {}
     if on_gpu:
         predicted = predict_steps(recipes, ds_config, arguments.against == "open_clip", device)
-    for name, recipe in recipes.items():
+    for name, of_name in stages.items():
         print(f"building {name}", flush=True)
-        built[name] = _build(name, recipe, ds_config, batch_size, device)
+        built[name] = [
+            (share * of_run, system)
+            for number, (stage, of_run) in enumerate(of_name, start=1)
+            for share, system in _build(
+                stage_title(name, number, len(of_name)), stage, ds_config, batch_size, device
+            )
+        ]
     baselines = [baseline]
     if arguments.against == "open_clip":
         print("building open_clip", flush=True)

@@ -4,7 +4,7 @@ A recipe is YAML checked against the sections that are put together here (recipe
 What a term of the loss adds stands in the term's own file of aclip/method/losses/.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
@@ -79,6 +79,9 @@ class Recipe(OfTerms):
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    stages: list[dict[str, Any]] = []
+    """What follows when the epochs are done: stages of the same run, each as the keys that it
+    changes of the stage before it, with a length of its own; see config/stages.py."""
 
     @property
     def terms(self) -> tuple[LossTerm, ...]:
@@ -114,6 +117,16 @@ class Recipe(OfTerms):
         """Whether the teacher's scores are kept for later epochs, see teacher.reuse."""
         return self.teacher is not None and self.teacher.reuse > 1
 
+    def num_steps(self, num_samples: float) -> int:
+        """The optimizer steps of the run, or of its stage.
+
+        Args:
+            num_samples: samples of an epoch.
+        """
+        train = self.train
+        epochs = train.epochs if train.samples is None else train.samples / num_samples
+        return count_steps(epochs, num_samples, train.global_batch_size)
+
     def teaching(self, num_samples: int) -> Teaching:
         """When the teacher scores its view; for a recipe that needs one.
 
@@ -124,7 +137,7 @@ class Recipe(OfTerms):
         return Teaching(
             num_samples,
             train.global_batch_size,
-            count_steps(train.epochs, num_samples, train.global_batch_size),
+            self.num_steps(num_samples),
             reuse=self.teacher.reuse if self.keeps_scores else 1,
             warmup=mask.warmup,
             is_blind=mask.warmup_change == "at_once" and not self.needs_teacher_features,

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from aclip.config.recipe import Recipe
+from aclip.config.stages import values_of_next_stage
 from aclip.errors import ConfigError
 
 
@@ -51,6 +52,31 @@ def recipe_of_values(values: dict[str, Any], source: str) -> Recipe:
         ConfigError: as in `load_recipe`.
     """
     _refuse_unknown_keys(values, Recipe, "")
+    recipe = _validated(values, source)
+    stages_of(recipe, source)
+    return recipe
+
+
+def stages_of(recipe: Recipe, source: str = "the recipe") -> list[Recipe]:
+    """The recipe of each stage of a run, in their order; the first is the recipe itself.
+
+    Raises:
+        ConfigError: a stage is wrong; says which.
+    """
+    stages = [recipe]
+    while stages[-1].stages:
+        number = len(stages) + 1
+        changes = stages[-1].stages[0]
+        try:
+            _refuse_unknown_keys(changes, Recipe, "")
+            values = values_of_next_stage(stages[-1].model_dump(mode="json"))
+            stages.append(_validated(values, source))
+        except ConfigError as error:
+            raise ConfigError(f"stage {number} of {source}: {error}") from None
+    return stages
+
+
+def _validated(values: dict[str, Any], source: str) -> Recipe:
     try:
         # As JSON, since pydantic's strict JSON takes a list for a tuple, but no true or '512' for a
         # number.
@@ -113,11 +139,20 @@ def _apply_override(values: dict, override: str) -> None:
     value = _value_of(key, text)
     *parents, leaf = key.split(".")
     for parent in parents:
-        if values.get(parent) is None:
+        if isinstance(values, list):  # an item of a list, as in stages.0.train.epochs
+            if not parent.isdecimal() or int(parent) >= len(values):
+                raise ConfigError(
+                    f"override is {override}, but the list before {parent} has {len(values)} "
+                    "items, which count from 0"
+                )
+            parent = int(parent)
+        elif values.get(parent) is None:
             values[parent] = {}
         values = values[parent]
-        if not isinstance(values, dict):
+        if not isinstance(values, dict | list):
             raise ConfigError(f"override is {override}, but {parent} is a value, not a section")
+    if isinstance(values, list):
+        raise ConfigError(f"override is {override}, but a list is given whole, as key=[...]")
     values[leaf] = value
 
 

@@ -116,6 +116,8 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.5, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(1e-8, gt=0)
+    keep_state: bool = False
+    """In a stage that follows another one: go on with the optimizer's state, or begin with none."""
 
 
 class SourceConfig(Section):
@@ -171,6 +173,8 @@ class TrainConfig(Section):
     """Images of one optimizer step over all ranks."""
     epochs: float = Field(25, gt=0)
     """Passes over the data; the schedules end there."""
+    samples: int | None = Field(None, ge=1)
+    """The length of the run, or of its stage, in samples; empty for one in epochs."""
     warmup_epochs: float = Field(1, ge=0)
     """Passes at the start in which the learning rate rises."""
     seed: int = Field(0, ge=0)

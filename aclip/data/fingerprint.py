@@ -80,10 +80,11 @@ def check_progress(recipe: Recipe, shards: list[Shard], progress: dict, checkpoi
         ConfigError: names the global batch, or what `check_continues` names.
     """
     batch_size = recipe.train.global_batch_size
-    if progress["samples"] != progress["step"] * batch_size:
+    samples = progress["samples"] - progress.get("stage", {}).get("samples", 0)
+    if samples != progress["step"] * batch_size:
         raise ConfigError(
             f"train.global_batch_size is {batch_size}, but {checkpoint} was trained with "
-            f"{progress['samples'] // progress['step']}; set it back, or use --resume none with "
+            f"{samples // progress['step']}; set it back, or use --resume none with "
             "another --output"
         )
     check_continues(recipe, shards, progress["data"], checkpoint)

@@ -16,7 +16,6 @@ from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
 from aclip.data.stored_scores import HEADER_BYTES, record_bytes
 from aclip.data.synthetic import batch_of_mean_captions
-from aclip.method.schedules import count_steps
 from aclip.planning.gpu_memory import Memory, MemoryRow
 from aclip.planning.gpus import NETWORK_BYTES, Gpu
 from aclip.planning.measure_step import Measured
@@ -117,6 +116,12 @@ class Plan:
         return max(self.compute_seconds, self.communication_seconds)
 
     @property
+    def flops(self) -> float:
+        """FLOPs of the run's matrix products that are needed once."""
+        samples = self.num_steps * self.workload.global_batch_size
+        return samples * self.measured.total_flops
+
+    @property
     def gpu_hours(self) -> float:
         return self.num_steps * self.step_seconds * self.workload.num_ranks / 3600
 
@@ -147,7 +152,6 @@ def plan(given: PlanInput) -> Plan:
     link = gpu.link_bytes if arguments.nodes == 1 else NETWORK_BYTES
     if arguments.bandwidth is not None:
         link = arguments.bandwidth * 1e9
-    num_steps = count_steps(recipe.train.epochs, arguments.samples, recipe.train.global_batch_size)
     return Plan(
         ds_config=ds_config,
         gpu=gpu,
@@ -161,7 +165,7 @@ def plan(given: PlanInput) -> Plan:
         stated_mfu=arguments.mfu,
         link_bytes=link,
         sent_bytes=sent,
-        num_steps=num_steps,
+        num_steps=recipe.num_steps(arguments.samples),
         num_samples=round(arguments.samples),
         teaching_share=teaching_share(recipe, arguments.samples),
         kept_scores_bytes=kept_scores_bytes(recipe, round(arguments.samples)),

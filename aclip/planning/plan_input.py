@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.recipe import Recipe
-from aclip.config.recipe_file import load_recipe
+from aclip.config.recipe_file import load_recipe, stages_of
 from aclip.errors import ConfigError
 from aclip.planning.gpus import Gpu, find_gpu
 from aclip.planning.zero_memory import ZeroSettings, zero_settings
@@ -34,8 +34,8 @@ class PlanInput:
         return self.arguments.nodes * self.arguments.gpus_per_node
 
 
-def read_input(arguments: argparse.Namespace) -> PlanInput:
-    """Reads what the parsed arguments of `launch/plan.py` name.
+def read_input(arguments: argparse.Namespace) -> list[PlanInput]:
+    """Reads what the parsed arguments of `launch/plan.py` name, for each stage of the run.
 
     Raises:
         ConfigError: a number out of its range, an unknown GPU, a wrong recipe or ds_config.
@@ -44,8 +44,12 @@ def read_input(arguments: argparse.Namespace) -> PlanInput:
     gpu = find_gpu(arguments.gpu)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     num_ranks = arguments.nodes * arguments.gpus_per_node
-    ds_config = read_ds_config(arguments.ds_config, recipe.train.global_batch_size, num_ranks)
-    return PlanInput(arguments, gpu, recipe, ds_config, zero_settings(ds_config, num_ranks))
+    given = []
+    for stage in stages_of(recipe):
+        ds_config = read_ds_config(arguments.ds_config, stage.train.global_batch_size, num_ranks)
+        settings = zero_settings(ds_config, num_ranks)
+        given.append(PlanInput(arguments, gpu, stage, ds_config, settings))
+    return given
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:

@@ -22,10 +22,39 @@ STATE_COLUMNS = (
 )
 
 
-def report(plan: Plan) -> str:
-    """The whole plan as text."""
+def report(plans: list[Plan]) -> str:
+    """The plans of a run's stages as text, and what they add up to."""
+    if len(plans) == 1:
+        return _report(plans[0])
+    parts = [
+        f"Stage {number} of {len(plans)}: {_report(plan)}"
+        for number, plan in enumerate(plans, start=1)
+    ]
+    return "\n\n".join([*parts, _sum(plans)])
+
+
+def _report(plan: Plan) -> str:
     parts = (_headline(plan), _flops(plan), _states(plan), _micro_batches(plan), _time(plan))
     return "\n\n".join(parts)
+
+
+def _sum(plans: list[Plan]) -> str:
+    """What each stage takes, and all of them together."""
+
+    def row(name: str, some: list[Plan]) -> list[str]:
+        samples = sum(each.num_steps * each.workload.global_batch_size for each in some)
+        return [
+            name,
+            f"{sum(each.num_steps for each in some):,}",
+            f"{samples:,}",
+            f"{sum(each.flops for each in some) / 1e18:,.3g}",
+            show_duration(sum(each.num_steps * each.step_seconds for each in some)),
+            f"{sum(each.gpu_hours for each in some):,.0f}",
+        ]
+
+    rows = [["", "steps", "samples", "EFLOP", "time", "GPU-hours"]]
+    rows += [row(f"stage {number}", [each]) for number, each in enumerate(plans, start=1)]
+    return text_table([*rows, row("run", plans)])
 
 
 def _headline(plan: Plan) -> str:

@@ -1,6 +1,6 @@
 """Steps of recipes and of open_clip on a GPU that need not be there, and how they read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aclip.cli import text_table
 from aclip.config.ds_config import DsConfig
@@ -9,8 +9,15 @@ from aclip.data.synthetic import batch_of_mean_captions
 from aclip.planning.engine_operations import fused_adamw
 from aclip.planning.gpus import Gpu
 from aclip.planning.measure_step import measure_run
+from aclip.planning.stage_shares import stage_shares, stage_title
 from aclip.planning.step_kinds import teaching_share
-from aclip.planning.step_time import PartTime, StepTime, recipe_step_times, step_time
+from aclip.planning.step_time import (
+    PartTime,
+    StepTime,
+    average_time,
+    recipe_step_times,
+    step_time,
+)
 from aclip.planning.trace_step import COMPILED, LOSSES, trace_open_clip
 from aclip.planning.zero_memory import zero_settings
 
@@ -54,6 +61,34 @@ class Prediction:
     def mfu(self) -> float:
         peak = self.gpu.bf16_flops if self.in_bf16 else self.gpu.fp32_flops
         return self.flops / (self.time.seconds * peak)
+
+
+def predict_run(
+    name: str, recipe: Recipe, ds_config: DsConfig, gpu: Gpu, caption_tokens: float
+) -> list[Prediction]:
+    """The average step of a run with stages, and before it that of each stage; of a run without,
+    what `predict` gives. All stages get the recipe's batch size."""
+    stages = stage_shares(recipe, recipe.train.global_batch_size)
+    found = [
+        predict(stage_title(name, number, len(stages)), stage, ds_config, gpu, caption_tokens)
+        for number, (stage, _) in enumerate(stages, start=1)
+    ]
+    if len(found) == 1:
+        return found[0]
+    shares = [share for _, share in stages]
+
+    def average(of_stages: tuple[Prediction, ...]) -> Prediction:
+        pairs = list(zip(shares, of_stages, strict=True))
+        return replace(
+            of_stages[0],
+            system=name,
+            time=average_time([(share, each.time) for share, each in pairs]),
+            flops=sum(share * each.flops for share, each in pairs),
+            teaching_share=sum(share * each.teaching_share for share, each in pairs),
+        )
+
+    averages = [average(each) for each in zip(*found, strict=True)]
+    return [prediction for stage in found for prediction in stage] + averages
 
 
 def predict(

@@ -20,12 +20,12 @@ def roofline(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--caption_tokens is {arguments.caption_tokens:g}; give 2 or more")
     cases = [_read(arguments, size) for size in arguments.batch_sizes]
     # Imported here: the towers' packages take seconds, which no wrong input should cost.
-    from aclip.planning.predictions import predict, predict_open_clip, report
+    from aclip.planning.predictions import predict_open_clip, predict_run, report
 
     predictions = []
     for recipes, ds_config in cases:
         for name, recipe in recipes.items():
-            predictions += predict(name, recipe, ds_config, gpu, arguments.caption_tokens)
+            predictions += predict_run(name, recipe, ds_config, gpu, arguments.caption_tokens)
         if arguments.against == "open_clip":
             predictions += predict_open_clip(next(iter(recipes.values())), gpu)
     print(report(predictions))

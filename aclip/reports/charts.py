@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,8 +29,12 @@ class Line:
     errors: Sequence[float] | None = None
 
 
-def draw_chart(lines: list[Line]) -> bytes:
-    """A PNG of the curves, with a legend where there are several: above them if it is long."""
+def draw_chart(lines: list[Line], marks: Iterable[int] = ()) -> bytes:
+    """A PNG of the curves, with a legend where there are several: above them if it is long.
+
+    Args:
+        marks: samples at which a thin vertical line is drawn.
+    """
     width, plot_height = SIZE
     legend_rows = math.ceil(len(lines) / 2) if len(lines) > MAX_LEGEND_INSIDE else 0
     height = plot_height + LEGEND_ROW * legend_rows
@@ -51,6 +55,8 @@ def draw_chart(lines: list[Line]) -> bytes:
             color=f"C{line.color}",
             label=line.label,
         )
+    for samples in marks:
+        axes.axvline(samples, color="0.5", linewidth=0.8, linestyle=":")
     axes.grid(alpha=0.3)
     axes.set_xlabel("samples")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

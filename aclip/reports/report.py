@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
-import yaml
 from PIL import Image
 
 from aclip.errors import ConfigError
@@ -19,7 +18,6 @@ from aclip.files import check_writable, write_whole
 from aclip.reports.charts import Line, draw_chart
 from aclip.reports.document import (
     Block,
-    Code,
     Gallery,
     Heading,
     Picture,
@@ -28,6 +26,7 @@ from aclip.reports.document import (
     to_html,
     to_markdown,
 )
+from aclip.reports.recipes import recipe_blocks, recipe_changes_at
 from aclip.run_folder.layout import (
     METRICS_FILE,
     RECIPE_FILE,
@@ -75,7 +74,8 @@ class RunRecord:
     Attributes:
         name: how pages call the run.
         steps, evaluations: lines of metrics.jsonl.
-        recipe: the resolved recipe as YAML.
+        recipe: the resolved recipe as YAML, of the last stage.
+        changes: from where on it was which one, by the samples seen before.
         pictures: the pictures of kept patches, by samples seen.
     """
 
@@ -83,6 +83,7 @@ class RunRecord:
     steps: list[StepLine]
     evaluations: list[EvaluationLine]
     recipe: str
+    changes: dict[int, str]
     pictures: dict[int, Path]
 
 
@@ -110,18 +111,24 @@ def write_report(folders: list[Path], out: Path) -> None:
         NotWritten: `out` can't be written.
     """
     runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    marks = {samples for run in runs for samples in run.changes}
+    changes = _notes(runs, "Recipe", lambda run: list(run.changes.values()))
     charts = [
-        Picture(title, draw_chart(lines), f"{REPORT_CHARTS_FOLDER}/{name}.png")
+        Picture(title, draw_chart(lines, marks), f"{REPORT_CHARTS_FOLDER}/{name}.png")
         for name, title, lines in _curves(runs)
         if lines
     ]
-    blocks: list[Block] = [Gallery(charts, 340)]
+    blocks: list[Block] = [Gallery(charts, 340), *changes]
     if any(run.evaluations for run in runs):
-        blocks += [Heading("Evaluations"), _evaluations(runs), *_warnings(runs)]
+        blocks += [Heading("Evaluations"), _evaluations(runs), *_notes(runs, "Warning", _warned)]
     pictures = list(_pictures(runs, out))
     if pictures:
         blocks += [Heading("Kept patches"), Gallery(pictures, 1000, PICTURE_WIDTH)]
-    blocks += [Heading("Latest values"), _latest(runs), *_recipes(runs)]
+    blocks += [
+        Heading("Latest values"),
+        _latest(runs),
+        *recipe_blocks({run.name: run.recipe for run in runs}),
+    ]
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs"
     for chart in charts:
         write_whole(out / chart.file, chart.content)
@@ -158,6 +165,7 @@ def _read(folder: Path, name: str) -> RunRecord:
         metrics.steps,
         metrics.evaluations,
         recipe.read_text(),
+        recipe_changes_at(folder),
         {samples: path for samples, path in paths.items() if path.is_file()},
     )
 
@@ -202,12 +210,15 @@ def _evaluations(runs: list[RunRecord]) -> Table:
     return Table([*first, "samples", "model", *(titles[name] for name in shown)], rows)
 
 
-def _warnings(runs: list[RunRecord]) -> Iterator[Text]:
-    for run in runs:
-        place = f"Warning of {run.name}" if len(runs) > 1 else "Warning"
-        for line in run.evaluations:
-            if line.warning:
-                yield Text(f"{place} at {line.samples:,} samples: {line.warning}.")
+def _notes(runs: list[RunRecord], kind: str, found: Callable[[RunRecord], list[str]]) -> list[Text]:
+    """What pages say of runs in sentences, each with its kind and, of several runs, the run."""
+    places = [(f"{kind} of {run.name}" if len(runs) > 1 else kind, run) for run in runs]
+    return [Text(f"{place} {text}.") for place, run in places for text in found(run)]
+
+
+def _warned(run: RunRecord) -> list[str]:
+    lines = [line for line in run.evaluations if line.warning]
+    return [f"at {line.samples:,} samples: {line.warning}" for line in lines]
 
 
 def _term(name: str) -> str:
@@ -281,18 +292,3 @@ def _pictures(runs: list[RunRecord], out: Path) -> Iterator[Picture]:
             name = "" if len(runs) == 1 else f"{run.name} "
             file = os.path.relpath(path, out)
             yield Picture(f"{name}at {samples:,} samples", buffer.getvalue(), file)
-
-
-def _recipes(runs: list[RunRecord]) -> list[Block]:
-    if len(runs) == 1:
-        return [Heading("Recipe"), Code(runs[0].recipe)]
-    values = [dict(flatten(yaml.safe_load(run.recipe))) for run in runs]
-    keys = dict.fromkeys(key for recipe in values for key in recipe)
-    rows = [
-        (key.replace("/", "."), *(str(recipe.get(key, "")) for recipe in values))
-        for key in keys
-        if len({str(recipe.get(key, "")) for recipe in values}) > 1
-    ]
-    if not rows:
-        return [Heading("Recipes"), Text("The recipes are the same.")]
-    return [Heading("Where the recipes differ"), Table(("", *(run.name for run in runs)), rows)]

@@ -124,6 +124,11 @@ def num_samples(folder: Path) -> int:
     return int(folder.name.removeprefix(PREFIX))
 
 
+def folder_at(root: Path, samples: int) -> Path:
+    """Where the checkpoint at so many samples lies."""
+    return root / f"{PREFIX}{samples:012d}"
+
+
 def remove_partial(root: Path) -> None:
     """Removes what a killed save left behind."""
     if root.is_dir():

@@ -1,7 +1,9 @@
 """A run whose input has been checked: the ranks meet, train and end together."""
 
+import gc
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,14 +14,15 @@ from aclip.data.find_data import check_same_shards
 from aclip.distributed import rank, say, world_size
 from aclip.engine.process_group import init_distributed, limit_engine_collectives
 from aclip.evaluation.during_training import Evaluator
-from aclip.run_folder.checkpoint_folder import make_latest
+from aclip.run_folder.checkpoint_folder import folder_at, make_latest
 from aclip.run_folder.earlier import set_aside
 from aclip.training.checkpoint import CheckpointError
 from aclip.training.run_record import record_run
+from aclip.training.stage import Stage
 from aclip.training.start import Start
 from aclip.training.step_watch import NonFiniteLoss
 from aclip.training.trainer import Trainer
-from aclip.training.watchdog import SAVING, Watchdog
+from aclip.training.watchdog import SAVING, STARTING, Watchdog
 
 
 def join_ranks(start: Start) -> tuple[torch.device, Watchdog]:
@@ -28,74 +31,114 @@ def join_ranks(start: Start) -> tuple[torch.device, Watchdog]:
     Raises:
         ConfigError: on every rank, if the ranks see different data.
     """
-    watchdog = Watchdog(start.recipe.train.hang_timeout)
+    first = start.stages[0]
+    watchdog = Watchdog(first.recipe.train.hang_timeout)
     watchdog.start()
     device = init_distributed(_collective_timeout(watchdog))
     watchdog.connect()
-    check_same_shards([*start.shards, *start.val_shards])
+    for stage in start.stages:
+        check_same_shards([*stage.shards, *stage.val_shards])
     return device, watchdog
 
 
-def build_trainer(start: Start, device: torch.device, watchdog: Watchdog) -> Trainer:
-    """Builds the trainer, at its checkpoint if there is one, and records what the run is made of.
+def train(start: Start, device: torch.device, watchdog: Watchdog) -> tuple[int, Trainer]:
+    """Trains the stages of the run, one after the other, and ends together with the other ranks.
+
+    Returns:
+        The exit status, and the trainer of the stage that was the last.
+
+    Raises:
+        ConfigError: a checkpoint, the starting weights or the place of the uploads can't be used.
+    """
+    resume_from = start.resume_from
+    try:
+        for stage in start.stages:
+            trainer = _build_trainer(start, stage, resume_from, device, watchdog)
+            print_headline(stage, trainer, resume_from)
+            status = _train_stage(trainer)
+            if status or stage.place.is_last:
+                return status, trainer
+            resume_from = folder_at(trainer.checkpoints, trainer.samples)
+            watchdog.enter(STARTING, trainer.step)
+            trainer.stepper.engine.destroy()
+            trainer = None  # so that the next stage has the device for itself
+            _free_memory()
+    finally:
+        watchdog.stop()
+
+
+def _build_trainer(
+    start: Start,
+    stage: Stage,
+    resume_from: Path | None,
+    device: torch.device,
+    watchdog: Watchdog,
+) -> Trainer:
+    """Builds a stage's trainer, at its checkpoint if there is one, and records what it is made of.
+
+    Args:
+        resume_from: a checkpoint of the stage, or the end of the stage before.
 
     Raises:
         ConfigError: the checkpoint, the starting weights or the place of the uploads can't be used.
     """
-    beginning = start.beginning
-    if rank() == 0 and beginning.is_first and (earlier := set_aside(start.run_folder)):
-        say(f"{start.run_folder} holds no checkpoint; what its earlier start told is in {earlier}")
+    beginning, run_folder = start.beginning, start.run_folder
+    is_beginning = stage is start.stages[0]
+    is_first = is_beginning and beginning.is_first
+    if rank() == 0 and is_first and (earlier := set_aside(run_folder)):
+        say(f"{run_folder} holds no checkpoint; what its earlier start told is in {earlier}")
     trainer = Trainer(
-        start.recipe,
-        start.ds_config,
-        start.shards,
-        start.run_folder,
-        start.resume_from,
+        stage,
+        run_folder,
+        resume_from,
         device,
-        evaluator=Evaluator(start.recipe, start.val_shards) if start.val_shards else None,
+        begins_stage=not is_beginning or beginning.begins_stage,
+        evaluator=Evaluator(stage.recipe, stage.val_shards) if stage.val_shards else None,
         watchdog=watchdog,
     )
     limit_engine_collectives(_collective_timeout(watchdog))
     # A complete run is trained no more, so its records stay.
     if rank() == 0 and not beginning.is_complete:
-        if beginning.is_rewind:
-            make_latest(trainer.checkpoints, start.resume_from)
+        if is_beginning and beginning.is_rewind:
+            make_latest(trainer.checkpoints, resume_from)
         record_run(
-            start.run_folder,
-            start.recipe,
-            start.ds_config.values,
+            run_folder,
+            stage.recipe,
+            stage.ds_config.values,
             trainer.stepper.init_report,
-            shards=start.shards,
+            shards=stage.shards,
             samples=trainer.samples,
-            begun=beginning.record,
-            is_first=beginning.is_first,
+            begun=beginning.record if is_beginning else None,
+            is_first=is_first,
         )
     return trainer
 
 
-def print_headline(start: Start, trainer: Trainer) -> None:
+def print_headline(stage: Stage, trainer: Trainer, resume_from: Path | None) -> None:
     """Prints what is trained, from where, and with which weights."""
-    recipe, ds_config = start.recipe, start.ds_config
+    recipe, ds_config, place = stage.recipe, stage.ds_config, stage.place
     precision = str(ds_config.dtype).removeprefix("torch.")
     on_gpu = trainer.device.type == "cuda"
     device = torch.cuda.get_device_name(trainer.device) if on_gpu else "CPU"
+    is_alone = place.number == 1 and place.is_last
     say(
-        f"{recipe.description or 'recipe'}: {trainer.num_steps:,} steps of "
+        f"{recipe.description or 'recipe'}{'' if is_alone else f', stage {place.number}'}: "
+        f"{trainer.num_steps:,} steps of "
         f"{recipe.train.global_batch_size} images on {world_size()} "
         f"rank{'s'[: world_size() > 1]} ({device}, micro-batch "
         f"{ds_config.micro_batch_size} x {ds_config.num_micro_steps}), ZeRO-{ds_config.stage}, "
-        f"{precision}; run folder {start.run_folder}"
+        f"{precision}; run folder {trainer.run_folder}"
     )
-    for sentence in describe_rests(recipe, start.shards):
+    for sentence in describe_rests(recipe, stage.shards):
         say(sentence)
-    if start.resume_from is not None:
-        say(f"continuing from {start.resume_from} at {trainer.samples:,} samples")
+    if resume_from is not None:
+        say(f"continuing from {resume_from} at {trainer.samples:,} samples")
     if trainer.stepper.init_report is not None:
         say(trainer.stepper.init_report.summary())
 
 
-def train(trainer: Trainer) -> int:
-    """Trains to the end, waits for uploads and for the other ranks; returns the exit status."""
+def _train_stage(trainer: Trainer) -> int:
+    """Trains to the stage's end, waits for uploads and the other ranks; returns the status."""
     status = None
     try:
         status = 0 if trainer.train() else EXIT_STOPPED_BY_SIGNAL
@@ -110,10 +153,16 @@ def train(trainer: Trainer) -> int:
             # with an error's status.
             with suppress(RuntimeError):
                 dist.barrier()
-        trainer.watchdog.stop()
     if status == EXIT_STOPPED_BY_SIGNAL:
         say(f"stopped by SIGTERM at {trainer.samples:,} samples; the same command continues")
     return status
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _collective_timeout(watchdog: Watchdog) -> timedelta:

@@ -5,6 +5,7 @@ checkpoint_folder.py says what a checkpoint's folder holds and what makes it com
 
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ from aclip.errors import ConfigError, NotWritten
 from aclip.files import writing
 from aclip.run_folder.checkpoint_folder import (
     OPTIMIZER,
-    PREFIX,
     RNG,
     STATE,
     STUDENT,
     TEACHER,
     complete,
+    folder_at,
     publish,
     remove_partial,
     verify,
@@ -98,7 +99,7 @@ def gather(engine, teacher: Teacher | None, state: dict[str, Any], buffers: Host
     if teacher is not None and rank() == 0:
         files[TEACHER] = host_copies(teacher.state_dict(), buffers)
     return Content(
-        f"{PREFIX}{state['samples']:012d}",
+        folder_at(Path(), state["samples"]).name,
         json.dumps(state, indent=1),
         snapshot,
         files,
@@ -186,14 +187,24 @@ def load(folder: Path, engine, teacher: Teacher | None, step: int) -> None:
     with safe_open(folder / STUDENT, "pt") as file:
         for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
             sharded.load(name, MASTER, file.get_tensor(name))
-    _load_optimizer(folder, sharded, step)
+    load_optimizer(folder, sharded, sharded.parameters.keys(), step)
     if teacher is not None:
         teacher.load_state_dict(load_file(folder / TEACHER))
     _load_rng(folder)
 
 
-def _load_optimizer(folder: Path, sharded: ShardedState, step: int) -> None:
-    """Loads what was saved of the optimizer's state; what was not begins anew."""
+def load_optimizer(
+    folder: Path, sharded: ShardedState, names: Collection[str], step: int = 0
+) -> None:
+    """Loads what was saved of the optimizer's state; what was not begins anew.
+
+    Args:
+        names: parameters whose saved state is loaded; that of all others becomes zeros.
+        step: see load.
+
+    Raises:
+        ConfigError: the optimizer is another.
+    """
     scalars: dict[str, Tensor | int | float] = {}
     with safe_open(folder / OPTIMIZER, "pt") as file:
         described = file.metadata() or {FAMILY: ADAM, NUMBERS: json.dumps({"step": step})}
@@ -203,12 +214,18 @@ def _load_optimizer(folder: Path, sharded: ShardedState, step: int) -> None:
                 f"run's optimizer is {sharded.family}; use that run's optimizer, or --resume none "
                 "with another --output"
             )
+        kinds = set()
         for key in file.keys():  # noqa: SIM118
             name, _, kind = key.rpartition("/")
-            if name:
-                sharded.load(name, kind, file.get_tensor(key))
-            else:
+            if not name:
                 scalars[kind] = file.get_tensor(key)
+                continue
+            kinds.add(kind)
+            if name in names:
+                sharded.load(name, kind, file.get_tensor(key))
+    for name in sharded.parameters.keys() - set(names):
+        for kind in kinds:
+            sharded.load(name, kind, torch.zeros(whole_shape(sharded.parameters[name])))
     sharded.load_scalars(scalars | json.loads(described[NUMBERS]))
 
 

@@ -24,12 +24,10 @@ def pretrain(arguments: argparse.Namespace) -> int:
         return 0
     say("the input is checked; loading DeepSpeed and building the towers")
     # Imported here: DeepSpeed and the towers take seconds, which no wrong input should cost.
-    from aclip.training.checked_run import build_trainer, join_ranks, print_headline, train
+    from aclip.training.checked_run import join_ranks, train
 
     device, watchdog = join_ranks(start)
-    trainer = build_trainer(start, device, watchdog)
-    print_headline(start, trainer)
-    status = train(trainer)
+    status, trainer = train(start, device, watchdog)
     if status == 0:
         print_results(start.run_folder, trainer.samples, trainer.evaluations)
     return status

@@ -18,6 +18,7 @@ from aclip.errors import NotWritten
 from aclip.method.teaching import Teaching
 from aclip.run_folder import checkpoint_folder
 from aclip.run_folder.layout import SCORES_FOLDER
+from aclip.training.stage import FIRST_STAGE, StagePlace
 
 
 class ScoreKeeper:
@@ -26,9 +27,11 @@ class ScoreKeeper:
     Args:
         teaching: the run's schedule of the teacher.
         files: the run's files, which this rank's data workers read too; None for none.
+        first_sample: samples that the run has seen when its stage begins.
     """
 
-    def __init__(self, teaching: Teaching, files: ScoreFiles | None):
+    def __init__(self, teaching: Teaching, files: ScoreFiles | None, first_sample: int = 0):
+        self._first_sample = first_sample
         self.files = files
         self._teaching = teaching
         self._epoch: int | None = None
@@ -172,7 +175,8 @@ class ScoreKeeper:
             return
         batch_size = self._teaching.batch_size
         saved = [checkpoint_folder.num_samples(f) for f in checkpoint_folder.complete(checkpoints)]
-        following = [step + 1, *(samples // batch_size + 1 for samples in saved)]
+        of_stage = [samples - self._first_sample for samples in saved]
+        following = [step + 1, *(n // batch_size + 1 for n in of_stage if n >= 0)]
         needed = {self._teaching.generation(self._teaching.epoch(each)) for each in following}
         try:
             self.files.forget(needed - {None})
@@ -181,9 +185,9 @@ class ScoreKeeper:
 
 
 def build_score_keeper(
-    recipe: Recipe, teaching: Teaching, run_folder: Path, data: str
+    recipe: Recipe, teaching: Teaching, run_folder: Path, data: str, place: StagePlace = FIRST_STAGE
 ) -> ScoreKeeper:
-    """The keeper of a run.
+    """The keeper of a run's stage.
 
     Args:
         data: what tells the run's data set from others.
@@ -191,6 +195,8 @@ def build_score_keeper(
     if not recipe.keeps_scores:
         return ScoreKeeper(teaching, None)
     folder = run_folder / SCORES_FOLDER
+    if place.number > 1:  # whose epochs are counted anew
+        folder /= f"stage-{place.number}"
     layers = recipe.teacher.score_layers
     files = ScoreFiles(folder, teacher_grid(recipe), teaching.num_samples, data, layers)
-    return ScoreKeeper(teaching, files)
+    return ScoreKeeper(teaching, files, place.samples)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from aclip.config.arguments import DEMO, read_recipe
 from aclip.config.arguments import run_folder as choose_run_folder
-from aclip.config.ds_config import DsConfig, read_ds_config
+from aclip.config.ds_config import read_ds_config
 from aclip.config.geometry import shared_bytes
 from aclip.config.recipe import Recipe
+from aclip.config.recipe_file import stages_of
 from aclip.data.find_data import find_data
 from aclip.data.fingerprint import check_progress
 from aclip.data.loader import build_train_loader, with_crops
@@ -20,6 +21,7 @@ from aclip.evaluation.sets.validation_check import check_validation
 from aclip.machine import check_gpus, check_shared_memory
 from aclip.run_folder.checkpoint_folder import read_progress
 from aclip.training.metrics.wandb_tracker import check_wandb
+from aclip.training.stage import Stage, stage_places
 from aclip.training.take_folder import Beginning, check_shared, take_folder
 from aclip.weights.first_look import check_init
 
@@ -29,19 +31,14 @@ class Start:
     """What a run starts from, checked.
 
     Attributes:
-        recipe: what to train.
-        ds_config: how the ranks share it.
         run_folder: the run's folder, which can be written.
         beginning: where the run begins, or goes on.
-        shards, val_shards: training and validation data; the latter may be empty.
+        stages: what is to be trained, from the stage on in which the run begins or goes on.
     """
 
-    recipe: Recipe
-    ds_config: DsConfig
     run_folder: Path
     beginning: Beginning
-    shards: list[Shard]
-    val_shards: list[Shard]
+    stages: list[Stage]
 
     @property
     def resume_from(self) -> Path | None:
@@ -55,7 +52,7 @@ class Start:
         if not self.beginning.is_complete:
             return None
         progress = read_progress(self.resume_from)
-        is_evaluated = not self.val_shards or "end" in progress.get("evaluations", {})
+        is_evaluated = not self.stages[0].val_shards or "end" in progress.get("evaluations", {})
         return progress if is_evaluated else None
 
 
@@ -72,20 +69,47 @@ def check_start(arguments: argparse.Namespace) -> Start:
     check_gpus()
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     recipe = _read_recipe(arguments)
-    ds_config = read_ds_config(arguments.ds_config, recipe.train.global_batch_size, num_ranks)
+    ds_configs = [
+        read_ds_config(arguments.ds_config, stage.train.global_batch_size, num_ranks)
+        for stage in stages_of(recipe)
+    ]
     check_wandb(recipe.train.wandb, is_writer=rank == 0)
     run_folder = choose_run_folder(arguments)
 
     def take() -> dict:
-        return take_folder(run_folder, arguments.resume, recipe, ds_config, arguments.allow_changes)
+        allowed = arguments.allow_changes
+        return take_folder(run_folder, arguments.resume, recipe, ds_configs[0], allowed)
 
     beginning = Beginning(**decided_by_rank_0(take, "beginning"))
-    if recipe.keeps_scores and num_ranks > 1:
-        check_shared(run_folder, recipe)
+    recipes = stages_of(with_crops(recipe, beginning.crops))[beginning.stage - 1 :]
+    for each in recipes:
+        if each.keeps_scores and num_ranks > 1:
+            check_shared(run_folder, each)
     if beginning.checkpoint is None:
         check_init(recipe.model.init)
-    recipe = with_crops(recipe, beginning.crops)
     _give_hints(recipe)
+    data = [_check_data(each, rank, num_ranks) for each in recipes]
+    sizes = [sum(shard.num_samples for shard in shards) for shards, _ in data]
+    stages = [
+        Stage(each, ds_config, *found, place)
+        for each, ds_config, found, place in zip(
+            recipes,
+            ds_configs[beginning.stage - 1 :],
+            data,
+            stage_places(recipes, sizes, beginning.stage, beginning.begun),
+            strict=True,
+        )
+    ]
+    start = Start(run_folder, beginning, stages)
+    if start.resume_from is not None and not beginning.begins_stage:
+        progress = read_progress(start.resume_from)
+        if progress is not None:  # else it is damaged, which is said when all of it is verified
+            check_progress(recipes[0], stages[0].shards, progress, start.resume_from)
+    return start
+
+
+def _check_data(recipe: Recipe, rank: int, num_ranks: int) -> tuple[list[Shard], list[Shard]]:
+    """A stage's training and validation shards."""
     shards, val_shards = find_data(recipe)
     for sentence in check_validation(val_shards) if val_shards else []:
         say(sentence)
@@ -95,12 +119,7 @@ def check_start(arguments: argparse.Namespace) -> Start:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         needed = ranks_here * shared_bytes(recipe, recipe.train.global_batch_size // num_ranks)
         check_shared_memory(needed, f"the data workers of {ranks_here} ranks")
-    start = Start(recipe, ds_config, run_folder, beginning, shards, val_shards)
-    if start.resume_from is not None:
-        progress = read_progress(start.resume_from)
-        if progress is not None:  # else it is damaged, which is said when all of it is verified
-            check_progress(recipe, shards, progress, start.resume_from)
-    return start
+    return shards, val_shards
 
 
 def _read_recipe(arguments: argparse.Namespace) -> Recipe:
@@ -120,7 +139,7 @@ def _give_hints(recipe: Recipe) -> None:
             "--recipe aclip_vitb16 --train '/path/*.tar'"
         )
     train = recipe.train
-    if train.warmup_epochs >= train.epochs:
+    if train.samples is None and train.warmup_epochs >= train.epochs:
         say(
             f"train.warmup_epochs is {train.warmup_epochs:g} and train.epochs {train.epochs:g}, so "
             f"the learning rate only rises; set it lower, e.g. to {train.epochs / 25:g}"

@@ -16,6 +16,7 @@ from aclip.engine.sharded_state import MASTER, ShardedState
 from aclip.method.losses.term import StudentOutput, total
 from aclip.models.student import Student, build_student
 from aclip.training import checkpoint
+from aclip.training.begin_stage import begin_stage
 from aclip.training.random_state import get_random_state, set_random_state
 from aclip.training.step_inputs import StepInputs
 from aclip.training.teacher import Teacher
@@ -68,6 +69,11 @@ class Stepper:
     def load(self, folder: Path, step: int) -> None:
         """Continues from a checkpoint; see checkpoint.load."""
         checkpoint.load(folder, self.engine, self.teacher, step)
+        self._share_exact_scalars()
+
+    def begin_stage(self, folder: Path) -> None:
+        """Goes on with what the stage before left in a checkpoint; see training/begin_stage.py."""
+        begin_stage(folder, self.engine, self.teacher, self.recipe.optimizer.keep_state)
         self._share_exact_scalars()
 
     def _share_exact_scalars(self) -> None:

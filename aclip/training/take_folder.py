@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 import socket
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from aclip.config.continuing import (
@@ -16,12 +16,11 @@ from aclip.config.continuing import (
 )
 from aclip.config.ds_config import DsConfig
 from aclip.config.recipe import Recipe
-from aclip.config.recipe_file import load_recipe
+from aclip.config.recipe_file import load_recipe, stages_of
 from aclip.distributed import decided_by_rank_0, say
 from aclip.errors import ConfigError, NotWritten
 from aclip.files import check_writable, write_whole
 from aclip.lock import PATIENCE_VARIABLE, claim
-from aclip.method.schedules import count_steps
 from aclip.run_folder import checkpoint_folder
 from aclip.run_folder.layout import (
     CHECKPOINTS_FOLDER,
@@ -36,6 +35,7 @@ from aclip.run_folder.layout import (
     latest_record,
     record_before,
 )
+from aclip.training.stage import is_stage_done, stage_number, stage_to_begin
 
 AUTO, NONE = "auto", "none"
 
@@ -50,6 +50,9 @@ class Beginning:
         is_first: whether the folder's run begins now, so that nothing in it goes on.
         is_rewind: whether the run goes back to an older checkpoint of its own.
         is_complete: whether the run was complete before.
+        stage: the number of the stage that the run begins or goes on in.
+        begun: samples and steps of the run when that stage begins, by their names.
+        begins_stage: whether the checkpoint is the end of the stage before.
         crops: data.crops of a run that goes on; None for a new run, or if nothing tells.
     """
 
@@ -58,6 +61,9 @@ class Beginning:
     is_first: bool = False
     is_rewind: bool = False
     is_complete: bool = False
+    stage: int = 1
+    begun: dict[str, int] = field(default_factory=lambda: {"samples": 0, "steps": 0})
+    begins_stage: bool = False
     crops: str | None = None
 
     @property
@@ -78,15 +84,28 @@ def take_folder(
     """
     own_folder(run_folder)
     beginning = find_beginning(run_folder, resume)
-    if beginning.checkpoint is not None and not beginning.is_first:
+    if beginning.checkpoint is None:
+        return asdict(beginning)
+    stages = stages_of(recipe)
+    progress = checkpoint_folder.read_progress(Path(beginning.checkpoint))
+    number = 1 if progress is None else stage_number(progress)
+    if number > len(stages):
+        raise ConfigError(
+            f"the recipe has {len(stages)} stages, but {beginning.checkpoint} is of stage {number} "
+            "of its run; give the stages of that run, or use --resume none with another --output"
+        )
+    if beginning.is_first:
+        if recipe.model.init:
+            say(f"--resume is {resume}, so that model.init {recipe.model.init} is not read")
+        is_done = progress is not None and is_stage_done(stages[number - 1], progress)
+    else:
         if recipe.data.crops is None:
             beginning = replace(beginning, crops=_recorded_crops(run_folder, beginning))
             data = recipe.data.model_copy(update={"crops": beginning.crops})
-            recipe = recipe.model_copy(update={"data": data})
-        complete = check_changes(run_folder, beginning, recipe, ds_config, allow_changes)
-        beginning = replace(beginning, is_complete=complete)
-    elif beginning.checkpoint is not None and recipe.model.init:
-        say(f"--resume is {resume}, so that model.init {recipe.model.init} is not read")
+            stages = stages_of(recipe.model_copy(update={"data": data}))
+        is_done = check_changes(run_folder, beginning, stages[number - 1], ds_config, allow_changes)
+    if progress is not None:
+        beginning = replace(beginning, **stage_to_begin(progress, is_done, len(stages)))
     return asdict(beginning)
 
 
@@ -126,8 +145,11 @@ def find_beginning(run_folder: Path, resume: str) -> Beginning:
 def check_changes(
     run_folder: Path, beginning: Beginning, recipe: Recipe, ds_config: DsConfig, allowed: bool
 ) -> bool:
-    """Refuses to continue a run with other settings, unless that is `allowed`; returns whether it
-    is complete.
+    """Refuses to continue a run with other settings, unless that is `allowed`; returns whether the
+    checkpoint's stage is complete.
+
+    Args:
+        recipe: of the checkpoint's stage, now.
 
     Raises:
         ConfigError: names each key that differs, or the record that can't be read.
@@ -153,14 +175,11 @@ def check_changes(
             f"{unread}; put it back, or add --allow_changes to continue without comparing"
         ) from None
     size = progress["data"]["samples"]
-    steps, steps_then = (
-        count_steps(each.train.epochs, size, each.train.global_batch_size)
-        for each in (recipe, then)
-    )
+    steps, steps_then = recipe.num_steps(size), then.num_steps(size)
     is_complete = progress["step"] >= steps_then
     counts = [each for each in changes if key_of(each) not in MAY_CHANGE | NEVER_CHANGE]
     listed = ", ".join(each for each in changes if key_of(each) not in MAY_CHANGE)
-    if counts and is_complete and progress["step"] >= steps:
+    if counts and is_complete and progress["step"] >= steps and not recipe.stages:
         raise ConfigError(
             f"--output is {run_folder}, which holds a complete run with other settings (then -> "
             f"now): {listed}; nothing would be trained with these, so give another --output, or "

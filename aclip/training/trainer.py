@@ -1,19 +1,15 @@
 """The training loop: batches in, steps, and what is due between two of them."""
 
 import signal
-from collections import Counter
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from aclip.config.ds_config import DsConfig
-from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
-from aclip.data.captions import NOTE_KINDS
 from aclip.data.fingerprint import LIST, check_progress, fingerprint
 from aclip.data.loader import build_train_loader
-from aclip.data.shards.listing import SKIP_KINDS, Shard
+from aclip.data.shards.listing import Shard
 from aclip.distributed import all_gather_rows, rank, world_size
 from aclip.evaluation.during_training import Evaluator
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER
@@ -23,46 +19,47 @@ from aclip.training.evaluated_models import evaluated_models, mask_teacher
 from aclip.training.metrics.host_bound import HostBound
 from aclip.training.metrics.loading_notice import LoadingNotice
 from aclip.training.metrics.metrics_logger import MetricsLogger, peak_memory_gib
+from aclip.training.metrics.sample_counts import SampleCounts
 from aclip.training.metrics.step_timer import StepTimer
 from aclip.training.metrics.wandb_tracker import WandbTracker
 from aclip.training.run_schedule import RunSchedule
 from aclip.training.saver import Moment, Saver
 from aclip.training.score_keeper import build_score_keeper
+from aclip.training.stage import Stage
 from aclip.training.step_watch import StepWatch, WatchedStep
 from aclip.training.stepper import Stepper
 from aclip.training.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
 
 GRADIENT_NORM, LOGIT_SCALE = "gradient_norm", "logit_scale"
 """What is watched and logged beside the terms."""
-COUNTED_KINDS = (*SKIP_KINDS, *NOTE_KINDS)
 
 
 class Trainer:
-    """Trains one recipe from its data to its last sample.
+    """Trains a stage, in most runs the only one, from its data to its last sample.
 
     Args:
-        recipe: what to train.
-        ds_config: checked against the recipe and the number of ranks.
-        shards: the training data, in the recipe's order.
+        stage: what to train, on what.
         run_folder: where checkpoints and metrics go.
         resume_from: a checkpoint folder, or None to start new.
         device: this rank's device.
+        begins_stage: whether `resume_from` is the end of the stage before.
         evaluator: see during_training.py; None for no evaluation.
         watchdog: hears of every phase; started by the caller. None for no limits.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        ds_config: DsConfig,
-        shards: list[Shard],
+        stage: Stage,
         run_folder: Path,
         resume_from: Path | None,
         device: torch.device,
+        begins_stage: bool = False,
         evaluator: Evaluator | None = None,
         watchdog: Watchdog | None = None,
     ):
+        recipe, shards, place = stage.recipe, stage.shards, stage.place
         self.recipe = recipe
+        self.place = place
         self.watchdog = watchdog or Watchdog(recipe.train.hang_timeout)
         self.device = device
         self.evaluator = evaluator
@@ -72,24 +69,25 @@ class Trainer:
         self.num_steps = self.schedule.num_steps
 
         init = recipe.model.init if resume_from is None else ""
-        self.stepper = Stepper(recipe, ds_config, device, init)
+        self.stepper = Stepper(recipe, stage.ds_config, device, init)
         self.step = 0
-        self.counts = Counter()  # samples by the kinds of SKIP_KINDS and NOTE_KINDS
-        self.repeated = 0
+        self.counts = SampleCounts()
         self.evaluations: dict[str, dict] = {}
         self.wandb_id = ""
         self._fingerprint = fingerprint(recipe, shards)
         self._scores = build_score_keeper(
-            recipe, self.schedule.teaching, run_folder, self._fingerprint[LIST]
+            recipe, self.schedule.teaching, run_folder, self._fingerprint[LIST], place
         )
-        cursors = None if resume_from is None else self._resume(resume_from, shards)
-        saved = None if resume_from is None else self._moment
+        cursors, saved = None, None
+        if resume_from is not None:
+            cursors = self._resume(resume_from, shards, begins_stage)
+            saved = self._moment
         self._saver = Saver(
             self.checkpoints, self.stepper.engine, self.stepper.teacher, recipe.train, saved
         )
         self._timer = StepTimer()
         self.watch = StepWatch()
-        self._host_bound = HostBound(recipe, ds_config.stage)
+        self._host_bound = HostBound(recipe, stage.ds_config.stage)
         self.loader = build_train_loader(
             recipe, shards, rank(), world_size(), cursors, self.step, self._scores.files
         )
@@ -100,11 +98,13 @@ class Trainer:
             values = recipe.model_dump(mode="json")
             tracker = WandbTracker(recipe.train.wandb, run_folder, self.wandb_id, values)
             self.wandb_id = tracker.id
-        self.logger = MetricsLogger(run_folder, self.schedule.total_samples, self.samples, tracker)
+        length = place.run_length(self.schedule.total_samples, self.num_steps)
+        self.logger = MetricsLogger(run_folder, *length, self.samples, tracker)
 
     @property
     def samples(self) -> int:
-        return self.step * self.recipe.train.global_batch_size
+        """Samples that the run has seen, in all its stages."""
+        return self.place.samples + self.step * self.recipe.train.global_batch_size
 
     @property
     def _moment(self) -> Moment:
@@ -118,7 +118,7 @@ class Trainer:
     def train(self) -> bool:
         """Trains to the end; returns False when a signal stopped the run after a checkpoint."""
         with self.watch.listening():
-            if self.step == 0:
+            if self.samples == 0:
                 self._evaluate("before")
             elif self._evaluation_is_due():  # a signal ended the run before it
                 self._evaluate(self._place)
@@ -142,10 +142,11 @@ class Trainer:
                     return False
             self._settle()
             self._scores.end_epoch()
-            if "end" not in self.evaluations:
+            end = "end" if self.place.is_last else self._place
+            if end not in self.evaluations:
                 # What was trained is saved first, since an evaluation can fail.
                 self._save(required=True, uploads=self.evaluator is None)
-                self._evaluate("end")
+                self._evaluate(end)
             self._save(required=True)
             return True
 
@@ -174,8 +175,7 @@ class Trainer:
         }
         if self._saver.asks():
             self.watch.receive(signal.SIGUSR1)
-        counted = batch.skipped | batch.noted
-        counts = [*(counted.get(kind, 0) for kind in COUNTED_KINDS), batch.repeated]
+        counts = self.counts.of_batch(batch)
         counts += self._scores.put(self.step, batch.to_teach, self.stepper.coded)
         self.watch.put(self.step, terms | watched, batch.keys, counts)
         self._cursors = batch.cursors
@@ -213,10 +213,7 @@ class Trainer:
         watched = self.watch.settle()
         if watched is None:
             return
-        counts = iter(watched.counts)
-        self.counts.update({kind: next(counts) for kind in COUNTED_KINDS})
-        self.repeated += next(counts)
-        self._scores.settle([*counts])
+        self._scores.settle(self.counts.add(watched.counts))
         if self.schedule.is_logged(watched.step) or watched.step == self.num_steps:
             self._log(watched)
 
@@ -224,17 +221,17 @@ class Trainer:
         terms, step = dict(watched.terms), watched.step
         gradient_norm, logit_scale = terms.pop(GRADIENT_NORM), terms.pop(LOGIT_SCALE)
         line = StepLine(
-            step * self.recipe.train.global_batch_size,
-            step,
+            self.place.samples + step * self.recipe.train.global_batch_size,
+            self.place.steps + step,
             terms,
             memory_gib=peak_memory_gib(),
             learning_rate=self.schedule.learning_rate(step),
             momentum=self.schedule.momentum(step),
             logit_scale=logit_scale,
             gradient_norm=gradient_norm,
-            skipped={kind: self.counts[kind] for kind in SKIP_KINDS if self.counts[kind]},
-            repeated=self.repeated,
-            noted={kind: self.counts[kind] for kind in NOTE_KINDS if self.counts[kind]},
+            skipped=self.counts.skipped,
+            repeated=self.counts.repeated,
+            noted=self.counts.noted,
             images_per_second=self._timer.images_per_second,
             data_wait_percent=self._timer.data_wait_percent,
             taught=self._scores.take_share(),
@@ -273,10 +270,10 @@ class Trainer:
         state = {
             "samples": self.samples,
             "step": self.step,
+            "stage": self.place.begun,
             "world_size": world_size(),
             "cursors": all_gather_rows(self._cursors.to(self.device)).tolist(),
-            "skipped": dict(+self.counts),
-            "repeated": self.repeated,
+            **self.counts.state(),
             "evaluations": self.evaluations,
             "data": self._fingerprint,
             "wandb_id": self.wandb_id,
@@ -284,17 +281,20 @@ class Trainer:
         self._saver.save(state, self._moment, required, uploads)
         self._scores.forget(self.checkpoints, self.step)
 
-    def _resume(self, folder: Path, shards: list[Shard]) -> Tensor:
-        """Continues from a checkpoint; returns the cursors of all ranks' lanes."""
+    def _resume(self, folder: Path, shards: list[Shard], begins_stage: bool) -> Tensor | None:
+        """Continues from a checkpoint; returns the cursors of all ranks' lanes, or None where the
+        stage begins."""
         state = checkpoint.read_state(folder)
-        check_progress(self.recipe, shards, state, folder)
-        self.stepper.load(folder, state["step"])
-        self.step = state["step"]
-        self.counts.update(state["skipped"])
-        self.repeated = state["repeated"]
+        if begins_stage:
+            self.stepper.begin_stage(folder)
+        else:
+            check_progress(self.recipe, shards, state, folder)
+            self.stepper.load(folder, state["step"])
+            self.step = state["step"]
+        self.counts.restore(state)
         self.evaluations = state["evaluations"]
         if self.step < self.num_steps:
             self.evaluations.pop("end", None)  # of a shorter schedule
         if folder.resolve().parent == self.checkpoints.resolve():
             self.wandb_id = state.get("wandb_id", "")  # that of another run stays that run's
-        return torch.tensor(state["cursors"])
+        return None if begins_stage else torch.tensor(state["cursors"])

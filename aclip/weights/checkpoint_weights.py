@@ -11,8 +11,8 @@ from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
 from aclip.models.student import Student, build_student
-from aclip.run_folder.checkpoint_folder import STUDENT, TEACHER, verify
-from aclip.run_folder.layout import RECIPE_FILE, latest_record
+from aclip.run_folder.checkpoint_folder import STUDENT, TEACHER, read_progress, verify
+from aclip.run_folder.layout import RECIPE_FILE, latest_record, record_before
 from aclip.weights.first_look import find_checkpoint
 
 
@@ -22,7 +22,8 @@ class CheckpointWeights:
 
     Attributes:
         folder: of the checkpoint. model: "student" or "teacher".
-        recipe: its run's latest. student: that recipe's, on the meta device, for its shapes.
+        recipe: with which it was trained.
+        student: that recipe's, on the meta device, for its shapes.
         state: the model's fp32 tensors by aclip's names; what the teacher does not average, such
             as the logit scale, is the student's.
     """
@@ -61,7 +62,11 @@ def load_checkpoint_weights(path: str, model: str | None) -> CheckpointWeights:
 
 
 def _recipe_of(folder: Path) -> Recipe:
-    path = latest_record(folder.resolve().parent.parent, RECIPE_FILE)
+    run_folder, progress = folder.resolve().parent.parent, read_progress(folder)
+    # A later stage of the run may have other views and another grid.
+    path = latest_record(run_folder, RECIPE_FILE)
+    if progress is not None:
+        path = record_before(run_folder, RECIPE_FILE, progress["samples"])
     if not path.is_file():
         raise ConfigError(
             f"checkpoint {folder} is not in the folder of its run, whose recipe.yaml is needed; "

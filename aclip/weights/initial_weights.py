@@ -132,17 +132,28 @@ def _convert(
 def _resize(init: str, key: str, name: str, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
     """Positions for another grid or a shorter context; other shapes can't be changed."""
     ours, theirs = list(parameter.shape), list(tensor.shape)
-    if len(ours) == len(theirs) and ours[-1] == theirs[-1]:
-        if name == IMAGE_POSITIONS and _is_square(theirs[1] - 1):
-            side = round((ours[1] - 1) ** 0.5)
-            return resample_abs_pos_embed(tensor.float(), [side, side])
-        if name == TEXT_POSITIONS and theirs[0] > ours[0]:
-            # A caption that fits the shorter context reads the same rows.
-            return tensor[: ours[0]]
+    if name == IMAGE_POSITIONS:
+        resized = resize_image_positions(tensor, parameter.shape)
+        if resized is not None:
+            return resized
+    if name == TEXT_POSITIONS and theirs[0] > ours[0] and theirs[1:] == ours[1:]:
+        # A caption that fits the shorter context reads the same rows.
+        return tensor[: ours[0]]
     raise ConfigError(
         f"--init is {init}, where {key} is {theirs}, but the recipe builds {ours} for it; use the "
         "towers of that model (model.image, model.text, model.embed_dim)"
     )
+
+
+def resize_image_positions(tensor: Tensor, shape: torch.Size) -> Tensor | None:
+    """Positions (1, 1 + g * g, C) of the CLS token and a grid for another grid, fp32, bicubic; None
+    if they are not such, or of another width."""
+    if tensor.ndim != len(shape) or tensor.shape[-1] != shape[-1]:
+        return None
+    if not _is_square(tensor.shape[1] - 1):
+        return None
+    side = round((shape[1] - 1) ** 0.5)
+    return resample_abs_pos_embed(tensor.float(), [side, side])
 
 
 def _is_square(number: int) -> bool:

@@ -23,6 +23,7 @@ from aclip.engine.snapshot import Snapshot
 from aclip.method.tokens import clip_tokens
 from aclip.reports.figure import attention
 from aclip.run_folder import checkpoint_folder
+from aclip.training.stage import Stage
 from aclip.training.trainer import Trainer
 from aclip.weights.checkpoint_weights import load_checkpoint_weights
 from aclip.weights.export import export
@@ -84,7 +85,7 @@ def build(run, shards, stage, dtype="fp32", overrides=()):
     (run / "recipe.yaml").write_text(dump_recipe(recipe))
     ds_config = read_ds_config(str(path), BATCH, int(os.environ["WORLD_SIZE"]))
     resume_from = checkpoint_folder.find(run / "checkpoints", "auto")
-    return Trainer(recipe, ds_config, shards, run, resume_from, device)
+    return Trainer(Stage(recipe, ds_config, shards, []), run, resume_from, device)
 
 
 def run_export(run, out, model):

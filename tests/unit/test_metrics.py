@@ -43,7 +43,7 @@ def evaluation(samples, name, **metrics):
 
 
 def test_a_log_step_is_one_json_line_of_plain_numbers(tmp_path):
-    logger = MetricsLogger(tmp_path, 1000)
+    logger = MetricsLogger(tmp_path, 1000, 50)
     terms = {"loss": torch.tensor(1.5), "simclr": np.float32(0.25)}
     logger.log(StepLine(200, 2, terms, memory_gib=3.5, skipped={"no_image": 4}, repeated=3))
     logger.close()
@@ -57,7 +57,7 @@ def test_a_log_step_is_one_json_line_of_plain_numbers(tmp_path):
 
 def test_what_was_logged_is_read_back(tmp_path):
     step = StepLine(200, 2, {"loss": 1.5}, learning_rate=0.5, skipped={"no_image": 4})
-    logger = MetricsLogger(tmp_path, 1000)
+    logger = MetricsLogger(tmp_path, 1000, 50)
     logger.log(step)
     logger.log_evaluation(evaluation(200, "mask", object_patches_kept=0.5))
     for path in (tmp_path, tmp_path / "metrics.jsonl"):
@@ -83,7 +83,7 @@ def test_a_report_shows_numbers_that_a_log_step_has():
 
 
 def test_tensorboard_gets_every_number_at_its_samples(tmp_path):
-    logger = MetricsLogger(tmp_path, 1000)
+    logger = MetricsLogger(tmp_path, 1000, 50)
     logger.log(StepLine(200, 2, {"loss": 1.5}, learning_rate=0.5, skipped={"no_image": 4}))
     logger.log_evaluation(evaluation(200, "teacher", zero_shot_top1=0.25))
     logger.log_kept_patches(np.zeros((4, 6, 3), dtype=np.uint8), 200)
@@ -98,7 +98,7 @@ def test_tensorboard_gets_every_number_at_its_samples(tmp_path):
 
 def test_the_picture_of_kept_patches_is_written_if_it_can_be(tmp_path, capsys):
     picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
-    logger = MetricsLogger(tmp_path, 1000)
+    logger = MetricsLogger(tmp_path, 1000, 50)
     logger.log_kept_patches(picture, 200)
     path = tmp_path / "pictures" / "kept-patches-000000000200.png"
     with Image.open(path) as written:
@@ -120,7 +120,7 @@ def test_tensorboard_ends_at_its_first_error_and_the_run_goes_on(tmp_path, monke
         raise OSError("No space left on device")
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
-    logger = MetricsLogger(tmp_path, 1000)
+    logger = MetricsLogger(tmp_path, 1000, 50)
     log_steps(logger, [1, 2])
     logger.log_kept_patches(np.zeros((4, 6, 3), dtype=np.uint8), 200)
     logger.close()
@@ -132,7 +132,7 @@ def test_tensorboard_ends_at_its_first_error_and_the_run_goes_on(tmp_path, monke
 
 def test_not_finite_numbers_stay_valid_json(tmp_path, capsys):
     line = StepLine(100, 1, {"loss": float("nan")}, gradient_norm=float("inf"))
-    MetricsLogger(tmp_path, 1000).log(line)
+    MetricsLogger(tmp_path, 1000, 50).log(line)
     (line,) = read_lines(tmp_path)
     assert line["terms"] == {"loss": None}
     assert line["gradient_norm"] is None
@@ -140,7 +140,7 @@ def test_not_finite_numbers_stay_valid_json(tmp_path, capsys):
 
 
 def test_a_resumed_run_leaves_no_line_or_point_twice(tmp_path):
-    first = MetricsLogger(tmp_path, 1000)
+    first = MetricsLogger(tmp_path, 1000, 50)
     first.log_evaluation(evaluation(0, "student", zero_shot_top1=0.1))
     log_steps(first, [1, 2, 3])
     first.log_evaluation(evaluation(300, "student", zero_shot_top1=0.3))
@@ -150,7 +150,7 @@ def test_a_resumed_run_leaves_no_line_or_point_twice(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"samples": 300, "ste')  # killed while it wrote
 
-    second = MetricsLogger(tmp_path, 1000, resumed_samples=300)
+    second = MetricsLogger(tmp_path, 1000, 50, resumed_samples=300)
     assert [line["samples"] for line in read_lines(tmp_path)] == [0, 100, 200, 300, 300]
     log_steps(second, [4, 5, 6])
     second.close()
@@ -162,11 +162,11 @@ def test_a_resumed_run_leaves_no_line_or_point_twice(tmp_path):
 
 
 def test_a_run_that_starts_new_drops_what_an_earlier_one_wrote(tmp_path):
-    first = MetricsLogger(tmp_path, 1000)
+    first = MetricsLogger(tmp_path, 1000, 50)
     first.log_evaluation(evaluation(0, "student", zero_shot_top1=0.1))
     log_steps(first, [1, 2])
     first.close()
-    second = MetricsLogger(tmp_path, 1000)
+    second = MetricsLogger(tmp_path, 1000, 50)
     log_steps(second, [1])
     second.close()
     assert [line["step"] for line in read_lines(tmp_path)] == [1]
@@ -174,7 +174,7 @@ def test_a_run_that_starts_new_drops_what_an_earlier_one_wrote(tmp_path):
 
 
 def test_an_evaluation_made_again_replaces_the_first(tmp_path):
-    logger = MetricsLogger(tmp_path, 1000)
+    logger = MetricsLogger(tmp_path, 1000, 50)
     for name, value in (("student", 0.1), ("teacher", 0.2), ("student", 0.3)):
         logger.log_evaluation(evaluation(500, name, zero_shot_top1=value))
     assert read_lines(tmp_path) == [
@@ -185,7 +185,7 @@ def test_an_evaluation_made_again_replaces_the_first(tmp_path):
 
 def test_other_ranks_write_and_print_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    logger = MetricsLogger(tmp_path, 1000)
+    logger = MetricsLogger(tmp_path, 1000, 50)
     log_steps(logger, [1])
     logger.log_evaluation(evaluation(100, "student", zero_shot_top1=0.1))
     logger.log_kept_patches(np.zeros((4, 6, 3), dtype=np.uint8), 100)
@@ -196,7 +196,7 @@ def test_other_ranks_write_and_print_nothing(tmp_path, monkeypatch, capsys):
 
 def test_the_progress_line_tells_place_terms_speed_and_remaining_time(tmp_path, capsys):
     clock = Clock()
-    logger = MetricsLogger(tmp_path, 100_000, clock=clock)
+    logger = MetricsLogger(tmp_path, 100_000, 1000, clock=clock)
     values = {"learning_rate": 5e-4, "data_wait_percent": 12.4, "memory_gib": 3.21}
     logger.log(StepLine(1000, 10, {"loss": 5.0}, images_per_second=9.0, **values))
     clock.now = 10.0
@@ -211,7 +211,7 @@ def test_the_progress_line_tells_place_terms_speed_and_remaining_time(tmp_path, 
 
 
 def test_skipped_samples_appear_on_the_progress_line_once_there_are_some(tmp_path, capsys):
-    logger = MetricsLogger(tmp_path, 1000)
+    logger = MetricsLogger(tmp_path, 1000, 50)
     logger.log(StepLine(100, 1, {"loss": 1.0}, skipped={}))
     logger.log(
         StepLine(200, 2, {"loss": 1.0}, skipped={"no_image": 1, "empty_caption": 2}, repeated=2)
@@ -227,7 +227,7 @@ def test_the_evaluation_line_is_short_and_says_what_could_not_be_used(
 ):
     shares = {"image_to_text_r1": 0.12345, "image_to_text_r5": 0.5, "zero_shot_mean_per_class": 0.1}
     line = evaluation(100, "student", num_images=1675.0, num_skipped=skipped, **shares)
-    MetricsLogger(tmp_path, 1000).log_evaluation(line)
+    MetricsLogger(tmp_path, 1000, 50).log_evaluation(line)
     assert capsys.readouterr().out == (
         f"evaluation of student at 100 samples  image_to_text_r1 12.35 %{shown}\n"
     )
@@ -269,7 +269,7 @@ def test_time_before_a_reset_counts_for_no_step():
 
 def test_tensorboard_that_cannot_begin_is_said_once_and_the_run_goes_on(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("in the way")
-    logger = MetricsLogger(tmp_path, 1000)
+    logger = MetricsLogger(tmp_path, 1000, 50)
     log_steps(logger, [1, 2])
     logger.close()
     assert capsys.readouterr().out.count("TensorBoard's file ends here") == 1
@@ -277,7 +277,7 @@ def test_tensorboard_that_cannot_begin_is_said_once_and_the_run_goes_on(tmp_path
 
 
 def test_line_that_cannot_be_replaced_stays_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    logger = MetricsLogger(tmp_path, 1000)
+    logger = MetricsLogger(tmp_path, 1000, 50)
     logger.log_evaluation(EvaluationLine(100, "student", {"num_x": 1}))
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
     logger.log_evaluation(EvaluationLine(100, "student", {"num_x": 2}))
@@ -289,7 +289,7 @@ def test_line_that_cannot_be_replaced_stays_and_the_run_goes_on(tmp_path, monkey
 
 def test_a_warning_is_printed_and_logged_with_its_evaluation(tmp_path, capsys):
     blind = EvaluationLine(200, "mask", {"attention_kept": 0.5, "loss_kept": 2.5}, "it is blind")
-    logger = MetricsLogger(tmp_path, 1000)
+    logger = MetricsLogger(tmp_path, 1000, 50)
     logger.log_evaluation(blind)
     logger.log_evaluation(evaluation(400, "mask", attention_kept=0.75))
     first, warning, last = capsys.readouterr().out.splitlines()

@@ -132,7 +132,7 @@ def test_batches_ahead_take_memory_of_the_gpu(plan):
     memory, expected = planned.own.memory, 512 * 3 * 3 * 224**2  # three batches of one view
     assert memory.batches == expected
     assert memory.peak(512, 1.0) == replace(memory, batches=0).peak(512, 1.0) + expected
-    lines = report(planned).splitlines()
+    lines = report([planned]).splitlines()
     header = next(line for line in lines if line.startswith("ZeRO ")).split()
     own = next(line for line in lines if line.startswith("2 <-")).replace("<-", "").split()
     assert own[header.index("batches")] == f"{expected / 2**30:.2f}"
@@ -185,7 +185,7 @@ def plan(tmp_path, monkeypatch, workloads):
         plain = {"recipe": "clip_vits16", "ds_config": str(path), "gpu": "a100-80", "nodes": 2}
         plain |= {"gpus_per_node": 4, "mfu": 0.5, "bandwidth": None, "samples": 4096 * 100}
         plain |= {"caption_tokens": 22, "image_pixels": 1000, "overrides": list(overrides)}
-        return plan_module.plan(read_input(argparse.Namespace(**plain | changes)))
+        return plan_module.plan(*read_input(argparse.Namespace(**plain | changes)))
 
     return make
 
@@ -213,7 +213,7 @@ def test_time_of_a_plan_without_a_stated_mfu_is_predicted(plan):
     assert planned.time.whole.flops == pytest.approx(512 * flops)
     assert planned.mfu == pytest.approx(512 * flops / 312e12 / planned.step_seconds)
     assert 0.1 < planned.mfu < 0.6
-    assert "Host-bound" not in report(planned)
+    assert "Host-bound" not in report([planned])
 
 
 def test_a_plan_averages_over_the_run_and_says_so(plan):
@@ -227,7 +227,7 @@ def test_a_plan_averages_over_the_run_and_says_so(plan):
     assert saved == pytest.approx(0.25 * taught)
     assert of_run.gpu_hours < every_step.gpu_hours
     sentence = "the teacher scores its view in 75% of the steps"
-    assert sentence in report(of_run) and sentence not in report(every_step)
+    assert sentence in report([of_run]) and sentence not in report([every_step])
 
 
 def test_a_plan_says_what_kept_scores_take_on_the_disk(plan):
@@ -236,9 +236,9 @@ def test_a_plan_says_what_kept_scores_take_on_the_disk(plan):
     # Two files, each a page and, for every sample, 8 x 8 patches, epoch and checksum.
     assert kept.kept_scores_bytes == 2 * (4096 + 3200 * (64 + 4 + 4))
     none = plan(**demo)
-    assert none.kept_scores_bytes == 0 and "Scores:" not in report(none)
+    assert none.kept_scores_bytes == 0 and "Scores:" not in report([none])
     large = replace(kept, kept_scores_bytes=1_710_008_192)
-    assert report(large).endswith(
+    assert report([large]).endswith(
         "Scores: up to 1.71 GB in the run folder, those of two epochs (teacher.reuse)"
     )
 
@@ -246,7 +246,7 @@ def test_a_plan_says_what_kept_scores_take_on_the_disk(plan):
 def test_a_plan_says_when_the_gpu_waits_for_the_host(plan):
     planned = plan(mfu=None, nodes=8, gpus_per_node=8, overrides=["train.global_batch_size=512"])
     assert planned.compute_seconds == planned.time.whole.host_seconds
-    (line,) = [line for line in report(planned).splitlines() if "Host-bound" in line]
+    (line,) = [line for line in report([planned]).splitlines() if "Host-bound" in line]
     assert "with 8 images at a time" in line and "model.compile=true" in line
 
 
@@ -281,23 +281,23 @@ def test_times_are_for_a_micro_batch_that_fits(plan):
     planned = plan(gpu="a10", gpus_per_node=1, recipe="clip_vitl16")
     assert planned.micro_batch_size < 2048
     assert planned.num_micro_steps == 2048 // planned.micro_batch_size
-    assert "Micro-batch 2048 does not fit" in report(planned)
+    assert "Micro-batch 2048 does not fit" in report([planned])
 
 
 def test_report_marks_the_stage_of_the_ds_config(plan):
-    text = report(plan())
+    text = report([plan()])
     assert [line.split()[0] for line in text.splitlines() if "<-" in line] == ["2", "2"]
     for name in ("image tower", "text tower", "0 (fp32)", "3_offload", "GPU-hours"):
         assert name in text
 
 
 def test_report_says_what_an_epoch_leaves_to_the_next(plan):
-    lines = report(plan(samples=15e6)).splitlines()
+    lines = report([plan(samples=15e6)]).splitlines()
     assert lines[-1] == (
         "Data: an epoch of 15,000,000 samples is 3,662 batches of 4,096; the 448 left over begin "
         "the next epoch"
     )
-    assert report(plan()).endswith("Data: an epoch of 409,600 samples is 100 batches of 4,096")
+    assert report([plan()]).endswith("Data: an epoch of 409,600 samples is 100 batches of 4,096")
 
 
 def test_ds_config_with_another_offload_has_its_own_row(plan):

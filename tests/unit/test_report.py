@@ -76,7 +76,9 @@ def test_every_value_equals_the_metrics_file(tmp_path):
 
 def test_curves_are_the_values_over_samples(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("aclip.reports.report.draw_chart", lambda lines: drawn.append(lines) or b"")
+    monkeypatch.setattr(
+        "aclip.reports.report.draw_chart", lambda lines, marks: drawn.append(lines) or b""
+    )
     run = write_run(tmp_path / "run")
     write_report([run], run)
     points = {

@@ -12,6 +12,7 @@ from aclip.config.recipe_file import load_recipe
 from aclip.data.shards.listing import Shard
 from aclip.distributed import default_to_one_rank
 from aclip.errors import ConfigError
+from aclip.training.stage import Stage
 
 CODE = """
 import sys
@@ -21,8 +22,9 @@ from aclip.training.start import check_start
 import aclip.training.pretrain
 
 start = check_start(parse(sys.argv[1:]))
-print([shard.num_samples for shard in start.shards], start.val_shards, start.resume_from)
-print(start.recipe.data.crops)
+stage = start.stages[0]
+print([shard.num_samples for shard in stage.shards], stage.val_shards, start.resume_from)
+print(stage.recipe.data.crops)
 print(sorted(sys.modules.keys() & {"deepspeed", "timm", "open_clip"}))
 """
 
@@ -43,17 +45,19 @@ def test_all_is_checked_without_deepspeed_and_without_a_tower(write_tar, encode_
 def test_a_run_says_at_its_start_what_an_epoch_leaves_to_the_next(capsys):
     from aclip.training.checked_run import print_headline
 
-    start = SimpleNamespace(
-        recipe=load_recipe("demo", ["train.global_batch_size=8"]),
-        ds_config=SimpleNamespace(dtype="fp32", micro_batch_size=8, num_micro_steps=1, stage=0),
+    stage = Stage(
+        load_recipe("demo", ["train.global_batch_size=8"]),
+        SimpleNamespace(dtype="fp32", micro_batch_size=8, num_micro_steps=1, stage=0),
         shards=[Shard("a.tar", 20), Shard("b.tar", 9)],
-        run_folder="runs/x",
-        resume_from=None,
+        val_shards=[],
     )
     trainer = SimpleNamespace(
-        num_steps=7, device=torch.device("cpu"), stepper=SimpleNamespace(init_report=None)
+        num_steps=7,
+        device=torch.device("cpu"),
+        stepper=SimpleNamespace(init_report=None),
+        run_folder="runs/x",
     )
-    print_headline(start, trainer)
+    print_headline(stage, trainer, None)
     assert capsys.readouterr().out.splitlines()[-1:] == [
         "an epoch of 29 samples is 3 batches of 8; the 5 left over begin the next epoch"
     ]

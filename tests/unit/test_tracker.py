@@ -58,14 +58,14 @@ def read_run(run_folder):
 def test_offline_every_number_arrives_and_a_resumed_run_keeps_its_id(tmp_path):
     tracker = WandbTracker("project", tmp_path, "", {"optimizer": {"lr": 0.5}})
     first_id = tracker.id
-    logger = MetricsLogger(tmp_path, 1000, tracker=tracker)
+    logger = MetricsLogger(tmp_path, 1000, 50, tracker=tracker)
     logger.log(StepLine(200, 2, {"loss": 1.5}, memory_gib=2.0, skipped={"no_image": 4}))
     logger.log_kept_patches(np.zeros((4, 6, 3), dtype=np.uint8), 200)
     logger.close()
 
     tracker = WandbTracker("project", tmp_path, first_id, {})
     assert tracker.id == first_id
-    logger = MetricsLogger(tmp_path, 1000, 100, tracker)
+    logger = MetricsLogger(tmp_path, 1000, 50, 100, tracker)
     # Before what was seen already.
     logger.log_evaluation(EvaluationLine(150, "teacher", {"zero_shot_top1": 0.25}))
     logger.close()

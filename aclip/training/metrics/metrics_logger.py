@@ -37,7 +37,7 @@ class MetricsLogger:
 
     Args:
         run_folder: gets metrics.jsonl and the folders tensorboard and pictures.
-        total_samples: samples of the whole run.
+        total_samples, total_steps: samples and steps of the whole run.
         resumed_samples: the samples at which this process goes on; what was written beyond is
             dropped. With 0 the file starts anew.
         tracker: gets every number and picture that TensorBoard gets; see WandbTracker.
@@ -48,12 +48,13 @@ class MetricsLogger:
         self,
         run_folder: Path,
         total_samples: int,
+        total_steps: int,
         resumed_samples: int = 0,
         tracker: WandbTracker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._run_folder = run_folder
-        self._total_samples = total_samples
+        self._total_samples, self._total_steps = total_samples, total_steps
         self._tracker = tracker
         self._clock = clock
         self._marks = deque(maxlen=RATE_WINDOW + 1)
@@ -160,9 +161,8 @@ class MetricsLogger:
 
     def _progress(self, line: StepLine) -> str:
         samples, total = line.samples, self._total_samples
-        steps = math.ceil(total * line.step / samples) if samples else 0
         parts = [
-            f"step {line.step:,}/{steps:,}",
+            f"step {line.step:,}/{self._total_steps:,}",
             f"{samples:,} samples ({100 * samples / total:.1f} %)",
         ]
         parts += [f"{name} {_show(value, '.4g')}" for name, value in line.terms.items()]
