@@ -71,38 +71,45 @@ class StepInputs:
         return replace(micro, whole_images=None, **views)
 
     def teach(self, micro: Batch) -> Taught:
-        """Runs the teacher on the views that the recipe's parts ask for; on its own view only where
-        it scores one of the samples."""
+        """Runs the teacher on the views that the recipe's parts ask for; on its own view only of
+        the samples that it scores."""
         scores = features = patches = codes = None
-        if any(micro.to_teach):
+        rows = [row for row, reason in enumerate(micro.to_teach) if reason]
+        if rows:
+            is_whole = len(rows) == len(micro.to_teach)
+            view = micro.teacher_view if is_whole else micro.teacher_view[rows]
             output = self._teacher.forward(
-                self._augment(micro.teacher_view, None),
+                self._augment(view, None),
                 self._recipe.teacher.score_layers,
                 self._recipe.needs_teacher_features,
             )
             scores, features = output.scores, output.features
         if self._recipe.keeps_scores:
-            scores, codes = self._as_kept(scores, micro.stored_scores)
+            scores, codes = self._as_kept(scores, rows, micro.stored_scores)
         if self._recipe.needs_teacher_patches:
             view, params = micro.student_views[:, 0], micro.augment_params[:, 0]
             patches = self._teacher.encode_patches(self._augment(view, params))
         return Taught(scores, features, patches, codes)
 
     def _as_kept(
-        self, scores: Tensor | None, stored: Tensor | None
+        self, scores: Tensor | None, rows: list[int], stored: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The scores to mask by, and the codes of the new ones.
+        """The scores to mask by, and the codes of all samples once there are new ones.
 
         New scores go through their codes too, so that a sample's mask is the same in the step in
         which it is scored as in one that reads what was kept.
+
+        Args:
+            scores: new ones, of the samples `rows`.
+            stored: codes that were kept, of all samples; zeros for those without.
         """
         fresh = None if scores is None else encode_scores(scores)
-        codes = self._to_device(stored)
-        if codes is None or fresh is None:
-            codes = fresh if codes is None else codes
-        else:
-            codes = torch.where(codes > 0, codes, fresh)
-        return None if codes is None else decode_scores(codes), fresh
+        codes = fresh if stored is None else self._to_device(stored)
+        if stored is not None and fresh is not None:
+            codes = codes.index_copy(0, self._to_device(torch.tensor(rows)), fresh)
+        if codes is None:
+            return None, None
+        return decode_scores(codes), None if fresh is None else codes
 
     def student(
         self,

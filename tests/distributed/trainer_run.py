@@ -16,6 +16,7 @@ from aclip.config.recipe_file import load_recipe
 from aclip.data.shards.listing import Shard, index_shards
 from aclip.engine.process_group import init_distributed
 from aclip.run_folder import checkpoint_folder
+from aclip.training.stage import Stage
 from aclip.training.trainer import Trainer
 
 NUM_SHARDS, SHARD_SIZE, BATCH = 4, 20, 16
@@ -117,7 +118,8 @@ def run_trainer(
     recipe = load_recipe("demo", [*RECIPE, *overrides])
     ds_config = read_ds_config(str(path), BATCH, ranks)
     resume_from = checkpoint_folder.find(run / "checkpoints", "auto")
-    trainer = Recorder(recipe, ds_config, shards, run, resume_from, device, evaluator)
+    stage = Stage(recipe, ds_config, shards, val_shards=[])
+    trainer = Recorder(stage, run, resume_from, device, evaluator=evaluator)
     trainer.record = notes / f"record-{os.environ['RANK']}-of-{ranks}.jsonl"
     trainer.kill_at, trainer.on_step = kill_at, on_step
     if stop_at is not None:

@@ -49,7 +49,7 @@ def test_each_image_has_its_own_highest_score():
     assert encode_scores(scores).flatten().tolist() == [255, 238, 255, 238]
 
 
-def test_fresh_and_stored_scores_keep_the_same_patches():
+def test_fresh_and_stored_scores_keep_the_same_patches(monkeypatch):
     overrides = ["model.image.kwargs={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}"]
     overrides += ["model.text={width: 8, heads: 2, layers: 1, context_length: 16}"]
     recipe = load_recipe("demo", [*overrides, "teacher.reuse=2"])
@@ -75,7 +75,13 @@ def test_fresh_and_stored_scores_keep_the_same_patches():
     # Two samples lack theirs: these get fresh ones, the others keep what is stored.
     codes = torch.randint(1, 256, fresh.codes.shape, dtype=torch.uint8)
     codes[[1, 4]] = 0
-    mixed = inputs.teach(replace(batch, stored_scores=codes))
+    seen, forward = [], teacher.forward
+    monkeypatch.setattr(
+        teacher, "forward", lambda pixels, *rest: seen.append(len(pixels)) or forward(pixels, *rest)
+    )
+    to_teach = ["", "missing", "", "", "missing", ""]
+    mixed = inputs.teach(replace(batch, to_teach=to_teach, stored_scores=codes))
+    assert seen == [2], "the teacher runs on no others"
     assert torch.equal(mixed.scores[[1, 4]], fresh.scores[[1, 4]])
     assert torch.equal(mixed.scores[[0, 2, 3, 5]], decode_scores(codes[[0, 2, 3, 5]]))
-    assert torch.equal(mixed.codes, fresh.codes)
+    assert torch.equal(mixed.codes[[1, 4]], fresh.codes[[1, 4]])
