@@ -22,7 +22,13 @@ NO_REUSE = ("teacher.reuse=1",)
 NO_SCORES = ("mask.warmup=0", "mask.temperature=0", "teacher.score_layers=null", *NO_REUSE)
 """Of rows whose mask does not go by scores. Rows whose mask does keep the base's values of these
 keys; those with BYOL too, except teacher.reuse, since that loss needs the teacher in every step."""
-NO_MASK = (*NO_SCORES, "mask.policy=none", "mask.keep_ratio=1", "views.student=1")
+NO_MASK = (
+    *NO_SCORES,
+    "mask.policy=none",
+    "mask.keep_ratio=1",
+    "mask.keep_ratio_end=null",
+    "views.student=1",
+)
 ATTENTIVE_2X = ("mask.policy=attentive", "views.student=2", *TEACHER)
 ACLIP = (*ATTENTIVE_2X, *NO_REUSE, "loss.simclr=1", "loss.byol=2")
 

@@ -26,7 +26,7 @@ from aclip.nodes.hostfile import LOCAL, Host, environment_for_nodes, read_hostfi
 from aclip.nodes.node import Node
 from aclip.nodes.remote_shell import SSH, check_remote_shell, is_here
 from aclip.planning.plan import plan_memory
-from aclip.planning.step_kinds import teaching_share
+from aclip.planning.step_kinds import describe_keep_ratio, teaching_share
 
 LONGEST_SECONDS = 3600.0
 WEAK, STRONG = "weak", "strong"
@@ -104,6 +104,9 @@ def benchmark_scaling(arguments: argparse.Namespace) -> int:
         print(
             f"Timed were steps in which the teacher scores its view; in a run {share:.0%} are such."
         )
+    keep_ratio = describe_keep_ratio(read[0][0])
+    if keep_ratio:
+        print(f"Timed were steps of a run's end: {keep_ratio}. The plan is for those of the most.")
     if not torch.cuda.is_available():
         print(
             "On a CPU only memory that was written to is measured, so that buckets larger than the "

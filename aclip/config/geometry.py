@@ -1,11 +1,11 @@
 """Patches, blocks and how many of them a recipe keeps, and the bytes of a batch, without a tower:
 workers build none."""
 
-import math
 import re
 
-from aclip.config.recipe import Recipe
+from aclip.config.recipe import MaskConfig, Recipe
 from aclip.errors import ConfigError
+from aclip.method.masks.keep_ratio import count_share, keep_ratio
 
 TYPICAL_PIXELS = 500 * 375
 """Of a photograph in the sets that this field trains on."""
@@ -36,16 +36,14 @@ def teacher_grid(recipe: Recipe) -> int:
     return recipe.teacher.resolution // (resolution // patch_grid(recipe))
 
 
-def count_kept_blocks(grid: int, block_size: int, keep_ratio: float) -> int:
-    """The share `keep_ratio` of a view's blocks, rounded up: 25 of 49 at 0.5."""
-    num_blocks = (grid // block_size) ** 2
-    # 0.28 * 25 is 7.000000000000001 in floats, and that is not eight blocks.
-    return math.ceil(keep_ratio * num_blocks - 1e-9)
+def kept_blocks(mask: MaskConfig, grid: int, progress: float) -> int:
+    """How many blocks of a student view with `grid` patches per side are kept.
 
-
-def kept_blocks(recipe: Recipe, grid: int) -> int:
-    """How many blocks of a student view with `grid` patches per side the recipe keeps."""
-    return count_kept_blocks(grid, recipe.mask.block_size, recipe.mask.keep_ratio)
+    Args:
+        progress: how much of the run is done, in [0, 1].
+    """
+    share = keep_ratio(progress, mask.keep_ratio, mask.keep_ratio_end, mask.keep_ratio_shape)
+    return count_share(share, (grid // mask.block_size) ** 2)
 
 
 def shared_bytes(recipe: Recipe, local_batch_size: int) -> int:

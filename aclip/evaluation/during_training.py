@@ -37,7 +37,7 @@ class Evaluation:
         metrics: each model's metrics by its name, and those of "chance", equal on every rank. Rank
             0 also has "mask": object_patches_kept, the share of the objects' patches that the
             recipe's mask keeps, if the samples hold object masks; and what MaskSignals measures,
-            if the mask goes by the teacher's scores.
+            if the mask goes by the teacher's scores, or the policy's own `inspect`.
         picture: the kept patches, (H, W, 3) uint8; None on the other ranks, where nothing is
             masked, or where no sample can be used.
         warning: what is wrong with the mask, or "".
@@ -113,6 +113,10 @@ class Evaluator:
                 self._signals = MaskSignals(self._recipe, pictured)
             signals, warning = self._signals.measure(teacher, scores, progress)
             of_mask |= signals
+        if policy.inspect is not None:
+            signals, advice = policy.inspect(pictured.views(policy.name, scores, progress))
+            of_mask |= signals
+            warning = advice if progress == 0 else ""  # the samples stay the same
         if of_mask:
             metrics["mask"] = of_mask
         return Evaluation(metrics, draw_figure(columns, pictured.captions), warning)

@@ -50,7 +50,7 @@ class MaskSignals:
     def __init__(self, recipe: Recipe, pictured: PictureSet):
         self._recipe = recipe
         self._pictured = pictured
-        self._kept_before: Tensor | None = None
+        self._scores_before: Tensor | None = None
 
     def measure(
         self, teacher: MaskTeacher, scores: Tensor, progress: float
@@ -65,20 +65,24 @@ class MaskSignals:
         Returns:
             Metrics: attention_kept, the share of the attention that lies on the patches that the
             mask keeps now; from the second time on agreement, the share of the patches kept by
-            score that were kept by score the time before; and where samples have captions loss_kept
-            and loss_dropped, the contrastive loss of their views when the patches of the most
-            attention are shown, and as many of the least. And a warning, if the attention misses
-            what captions speak of and the warm-up is over, else "".
+            score that the scores of the time before would keep, of as many; and where samples have
+            captions loss_kept and loss_dropped, the contrastive loss of their views when the
+            patches of the most attention are shown, and as many of the least. A mask that keeps
+            every patch now has neither of the two. And a warning, if the attention misses what
+            captions speak of and the warm-up is over, else "".
         """
         pictured, mask = self._pictured, self._recipe.mask
-        views = pictured.views(mask.policy, scores)
-        best, worst = ATTENTIVE.select(views), INVERSE.select(views)
-        by_score = self._ids_of(self._recipe.mask_policy.select(views))
+        views = pictured.views(mask.policy, scores, progress)
         now = pictured.keep_ids(mask.policy, scores, progress)
         metrics = {"attention_kept": self._attention_on(now, scores)}
-        if self._kept_before is not None:
-            metrics["agreement"] = agreement(by_score, self._kept_before, views.grid**2)
-        self._kept_before = by_score
+        if self._scores_before is not None:
+            before = pictured.views(mask.policy, self._scores_before, progress)
+            ids = (self._ids_of(self._recipe.mask_policy.select(each)) for each in (views, before))
+            metrics["agreement"] = agreement(*ids, views.grid**2)
+        self._scores_before = scores
+        if now.shape[2] == views.grid**2:
+            return metrics, ""
+        best, worst = ATTENTIVE.select(views), INVERSE.select(views)
         kept = dropped = None
         if pictured.is_captioned.sum() > 1:
             kept, dropped = (self._losses(teacher, selection) for selection in (best, worst))

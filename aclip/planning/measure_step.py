@@ -7,7 +7,7 @@ A tower, a head or a loss term that a step gets later is counted without being d
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import partial, reduce
 from typing import get_args
 
 import torch
@@ -26,7 +26,7 @@ from aclip.training.step_inputs import StepInputs
 from aclip.training.teacher import Teacher
 
 META = torch.device("meta")
-TEACHER, STUDENT, LOSSES = "teacher", "student", "losses"
+TEACHER, STUDENT, MASK, LOSSES = "teacher", "student", "mask", "losses"
 MODES: tuple[Recompute, ...] = get_args(Recompute)
 
 
@@ -49,7 +49,7 @@ class Measured:
     """A step on one rank.
 
     A part is a module of the student under its name there, or one of `student` (what the student
-    computes outside of its modules), `teacher` and `losses`.
+    computes outside of its modules), `teacher`, `mask` and `losses`.
 
     Attributes:
         encoding: the cost of `encode` by what all towers recompute; None stands for what the recipe
@@ -111,6 +111,7 @@ def measure_step(
     size, local_size = len(batch), recipe.train.global_batch_size // num_ranks
     meter = Meter()
     meter.name_parts(student)
+    inputs.select = meter.as_part(MASK, inputs.select)
     with as_first_of(num_ranks), fused_attention(), meter:
         meter.begin(TEACHER, size)
         taught = inputs.teach(batch)
@@ -156,17 +157,32 @@ def measure_run(
     dtype: torch.dtype = torch.float32,
     modes: tuple[Recompute, ...] = MODES,
 ) -> Measured:
-    """The average step of a run: FLOPs are means over its kinds of step, memory is what the
-    teaching step takes, which is the most. Arguments are those of `step_kinds` and `measure_step`.
-    """
+    """The average step of a run: FLOPs are means over its kinds of step, memory is what the kind
+    takes that takes the most. Arguments are those of `step_kinds` and `measure_step`."""
     first, *others = step_kinds(recipe, batch, num_samples)
-    teaching = measure_step(recipe, first.batch, num_ranks, dtype, modes, first.progress)
-    # The student does the same in all kinds.
-    flops = scaled(teaching.other_flops, first.share)
+    largest = measure_step(recipe, first.batch, num_ranks, dtype, modes, first.progress)
+    flops = scaled(largest.other_flops, first.share)
+    encoding = {first.num_kept_blocks: largest.encoding}
+    shares = {first.num_kept_blocks: first.share}
     for kind in others:
-        other = measure_step(recipe, kind.batch, num_ranks, dtype, (), kind.progress)
+        kept = kind.num_kept_blocks
+        more = () if kept in encoding else modes
+        other = measure_step(recipe, kind.batch, num_ranks, dtype, more, kind.progress)
         flops = merge(flops, scaled(other.other_flops, kind.share))
-    return replace(teaching, other_flops=flops)
+        encoding.setdefault(kept, other.encoding)
+        shares[kept] = shares.get(kept, 0.0) + kind.share
+    if len(encoding) == 1:
+        return replace(largest, other_flops=flops)
+    average = {
+        mode: Encoding(_mean_flops([(shares[k], encoding[k][mode].flops) for k in shares]), of.kept)
+        for mode, of in largest.encoding.items()
+    }
+    return replace(largest, encoding=average, other_flops=flops)
+
+
+def _mean_flops(shares: list[tuple[float, dict[str, Flops]]]) -> dict[str, Flops]:
+    """The FLOPs of parts, of kinds of step with their shares."""
+    return reduce(merge, (scaled(flops, share) for share, flops in shares))
 
 
 def _encode(

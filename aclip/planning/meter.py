@@ -100,9 +100,12 @@ class Meter(TorchDispatchMode):
             methods = {"forward"} | set(dir(type(child))) - set(dir(nn.Module))
             for method in methods:
                 if not method.startswith("_") and callable(getattr(child, method)):
-                    setattr(child, method, self._as_part(name, getattr(child, method)))
+                    setattr(child, method, self.as_part(name, getattr(child, method)))
 
-    def _as_part(self, part: str, function: Callable) -> Callable:
+    def as_part(self, part: str, function: Callable) -> Callable:
+        """The function, of which what it computes and the backward pass of its results count under
+        the part's name."""
+
         def enter(_) -> None:
             self.part = part
 

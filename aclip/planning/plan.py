@@ -21,7 +21,7 @@ from aclip.planning.gpus import NETWORK_BYTES, Gpu
 from aclip.planning.measure_step import Measured
 from aclip.planning.plan_input import PlanInput
 from aclip.planning.run_memory import batch_bytes
-from aclip.planning.step_kinds import teaching_share
+from aclip.planning.step_kinds import describe_keep_ratio, teaching_share
 from aclip.planning.step_time import StepTime, recipe_step_times
 from aclip.planning.workload import Workload, describe_workload
 from aclip.planning.zero_memory import (
@@ -54,6 +54,7 @@ class Plan:
         teaching_share: the share of the steps in which the teacher runs on its view. FLOPs and
             times are the average over all steps.
         kept_scores_bytes: the disk space that scores take which later epochs read.
+        keep_ratio: how it changes, see describe_keep_ratio.
     """
 
     ds_config: DsConfig
@@ -72,6 +73,7 @@ class Plan:
     num_samples: int
     teaching_share: float
     kept_scores_bytes: int
+    keep_ratio: str
 
     @property
     def measured(self) -> Measured:
@@ -169,6 +171,7 @@ def plan(given: PlanInput) -> Plan:
         num_samples=round(arguments.samples),
         teaching_share=teaching_share(recipe, arguments.samples),
         kept_scores_bytes=kept_scores_bytes(recipe, round(arguments.samples)),
+        keep_ratio=describe_keep_ratio(recipe),
     )
 
 

@@ -80,11 +80,14 @@ def _flops(plan: Plan) -> str:
     lines.append(row("sum", add_up(parts)))
     if plan.repeated_flops:
         lines.append(["run again", "", "", f"{plan.repeated_flops / 1e9:,.2f}"])
-    note = (
-        f"Averages over the run: the teacher scores its view in {plan.teaching_share:.0%} of the "
-        "steps. So are the times below."
-    )
-    return text_table(lines) + (f"\n{note}" if plan.teaching_share < 1 else "")
+    reasons = [plan.keep_ratio] if plan.keep_ratio else []
+    if plan.teaching_share < 1:
+        share = f"{plan.teaching_share:.0%}"
+        reasons.append(f"the teacher scores its view in {share} of the steps")
+    note = f"Averages over the run: {', and '.join(reasons)}. So are the times below."
+    if plan.keep_ratio:
+        note += " Memory is that of the steps that keep the most."
+    return text_table(lines) + (f"\n{note}" if reasons else "")
 
 
 def _states(plan: Plan) -> str:

@@ -10,7 +10,7 @@ from aclip.planning.engine_operations import fused_adamw
 from aclip.planning.gpus import Gpu
 from aclip.planning.measure_step import measure_run
 from aclip.planning.stage_shares import stage_shares, stage_title
-from aclip.planning.step_kinds import teaching_share
+from aclip.planning.step_kinds import describe_keep_ratio, teaching_share
 from aclip.planning.step_time import (
     PartTime,
     StepTime,
@@ -38,6 +38,7 @@ class Prediction:
         flops: of matrix products that are needed once, of the whole batch.
         gpu: what it is predicted for. in_bf16: which of its peaks the MFU is a share of.
         teaching_share: of a run's steps, whose average this is, those with the teacher's pass.
+        keep_ratio: how it changes in the run, see describe_keep_ratio.
     """
 
     system: str
@@ -48,6 +49,7 @@ class Prediction:
     gpu: Gpu
     in_bf16: bool = True
     teaching_share: float = 1.0
+    keep_ratio: str = ""
 
     @property
     def name(self) -> str:
@@ -107,10 +109,10 @@ def predict(
     eager, compiled = recipe_step_times(recipe, dtype, settings, gpu, size, length)
     few = batch_of_mean_captions(recipe, length, context)
     flops = size * measure_run(recipe, few, modes=("none",)).total_flops
-    in_bf16, share = dtype.itemsize == 2, teaching_share(recipe)
+    about_run = dtype.itemsize == 2, teaching_share(recipe), describe_keep_ratio(recipe)
     return [
-        Prediction(name, False, size, eager, flops, gpu, in_bf16, share),
-        Prediction(name, True, size, compiled, flops, gpu, in_bf16, share),
+        Prediction(name, False, size, eager, flops, gpu, *about_run),
+        Prediction(name, True, size, compiled, flops, gpu, *about_run),
     ]
 
 
@@ -150,6 +152,11 @@ def report(predictions: list[Prediction]) -> str:
         f"\n{name}: the average over a run, in {share:.0%} of whose steps the teacher runs."
         for name, share in shares.items()
         if share < 1
+    ]
+    averages += [
+        f"\n{name}: the average over a run, in which {keep_ratio}."
+        for name, keep_ratio in {each.system: each.keep_ratio for each in predictions}.items()
+        if keep_ratio
     ]
     return "\n\n".join([*parts, _summary(predictions), note + "".join(averages)])
 

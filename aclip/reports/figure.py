@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aclip.config.recipe import Recipe
+from aclip.config.recipe import MaskConfig, Recipe
 from aclip.data.captions import captions_beside
 from aclip.data.demo import ensure_demo_data
 from aclip.data.images.augment import augment
@@ -68,6 +68,7 @@ def write_figure(checkpoint: str, images: list[str], out: Path) -> None:
         raise ConfigError(f"IMAGES is {where}, which holds no usable image; give others")
     if len(pictured.captions) > MAX_SAMPLES:
         print(f"measuring the masks on {len(pictured.captions)} images with objects", flush=True)
+    pictured = replace(pictured, mask=_at_its_fewest(pictured.mask))
     scores = attention(weights, pictured.images)
     policy = weights.recipe.mask_policy
     shown = policy.name if policy.reads_teacher else ATTENTIVE.name
@@ -102,6 +103,12 @@ def attention(weights: CheckpointWeights, images: Tensor) -> Tensor:
         pixels = augment(chunk, None, weights.recipe.augment, torch.float32)
         scores.append(tower.forward_with_scores(pixels, score_layers, with_features=False)[1])
     return torch.cat(scores)
+
+
+def _at_its_fewest(mask: MaskConfig) -> MaskConfig:
+    """The mask as it is where a run keeps the fewest patches, which shows the most of it."""
+    fewest = min(mask.keep_ratio, mask.keep_ratio_end or 1.0)
+    return mask.model_copy(update={"keep_ratio": fewest, "keep_ratio_end": None})
 
 
 def _score_layers(recipe: Recipe) -> int | None:
@@ -163,6 +170,11 @@ def _explanation(weights: CheckpointWeights) -> list[Block]:
         lines.append("This run has no teacher, so the attention is the student's.")
     mask = weights.recipe.mask
     lines.append(weights.recipe.mask_policy.explanation)
+    if mask.keep_ratio_end is not None:
+        lines.append(
+            f"The share of the blocks that are kept goes from {mask.keep_ratio:.0%} to "
+            f"{mask.keep_ratio_end:.0%} in the run; shown is the lower one."
+        )
     if mask.warmup:
         lines.append(
             f"Noise takes part in the mask in the first {100 * mask.warmup:g} % of the run; shown "

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aclip.config.geometry import count_kept_blocks
+from aclip.config.geometry import kept_blocks
 from aclip.config.recipe import MaskConfig, Recipe
 from aclip.config.sections import AugmentConfig, TeacherConfig
 from aclip.data.images.augment import augment
@@ -64,27 +64,29 @@ class PictureSet:
     mask: MaskConfig
     skipped: Counter
 
-    def views(self, policy: str, scores: Tensor | None) -> ViewsToMask:
-        """What a policy reads, the attention (n, g, g) on the images without noise beside it."""
-        grid, block_size = self.coverage.shape[-1], self.mask.block_size
+    def views(self, policy: str, scores: Tensor | None, progress: float = 1.0) -> ViewsToMask:
+        """What a policy reads at some progress of a run, the attention (n, g, g) on the images
+        without noise beside it."""
+        grid = self.coverage.shape[-1]
         return ViewsToMask(
             grid,
-            count_kept_blocks(grid, block_size, self.mask.keep_ratio),
-            block_size,
+            kept_blocks(self.mask, grid, progress),
+            self.mask.block_size,
             pixels=self._pixels() if POLICIES[policy].reads_pixels else None,
             noise=self.noise,
             teacher_scores=scores,
             teacher_box=self.teacher_box,
             view_boxes=self.view_boxes,
-            progress=1.0,
+            progress=progress,
+            anchor_ratio=self.mask.anchor_ratio,
+            cluster_threshold=self.mask.cluster_threshold,
         )
 
     def keep_ids(self, policy: str, scores: Tensor | None = None, progress: float = 1.0) -> Tensor:
         """What a policy keeps by the attention (n, g, g) on the images, at some progress of a run:
         (n, V, K) int64."""
         views = replace(
-            self.views(policy, scores),
-            progress=progress,
+            self.views(policy, scores, progress),
             noise_share=self._noise_share(progress),
             temperature=self.mask.temperature,
         )
@@ -111,7 +113,9 @@ class PictureSet:
         words = "patches kept"
         if POLICIES[policy].reads_teacher and share:
             words = "kept at random" if share == 1 else f"kept, {100 * share:.0f} % noise"
-        random_ids = None if policy == "random" else self.keep_ids("random")[:, 0].numpy()
+        random_ids = None
+        if policy != "random":
+            random_ids = self.keep_ids("random", progress=progress)[:, 0].numpy()
         return picture_columns(
             self.images.numpy(),
             None if scores is None else scores.numpy(),

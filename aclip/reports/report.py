@@ -63,6 +63,7 @@ LOGGED = {
     "learning_rate": ("Learning rate", "{:.3e}"),
     "momentum": ("EMA momentum", "{:.6f}"),
     "taught": ("Samples that the teacher scored", "{:.0%}"),
+    "keep_ratio": ("Share of the blocks kept", "{:.1%}"),
 }
 """Numbers of a StepLine: title and format."""
 

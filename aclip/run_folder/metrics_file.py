@@ -32,6 +32,8 @@ class StepLine:
         data_wait_percent: the part of the host's time that waits for data, over the last steps.
         taught: the share of the samples since the last line that the teacher has scored; None, and
             not in the file, where it scores each sample or none.
+        keep_ratio: the share of the blocks that views keep in this step; None, and not in the file,
+            where it is constant.
     """
 
     samples: int
@@ -48,6 +50,7 @@ class StepLine:
     images_per_second: float | None = None
     data_wait_percent: float | None = None
     taught: float | None = None
+    keep_ratio: float | None = None
 
 
 @dataclass(frozen=True)

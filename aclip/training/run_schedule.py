@@ -1,6 +1,7 @@
 """A run as a function of its steps: how many, what each is taken with, what is due after it."""
 
 from aclip.config.recipe import Recipe
+from aclip.method.masks.keep_ratio import keep_ratio
 from aclip.method.schedules import ema_momentum, learning_rate
 
 
@@ -46,6 +47,20 @@ class RunSchedule:
     def progress(self, step: int) -> float:
         """How much of the run lies before the step, in [0, 1)."""
         return self._samples(step - 1) / self.total_samples
+
+    def logged(self, step: int) -> dict[str, float | None]:
+        """What a progress line tells of the schedule."""
+        names = ("learning_rate", "momentum", "keep_ratio")
+        return {name: getattr(self, name)(step) for name in names}
+
+    def keep_ratio(self, step: int) -> float | None:
+        """The share of the blocks that views keep; None where it is constant."""
+        mask = self._recipe.mask
+        if mask.keep_ratio_end is None:
+            return None
+        return keep_ratio(
+            self.progress(step), mask.keep_ratio, mask.keep_ratio_end, mask.keep_ratio_shape
+        )
 
     def is_due(self, every: int, step: int) -> bool:
         """Whether a multiple of `every` samples lies in the step; with 0 none does."""

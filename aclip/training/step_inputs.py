@@ -52,7 +52,6 @@ class StepInputs:
         self._teacher = teacher
         self._grid = image.grid
         self._patch_size = image.patch_size
-        self._num_kept_blocks = kept_blocks(recipe, image.grid)
         self._device = device
         self._dtype = dtype
 
@@ -146,7 +145,7 @@ class StepInputs:
         reads_noise = policy.reads_noise or share > 0 or mask.temperature > 0
         views = ViewsToMask(
             self._grid,
-            self._num_kept_blocks,
+            kept_blocks(mask, self._grid, progress),
             mask.block_size,
             pixels=pixels,
             noise=self._to_device(micro.mask_noise) if reads_noise else None,
@@ -156,6 +155,8 @@ class StepInputs:
             progress=progress,
             noise_share=share,
             temperature=mask.temperature,
+            anchor_ratio=mask.anchor_ratio,
+            cluster_threshold=mask.cluster_threshold,
         )
         return select_patches(policy, views)
 

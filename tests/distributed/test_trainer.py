@@ -76,6 +76,14 @@ FAMILIES = {
         *EASY_SSL_VIEWS,
     ],
     "siglip": ["mask.policy=none", "loss.simclr=0", "loss.byol=0", "teacher=null", *SIGLIP],
+    "cluster": [
+        "loss.simclr=0",
+        "loss.byol=0",
+        "teacher=null",
+        "mask.policy=cluster",
+        "mask.keep_ratio=0.25",
+        "mask.keep_ratio_end=1",
+    ],
     "maskclip": ["views.student=1", *MASKCLIP],
     "pixels": ["views.student=1", *MASKCLIP, "distill.targets=pixels", "teacher=null"],
     "everything": [
@@ -108,7 +116,7 @@ def test_every_family_learns_and_gives_equal_losses_however_it_is_split(
 
 
 RESUMES = [  # ZeRO stage and ranks until the kill, then after it; what the mask does meanwhile
-    ("0", 2, "0", 2, []),
+    ("0", 2, "0", 2, ["mask.keep_ratio=0.25", "mask.keep_ratio_end=1"]),
     ("2", 2, "1", 1, ["mask.warmup=0.7"]),
     ("3", 2, "1", 1, ["mask.temperature=1"]),
     ("1", 1, "2", 2, ["mask.warmup=0.9", "mask.warmup_change=gradual"]),

@@ -21,6 +21,7 @@ from aclip.kernels.attentive_pack import kernel as pack
 from aclip.kernels.attentive_pack import kernel_backward as pack_backward
 from aclip.kernels.augment_views import kernel as augment
 from aclip.kernels.cls_attention_scores import kernel as scores
+from aclip.kernels.cluster_counts import kernel as clusters
 from aclip.kernels.contrastive_loss import kernel as contrastive
 from aclip.kernels.cut_views import kernel as cut
 from aclip.kernels.sigmoid_loss import kernel as sigmoid
@@ -81,6 +82,15 @@ def cases():
             | {"scale": 0.125, "weight": 0.01},
             scores.block_sizes(tokens, HEAD_DIM),
             scores.NUM_WARPS,
+        )
+        side = 224
+        yield Case(
+            f"cluster_counts {tower}",
+            clusters.cluster_counts_kernel,
+            {"views_ptr": "bf16", "anchors_ptr": "i64", "counts_ptr": "i32"},
+            {"A": 6, "G": grid, "R": side, "threshold": 0.65},
+            clusters.block_sizes(grid, side // grid),
+            clusters.NUM_WARPS,
         )
     yield from augment_cases()
     for has_flips in (False, True):

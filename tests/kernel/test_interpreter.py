@@ -17,7 +17,7 @@ from aclip.kernels.common import INTERPRET
 HERE = Path(__file__).parent
 OPS = (
     ("attentive_pack", "contrastive_loss", "sigmoid_loss"),
-    ("augment_views", "cls_attention_scores", "cut_views"),
+    ("augment_views", "cls_attention_scores", "cluster_counts", "cut_views"),
 )
 """Those of a line share a process."""
 

@@ -26,7 +26,7 @@ def test_two_masked_views_keep_less_than_one_full_view_of_open_clip():
 
     recipe = load_recipe("aclip_vitb16")
     student = build_student(recipe)
-    kept_in_view = kept_blocks(recipe, student.image.grid)
+    kept_in_view = kept_blocks(recipe.mask, student.image.grid, 1.0)
     to_mask = ViewsToMask(
         14, kept_in_view, recipe.mask.block_size, noise=torch.rand(len(LENGTHS), 2, 7, 7)
     )

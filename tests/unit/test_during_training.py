@@ -120,6 +120,20 @@ def test_without_a_mask_or_on_another_rank_nothing_is_pictured(shards, monkeypat
     assert evaluation.picture is None and "mask" not in evaluation.metrics
 
 
+def test_a_threshold_that_does_not_fit_is_said_once_before_training(shards):
+    plain = [*RECIPE, "loss.byol=0", "loss.simclr=0", "teacher=null", "mask.policy=cluster"]
+    # One of 4 x 4 patches is the anchor, and no other is as like it.
+    recipe = load_recipe("demo", [*plain, "mask.cluster_threshold=0.999"])
+    evaluator = Evaluator(recipe, shards)
+    before = evaluator({"student": always(0)}, None, progress=0.0)
+    assert before.metrics["mask"]["clustered"] == pytest.approx(1 / 16)
+    assert 0 <= before.metrics["mask"]["object_patches_kept"] <= 1
+    assert "clusters hold 6 % of the patches, where the mask drops 50 %" in before.warning
+    assert before.picture is not None
+    later = evaluator({"student": always(0)}, None, progress=0.5)
+    assert later.metrics["mask"] == before.metrics["mask"] and later.warning == ""
+
+
 def write_set(write_tar, encode_image, *members):
     """A set of one picture with these members besides."""
     named = [("0.jpg", encode_image(64, 64)), *((f"0.{name}", text) for name, text in members)]

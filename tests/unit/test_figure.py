@@ -60,6 +60,11 @@ def run_visualize(*paths, out=None):
             5, ["least attention", "heads and layers 1 to 1"], id="inverse",
         ),
         pytest.param(
+            "random_2x50_vitb16", ["mask.policy=cluster", "mask.keep_ratio_end=1"],
+            5, ["clusters of patches that look alike", "from 50% to 100% in the run", "8 of 16"],
+            id="cluster",
+        ),
+        pytest.param(
             "demo", [AT_32, "mask.warmup=0.125", "mask.temperature=2"],
             5, ["first 12.5 % of the run", "temperature 2; shown is one draw"], id="noise",
         ),

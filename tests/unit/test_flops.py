@@ -118,6 +118,14 @@ def test_of_a_run_the_teacher_counts_by_its_share_of_the_steps(overrides, share)
     assert (of_run.heads, of_run.losses) == (every_step.heads, every_step.losses)
 
 
+def test_a_cluster_mask_compares_every_patch_with_its_anchors():
+    plain = ["teacher=null", "loss.simclr=0", "loss.byol=0"]
+    parts = measured([*plain, "mask.policy=cluster", "mask.block_size=1"]).flops
+    anchors = 2  # 3 % of 64, rounded up
+    expect(parts["mask"], 2 * product(anchors, PIXELS, PATCHES), 0)
+    assert parts["mask"].forward < 0.01 * parts["image"].forward and "teacher" not in parts
+
+
 def test_frozen_patch_embedding_has_no_backward_pass():
     image = measured(["model.image.freeze_patch_embed=true"]).flops["image"]
     expect(image, 2 * (EMBEDDING + VIEW), 2 * 2 * VIEW)
@@ -250,5 +258,6 @@ def test_every_recipe_is_measured(name):
     assert {"image", "text", "losses"} <= parts.keys()
     assert ("teacher" in parts) == recipe.needs_teacher
     assert "student" not in parts, "all products are made by modules"
+    assert ("mask" in parts) == (recipe.mask.policy == "cluster")
     assert add_up(parts).backward > 0
     assert not torch.distributed.is_initialized()

@@ -118,6 +118,19 @@ def test_pictures_show_and_say_what_the_mask_does_while_it_warms_up(
     assert torch.equal(gaussian, pictured.keep_ids("gaussian"))
 
 
+@pytest.mark.parametrize("policy", ["attentive", "cluster", "random"])
+def test_pictures_keep_as_many_as_the_run_does_at_that_moment(scenes, policy):
+    growing = ["mask.keep_ratio=0.25", "mask.keep_ratio_end=1", "mask.keep_ratio_shape=cosine"]
+    pictured = read_picture_set(
+        load_recipe("demo", [*whole_views(), *growing]), TarShard(scenes).walk()
+    )
+    scores = torch.rand(8, 4, 4, generator=torch.Generator().manual_seed(0))
+    for progress, number in ((0.0, 4), (0.5, 10), (1.0, 16)):
+        assert pictured.keep_ids(policy, scores, progress).shape == (8, 2, number)
+        columns = pictured.columns(policy, scores, progress=progress)
+        assert columns[2].subtitle == f"{number} of 16 patches kept"
+
+
 def test_mask_of_another_size_than_the_image_is_counted(write_tar):
     members = []
     for number, side in enumerate((64, 32, 128)):

@@ -145,6 +145,25 @@ def test_agreement_comes_from_the_second_time_on_and_tells_of_the_scores():
     assert found == [None, 1.0, 0.0]
 
 
+def test_agreement_compares_as_many_patches_where_the_number_changes():
+    # A quarter of 16 patches at first; all of them at the end, which always agree.
+    signals = signals_of(["mask.keep_ratio_end=1"])
+    found = [
+        signals.measure(knows_captions_by(0), attention_on(place), progress)[0].get("agreement")
+        for place, progress in ((OBJECT, 0.0), (OBJECT, 0.5), (CORNER, 0.5), (OBJECT, 1.0))
+    ]
+    # In the middle ten are kept: with the object 0 to 9; with the corner its four and 0 to 5.
+    assert found == [None, 1.0, pytest.approx(0.6), 1.0]
+
+
+def test_a_mask_that_keeps_everything_is_not_warned_of():
+    signals = signals_of(["mask.keep_ratio_end=1"])
+    assert signals.measure(knows_captions_by(0), attention_on(CORNER), 0.0)[1]
+    metrics, warning = signals.measure(knows_captions_by(0), attention_on(CORNER), 1.0)
+    assert metrics == {"attention_kept": pytest.approx(1.0), "agreement": 1.0}
+    assert warning == ""
+
+
 def test_losses_tell_where_captions_are_understood():
     metrics, _ = signals_of().measure(knows_captions_by(0), attention_on(OBJECT), 1.0)
     # Patch 0 is the object's: with it an image fits its caption alone, without it any caption.

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from aclip.config.geometry import count_kept_blocks
+from aclip.config.geometry import kept_blocks
+from aclip.config.recipe import MaskConfig
 from aclip.kernels.attentive_pack import attentive_pack
 from aclip.method.masks.policies import POLICIES
 from aclip.method.masks.policy import MaskPolicy, ViewsToMask
@@ -66,7 +67,8 @@ def best_patches(block_scores, num_kept_blocks, block_size):
     ],
 )
 def test_count_of_kept_blocks_is_the_share_rounded_up(grid, block_size, keep_ratio, expected):
-    assert count_kept_blocks(grid, block_size, keep_ratio) == expected
+    mask = MaskConfig(block_size=block_size, keep_ratio=keep_ratio)
+    assert {kept_blocks(mask, grid, progress) for progress in (0.0, 0.3, 1.0)} == {expected}
 
 
 @pytest.mark.parametrize("block_size", [1, 2])

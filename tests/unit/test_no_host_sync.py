@@ -116,7 +116,7 @@ def test_step_does_not_wait_for_the_device(recipe, models, dtype):
 
     taught = teacher.forward(make(BATCH, 3, 64, 64, dtype=dtype))
     views = ViewsToMask(
-        GRID, kept_blocks(recipe, GRID), 2, teacher_scores=taught.scores, **_boxes()
+        GRID, kept_blocks(recipe.mask, GRID, 1.0), 2, teacher_scores=taught.scores, **_boxes()
     )
     selection = POLICIES["attentive"].select(views)
     pixels = make(BATCH, 2, 3, 64, 64, dtype=dtype)

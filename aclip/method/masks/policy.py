@@ -63,6 +63,7 @@ class ViewsToMask:
         progress: how much of the run is done, in [0, 1].
         noise_share: how much noise decides in place of the teacher's scores; see noise.py.
         temperature: the recipe's mask.temperature, for a policy that `reads_teacher`.
+        anchor_ratio, cluster_threshold: the recipe's, for the policy that they are keys of.
     """
 
     grid: int
@@ -76,12 +77,17 @@ class ViewsToMask:
     progress: float = 0.0
     noise_share: float = 0.0
     temperature: float = 0.0
+    anchor_ratio: float = 0.0
+    cluster_threshold: float = 0.0
 
     def by_block(self, scores: Tensor) -> Selection:
         """A selection by scores of the views' blocks, (B, V, g, g)."""
         # The op takes scores per patch; the mean over a block of equal ones is the block's.
-        scores = scores.repeat_interleave(self.block_size, 2).repeat_interleave(self.block_size, 3)
-        return self.by_patch(scores)
+        return self.by_patch(self.of_patches(scores))
+
+    def of_patches(self, blocks: Tensor) -> Tensor:
+        """Numbers of blocks, (B, V, g, g), as numbers of their patches, (B, V, G, G)."""
+        return blocks.repeat_interleave(self.block_size, 2).repeat_interleave(self.block_size, 3)
 
     def by_patch(self, scores: Tensor) -> Selection:
         """A selection by scores of the views' patches, (B, V, G, G); a block has their mean."""
@@ -129,6 +135,9 @@ class MaskPolicy:
         reads_teacher: whether it reads the teacher's scores, so that a teacher runs.
         reads_noise: whether it reads noise, which the data workers draw.
         reads_pixels: whether it reads the views' pixels.
+        keys: keys of the recipe's mask section that it alone reads.
+        inspect: gives metrics of its mask on some views, and a sentence if a key of its own does
+            not suit them, else ""; None where there is nothing to tell.
     """
 
     name: str
@@ -137,6 +146,8 @@ class MaskPolicy:
     reads_teacher: bool = False
     reads_noise: bool = False
     reads_pixels: bool = False
+    keys: tuple[str, ...] = ()
+    inspect: Callable[[ViewsToMask], tuple[dict[str, float], str]] | None = None
 
 
 def select_patches(policy: MaskPolicy, views: ViewsToMask) -> Selection | None:

@@ -74,7 +74,7 @@ class MetricsLogger:
             return
         line = StepLine(**_plain(asdict(line)))
         values = asdict(line)
-        for name in ("noted", "taught"):  # as in most runs
+        for name in ("noted", "taught", "keep_ratio"):  # as in most runs
             if values[name] in (None, {}):
                 del values[name]
         self._append(values)
@@ -170,6 +170,7 @@ class MetricsLogger:
             (line.images_per_second, "{:,.4g} img/s"),
             (line.data_wait_percent, "data wait {:.0f} %"),
             (line.taught, "taught {:.0%}"),
+            (line.keep_ratio, "keeps {:.1%}"),
             (line.learning_rate, "lr {:.2e}"),
             (line.memory_gib, "{:.1f} GiB"),
         ):
