@@ -35,6 +35,9 @@ from aclip.planning.zero_memory import (
     zero_states,
 )
 
+MUON_SENT_BYTES = 2 * 2 * 2
+"""Of each element of its matrices, in bf16: all-reduced twice, which sends each twice."""
+
 # A run's share of a GPU; the rest is for CUDA's context, NCCL, work space and fragmentation.
 USABLE_SHARE = 0.9
 
@@ -140,6 +143,8 @@ def plan(given: PlanInput) -> Plan:
     sent = sent_bytes(
         workload.groups, workload.frozen, settings, num_micro_steps, bool(workload.teacher)
     )
+    if settings.stage > 0:
+        sent += ring_share(num_ranks) * MUON_SENT_BYTES * workload.orthogonal
     sent += ring_share(num_ranks) * workload.measured[settings.dtype_bytes].collectives
     eager, compiled = recipe_step_times(
         recipe, ds_config.dtype, settings, gpu, micro, length, arguments.samples
@@ -205,7 +210,7 @@ def stage_memory(workload: Workload, settings: ZeroSettings) -> Memory:
     width = settings.dtype_bytes
     measured = workload.measured[width]
     return Memory(
-        states=zero_states(workload.groups, workload.frozen, settings),
+        states=zero_states(workload.groups, workload.frozen, settings, workload.num_moments),
         teacher=workload.teacher * (FP32 + (width if width < FP32 else 0)),
         heads=measured.heads,
         losses=measured.losses,

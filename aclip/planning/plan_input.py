@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from aclip.config.ds_config import DsConfig, read_ds_config
+from aclip.config.optimizer import check_with_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
@@ -45,6 +46,7 @@ def read_input(arguments: argparse.Namespace) -> PlanInput:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     num_ranks = arguments.nodes * arguments.gpus_per_node
     ds_config = read_ds_config(arguments.ds_config, recipe.train.global_batch_size, num_ranks)
+    check_with_ds_config(recipe.optimizer, ds_config)
     return PlanInput(arguments, gpu, recipe, ds_config, zero_settings(ds_config, num_ranks))
 
 

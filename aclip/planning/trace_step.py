@@ -72,7 +72,8 @@ def trace_step(
     model = recipe.model.model_copy(update={"compile": False})
     with META:
         student = build_student(recipe.model_copy(update={"model": model})).to(dtype)
-    teacher = Teacher(student, dtype, META) if recipe.needs_teacher else None
+    keeps_average = recipe.average_momentum is not None
+    teacher = Teacher(student, dtype, META) if keeps_average else None
     inputs = StepInputs(recipe, student.terms, teacher, student.image, META, dtype)
     local_size = len(batch) * num_micro_steps
     encodings = 2 * num_micro_steps - 1

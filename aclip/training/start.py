@@ -9,6 +9,7 @@ from aclip.config.arguments import DEMO, read_recipe
 from aclip.config.arguments import run_folder as choose_run_folder
 from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.geometry import shared_bytes
+from aclip.config.optimizer import check_with_ds_config
 from aclip.config.recipe import Recipe
 from aclip.data.find_data import find_data
 from aclip.data.fingerprint import check_progress
@@ -73,6 +74,7 @@ def check_start(arguments: argparse.Namespace) -> Start:
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     recipe = _read_recipe(arguments)
     ds_config = read_ds_config(arguments.ds_config, recipe.train.global_batch_size, num_ranks)
+    check_with_ds_config(recipe.optimizer, ds_config)
     check_wandb(recipe.train.wandb, is_writer=rank == 0)
     run_folder = choose_run_folder(arguments)
 
@@ -84,6 +86,7 @@ def check_start(arguments: argparse.Namespace) -> Start:
         check_shared(run_folder, recipe)
     if beginning.checkpoint is None:
         check_init(recipe.model.init)
+        _check_locked(recipe)
     recipe = with_crops(recipe, beginning.crops)
     _give_hints(recipe)
     shards, val_shards = find_data(recipe)
@@ -111,6 +114,15 @@ def _read_recipe(arguments: argparse.Namespace) -> Recipe:
             "'/data/yfcc15m/*.tar'"
         )
     return recipe
+
+
+def _check_locked(recipe: Recipe) -> None:
+    for tower in recipe.optimizer.locked_towers:
+        if not recipe.model.init:
+            raise ConfigError(
+                f"optimizer.{tower}.lr_scale is 0, but no --init gives the {tower} tower the "
+                "weights that it keeps; give one, or a scale above 0"
+            )
 
 
 def _give_hints(recipe: Recipe) -> None:

@@ -69,8 +69,8 @@ def measure(folder, stage, dtype):
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("dtype, stage", SETTINGS, ids=IDS)
 def test_states_are_what_deepspeed_allocates(run_distributed, tmp_path, dtype, stage, num_ranks):
-    student = tiny_run.build_student(tiny_run.load_recipe("demo", [*tiny_run.TINY, *OVERRIDES]))
-    groups, frozen = count_parameters(student, weight_decay=0.1)
+    recipe = tiny_run.load_recipe("demo", [*tiny_run.TINY, *OVERRIDES])
+    groups, frozen = count_parameters(tiny_run.build_student(recipe), recipe.optimizer)
     width = 2 if dtype == "bf16" else 4
     settings = ZeroSettings(
         stage,
