@@ -132,7 +132,8 @@ def measure_step(
 
         meter.begin(STUDENT, local_size)
         joined = {
-            name: resized(part, local_size).requires_grad_() for name, part in features.items()
+            name: resized(part, local_size).requires_grad_(part.requires_grad)
+            for name, part in features.items()
         }
         output = StudentOutput.of(student("project", joined))
         heads = meter.held

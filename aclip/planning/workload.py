@@ -62,13 +62,10 @@ def describe_workload(
     keeps_average = recipe.average_momentum is not None
     teacher = Teacher(student, torch.float32, META).state_dict() if keeps_average else {}
     groups = student_groups(student, recipe.optimizer)
-    counts, frozen = count_parameters(student, recipe.optimizer)
     kept = {p: group["num_moments"] for group in groups for p in group["params"]}
     return Workload(
-        groups=counts,
-        num_moments=[group["num_moments"] for group in groups],
+        **count_parameters(student, recipe.optimizer),
         orthogonal=sum(p.numel() for g in groups if g["orthogonal"] for p in g["params"]),
-        frozen=frozen,
         teacher=sum(average.numel() for average in teacher.values()),
         checkpoint=checkpoint_copies(student, list(teacher.values()), kept),
         global_batch_size=recipe.train.global_batch_size,
@@ -80,10 +77,11 @@ def describe_workload(
     )
 
 
-def count_parameters(
-    student: Student, config: OptimizerConfig
-) -> tuple[list[list[int]], list[int]]:
-    """Elements of the trained parameters by the optimizer's groups, and of the frozen ones."""
+def count_parameters(student: Student, config: OptimizerConfig) -> dict[str, list]:
+    """`groups`, `num_moments` and `frozen` of a Workload."""
     groups = student_groups(student, config)
-    frozen = [p.numel() for p in student.parameters() if not p.requires_grad]
-    return [[p.numel() for p in group["params"]] for group in groups], frozen
+    return {
+        "groups": [[p.numel() for p in group["params"]] for group in groups],
+        "num_moments": [group["num_moments"] for group in groups],
+        "frozen": [p.numel() for p in student.parameters() if not p.requires_grad],
+    }

@@ -149,7 +149,7 @@ def test_two_ranks_of_every_stage_update_as_the_plain_rule_on_one(run_distribute
         assert num_apart < 2e-3 * num_elements, (name, stage, num_apart, num_elements)
 
 
-# The stages and optimizers that go on from each other's checkpoints, on two ranks; one rank is last.
+# The stages that go on from each other's checkpoints on two ranks; one rank comes last.
 CHAIN = (0, 1, 3, 2)
 
 
