@@ -102,25 +102,32 @@ def check_with_recipe(recipe) -> None:
             )
 
 
+def runs_under(optimizer: OptimizerConfig, stage: int, offloads: bool) -> bool:
+    """Whether ZeRO runs the optimizer rightly.
+
+    It hands over flat parts of many tensors. AdamW and Lion update each element by itself. Muon
+    puts its matrices together by itself (aclip/engine/muon.py), on the ranks' devices.
+    """
+    return {LAMB: stage == 0, MUON: not offloads}.get(optimizer.name, True)
+
+
 def check_with_ds_config(optimizer: OptimizerConfig, ds_config: DsConfig) -> None:
     """Refuses an optimizer that ZeRO, as the ds_config asks for it, would run wrongly.
-
-    ZeRO hands over flat parts of many tensors. AdamW and Lion update each element by itself. Muon
-    puts its matrices together by itself (aclip/engine/muon.py), on the ranks' devices.
 
     Raises:
         ConfigError: one sentence that says which stage to take.
     """
+    if runs_under(optimizer, ds_config.stage, ds_config.offloads_optimizer):
+        return
     name = f"optimizer.name is {optimizer.name}"
-    if optimizer.name == LAMB and ds_config.stage > 0:
+    if optimizer.name == LAMB:
         raise ConfigError(
             f"{name}, which needs the norm of each whole tensor, but zero_optimization.stage is "
             f"{ds_config.stage} in {ds_config.path}, which hands over parts of them; take stage 0 "
             "(ds_configs/zero0.json), or another optimizer"
         )
-    if optimizer.name == MUON and ds_config.offloads_optimizer:
-        raise ConfigError(
-            f"{name}, whose matrices are orthogonalised on the GPUs, but "
-            f"zero_optimization.offload_optimizer is set in {ds_config.path}; take stage 1, 2 or 3 "
-            "without it"
-        )
+    raise ConfigError(
+        f"{name}, whose matrices are orthogonalised on the GPUs, but "
+        f"zero_optimization.offload_optimizer is set in {ds_config.path}; take stage 1, 2 or 3 "
+        "without it"
+    )

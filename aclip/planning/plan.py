@@ -12,6 +12,7 @@ import torch
 
 from aclip.config.ds_config import DsConfig
 from aclip.config.geometry import teacher_grid
+from aclip.config.optimizer import runs_under
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
 from aclip.data.stored_scores import HEADER_BYTES, record_bytes
@@ -136,7 +137,11 @@ def plan(given: PlanInput) -> Plan:
     held = batch_bytes(recipe, batch, arguments.image_pixels)
     workload = replace(workload, batch_bytes=held)
     memory_bytes = USABLE_SHARE * gpu.memory_bytes
-    rows = [memory_row(workload, stage, memory_bytes) for stage in all_stages(settings)]
+    rows = [
+        memory_row(workload, each, memory_bytes)
+        for each in all_stages(settings)
+        if runs_under(recipe.optimizer, each.stage, each.offload)
+    ]
     own = next(row for row in rows if row.title == settings.title)
     micro = min(ds_config.micro_batch_size, own.largest[None]) or ds_config.micro_batch_size
     num_micro_steps = workload.local_batch_size // micro
