@@ -86,7 +86,7 @@ def check_start(arguments: argparse.Namespace) -> Start:
         check_shared(run_folder, recipe)
     if beginning.checkpoint is None:
         check_init(recipe.model.init)
-        _check_locked(recipe)
+        check_locked(recipe)
     recipe = with_crops(recipe, beginning.crops)
     _give_hints(recipe)
     shards, val_shards = find_data(recipe)
@@ -116,7 +116,8 @@ def _read_recipe(arguments: argparse.Namespace) -> Recipe:
     return recipe
 
 
-def _check_locked(recipe: Recipe) -> None:
+def check_locked(recipe: Recipe) -> None:
+    """Refuses a new run whose locked tower would keep random weights."""
     for tower in recipe.optimizer.locked_towers:
         if not recipe.model.init:
             raise ConfigError(
