@@ -38,7 +38,7 @@ def main() -> None:
     ds_config = read_ds_config(spec["ds_config"], global_batch_size, world_size)
     batch = synthetic_batch(recipe, global_batch_size // world_size)
     batch = join([batch], pin=device.type == "cuda")  # as the loader hands it over
-    momentum = 1.0 if recipe.teacher is None else recipe.teacher.momentum
+    momentum = recipe.average_momentum
 
     def step() -> None:
         stepper.step(batch, recipe.optimizer.lr, momentum)

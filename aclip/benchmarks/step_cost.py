@@ -31,7 +31,7 @@ from aclip.config.recipe_file import load_recipe
 from aclip.data.batch import join
 from aclip.data.synthetic import caption_lengths, synthetic_batch
 from aclip.distributed import default_to_one_rank
-from aclip.engine.optimizer import optimizer_bytes
+from aclip.engine.optimizer import optimizer_bytes, student_groups
 from aclip.engine.process_group import init_distributed
 from aclip.errors import ConfigError
 from aclip.files import check_writable, write_whole
@@ -135,7 +135,7 @@ def _build(
 ) -> list[tuple[float, System]]:
     """The recipe's kinds of step on one stepper, each with its share of a run's steps."""
     stepper = Stepper(recipe, ds_config, device)
-    momentum = 1.0 if recipe.teacher is None else recipe.teacher.momentum
+    momentum = recipe.average_momentum
     kinds = step_kinds(recipe, synthetic_batch(recipe, batch_size))
 
     def system(kind: StepKind) -> System:
@@ -197,14 +197,19 @@ def _clock(device: torch.device) -> Iterator[list[float]]:
 
 
 def _state_bytes(stepper: Stepper) -> int:
-    """Weights, both moments, fp32 masters where the weights are not, and the teacher."""
+    """Weights, moments, fp32 masters where the weights are not, and the teacher."""
     module, teacher = stepper.engine.module, stepper.teacher
     tensors = list(module.parameters())
     if teacher is not None:
         tensors += [*teacher.model.parameters(), *teacher.state_dict().values()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return sum(storages.values()) + optimizer_bytes(trained, stepper.dtype)
+    groups = student_groups(module, stepper.recipe.optimizer)
+    kept = sum(
+        optimizer_bytes(p.numel(), stepper.dtype, group["num_moments"])
+        for group in groups
+        for p in group["params"]
+    )
+    return sum(storages.values()) + kept
 
 
 def _environment(device, batch_size, arguments, recipe) -> dict:

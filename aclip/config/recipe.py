@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
+from aclip.config.optimizer import OptimizerConfig, check_with_recipe
 from aclip.config.sections import (
     AugmentConfig,
     DataConfig,
     ModelConfig,
-    OptimizerConfig,
     SslColorConfig,
     TeacherConfig,
     TrainConfig,
@@ -160,6 +160,12 @@ class Recipe(OfTerms):
     def needs_teacher(self) -> bool:
         return self.needs_teacher_view or self.needs_teacher_patches
 
+    @property
+    def average_momentum(self) -> float | None:
+        """The momentum at the first step of the teacher's average, or of train.average; None where
+        the run keeps no average of the weights."""
+        return self.teacher.momentum if self.teacher is not None else self.train.average or None
+
     def _weighted(self) -> list[type[LossTerm]]:
         return [term for term in TERMS if getattr(self.loss, term.name) > 0]
 
@@ -170,6 +176,7 @@ class Recipe(OfTerms):
         self._check_teacher()
         self._check_reuse()
         self._check_views()
+        check_with_recipe(self)
         for part in ("augment", "ssl_augment"):
             low, high = getattr(self, part).blur_sigma
             if low > high:
@@ -231,6 +238,11 @@ class Recipe(OfTerms):
             )
         if self.teacher is None:
             return
+        if self.train.average:
+            raise ValueError(
+                f"train.average is {self.train.average:g}, but the teacher is such an average "
+                f"already, with teacher.momentum {self.teacher.momentum:g}; set train.average=0"
+            )
         resolution = self.teacher.resolution
         if not readers:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The sections of a recipe that no method declares: towers, views, optimizer, data and so on.
+"""The sections of a recipe that no method declares: towers, views, data and so on.
 
 No torch in here, since scripts that start over ssh read them too.
 """
@@ -11,7 +11,6 @@ from aclip.section import Positive, Section, Strength
 
 Recompute = Literal["none", "elementwise", "blocks"]
 HueShift = Annotated[float, Field(ge=0, le=0.5)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ImageTowerConfig(Section):
@@ -104,22 +103,6 @@ class TeacherConfig(Section):
     folder's `scores`. For a mask alone: a loss that reads the teacher needs it in every step."""
 
 
-class OptimizerConfig(Section):
-    """AdamW; biases, norms and other 1-d parameters get no weight decay."""
-
-    lr: float = Field(5e-4, gt=0)
-    """The learning rate at the end of the warm-up."""
-    warmup_start_lr: float = Field(1e-6, ge=0)
-    """The learning rate at the first step, from which it rises linearly."""
-    final_lr: float = Field(1e-5, ge=0)
-    """The learning rate at the last step, to which it falls on a cosine."""
-    weight_decay: float = Field(0.5, ge=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.98)
-    eps: float = Field(1e-8, gt=0)
-    keep_state: bool = False
-    """In a stage that follows another one: go on with the optimizer's state, or begin with none."""
-
-
 class SourceConfig(Section):
     shards: str | list[str]
     """The source's shards, given as in data.train."""
@@ -177,6 +160,10 @@ class TrainConfig(Section):
     """The length of the run, or of its stage, in samples; empty for one in epochs."""
     warmup_epochs: float = Field(1, ge=0)
     """Passes at the start in which the learning rate rises."""
+    average: float = Field(0.0, ge=0, lt=1)
+    """Momentum at the first step of an average of the weights, which rises to 1 on a cosine over
+    the run and is evaluated and exported as a teacher is, without a forward pass in a step; 0 for
+    none. A teacher is such an average, with teacher.momentum."""
     seed: int = Field(0, ge=0)
     """The seed of weights, order, views and masks."""
     log_every: int = Field(10, ge=1)

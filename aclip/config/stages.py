@@ -58,6 +58,15 @@ def values_of_next_stage(values: dict[str, Any]) -> dict[str, Any]:
                 f"a stage in stages changes {key} from {before} to {after}, but all stages train "
                 "the same towers; remove the key"
             )
+    name, before = (each["optimizer"]["name"] for each in (merged, values))
+    if name != before:
+        if merged["optimizer"]["keep_state"]:
+            raise ConfigError(
+                f"optimizer.keep_state is true, but optimizer.name is {name} after a stage with "
+                f"{before}, whose state is another; set it to false"
+            )
+        for key in {"betas", "eps"} - changes["optimizer"].keys():
+            del merged["optimizer"][key]  # the optimizer's own, where the stage gives none
     if "seed" not in train:
         merged["train"]["seed"] = values["train"]["seed"] + 1
     if "samples" not in train:

@@ -6,14 +6,16 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from aclip.config.ds_config import DsConfig
-from aclip.config.sections import OptimizerConfig
+from aclip.config.optimizer import ADAMW, OptimizerConfig, check_with_ds_config
 from aclip.engine import cpu_bf16
+from aclip.engine.muon import Muon
 from aclip.engine.optimizer import build_optimizer
 from aclip.engine.process_group import (
     COLLECTIVE_TIMEOUT,
     avoid_shared_memory_build,
     limit_engine_collectives,
 )
+from aclip.engine.sharded_state import ShardedState
 from aclip.errors import ConfigError
 from aclip.models.student import Student
 
@@ -25,8 +27,10 @@ def build_engine(student: Student, config: OptimizerConfig, ds_config: DsConfig)
     are in no group.
 
     Raises:
-        ConfigError: the student's blocks are compiled and the stage is 3.
+        ConfigError: the student's blocks are compiled and the stage is 3, or the optimizer can't
+            run as the ds_config says.
     """
+    check_with_ds_config(config, ds_config)
     if ds_config.stage == 3 and student.image.compiled:
         raise ConfigError(
             f"model.compile is true with zero_optimization.stage 3 in {ds_config.path}, whose "
@@ -38,11 +42,13 @@ def build_engine(student: Student, config: OptimizerConfig, ds_config: DsConfig)
     if ds_config.stage == 3:
         for parameter in student.external_parameters():
             deepspeed.zero.register_external_parameter(student, parameter)
-    engine, *_ = deepspeed.initialize(
-        model=student,
-        optimizer=build_optimizer(student, config, ds_config),
-        config=ds_config.engine_values(),
-    )
+    values = ds_config.engine_values()
+    if config.name != ADAMW:
+        values["zero_allow_untested_optimizer"] = True  # check_with_ds_config knows them
+    optimizer = build_optimizer(student, config, ds_config)
+    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=values)
+    if isinstance(optimizer, Muon) and ds_config.stage > 0:
+        optimizer.put_together_from(ShardedState(engine))
     if dist.get_world_size() == 1 and ds_config.stage == 0:
         # DeepSpeed copies all gradients into a buffer and back even to sum over one rank (0.19.8):
         # an eighth of a step on a CPU.

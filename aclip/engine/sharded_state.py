@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aclip.distributed import rank, world_size
-from aclip.engine.optimizer import state_family
+from aclip.engine.optimizer import LAMB_FAMILY, state_family
 from aclip.errors import ConfigError
 
 MASTER = "master"
@@ -81,6 +81,9 @@ class ShardedState:
                         f"{found[kind]} for another parameter, which a checkpoint does not hold; "
                         "use an optimizer that counts alike for all"
                     )
+        for group in self._optimizer.param_groups:
+            if "step" in group:  # where timm's LAMB counts, alike for all groups
+                found["step"] = group["step"]
         return found
 
     @torch.no_grad()
@@ -88,9 +91,9 @@ class ShardedState:
         """Writes this rank's part of a whole tensor; a master also reaches the model's weights."""
         parameter = self.parameters[name]
         if parameter.requires_grad:
-            storage = flat = self._flat(parameter).data
+            storage = flat = self.flat(parameter).data
             if kind != MASTER:
-                state = self._optimizer.state[self._flat(parameter)]
+                state = self._optimizer.state[self.flat(parameter)]
                 if state.get(kind) is None:
                     state[kind] = torch.zeros_like(flat, dtype=whole.dtype)
                 storage = state[kind]
@@ -103,7 +106,11 @@ class ShardedState:
 
     def load_scalars(self, scalars: dict[str, Scalar]) -> None:
         """Sets scalars for every parameter that has a state by now, or for all if none has."""
-        flats = [self._flat(self.parameters[name]) for name in self._trainable()]
+        if self.family == LAMB_FAMILY and "step" in scalars:
+            for group in self._optimizer.param_groups:
+                group["step"] = torch.as_tensor(scalars["step"]).cpu().clone()
+            return
+        flats = [self.flat(self.parameters[name]) for name in self._trainable()]
         states = self._optimizer.state
         for flat in [flat for flat in flats if states.get(flat)] or flats:
             for kind, value in scalars.items():
@@ -118,7 +125,7 @@ class ShardedState:
         """
         parameter = self.parameters[name]
         value = torch.zeros(1, device=self.device)
-        fragment = self.fragment(parameter, self._flat(parameter).data)
+        fragment = self.fragment(parameter, self.flat(parameter).data)
         if fragment is not None and fragment.values.numel():
             fragment.values.clamp_(max=ceiling)
             value.copy_(fragment.values)
@@ -141,14 +148,14 @@ class ShardedState:
         parameter = self.parameters[name]
         if not parameter.requires_grad:
             return {MASTER: None}
-        return {MASTER: self._flat(parameter).data, **self._split_state(name)[0]}
+        return {MASTER: self.flat(parameter).data, **self._split_state(name)[0]}
 
     def _trainable(self) -> list[str]:
         return [name for name, p in self.parameters.items() if p.requires_grad]
 
     def _split_state(self, name: str) -> tuple[dict[str, Tensor], dict[str, Scalar]]:
         """The tensors laid out as the parameter's flat tensor, and the scalars beside them."""
-        flat = self._flat(self.parameters[name])
+        flat = self.flat(self.parameters[name])
         tensors, scalars = {}, {}
         for kind, value in self._optimizer.state.get(flat, {}).items():
             if torch.is_tensor(value) and value.shape == flat.shape:
@@ -180,7 +187,7 @@ class ShardedState:
         on_device = any(group.get("fused") or group.get("capturable") for group in groups)
         return value.to(flat.device if on_device else "cpu", copy=True)
 
-    def _flat(self, parameter: nn.Parameter) -> Tensor:
+    def flat(self, parameter: nn.Parameter) -> Tensor:
         """The tensor that the optimizer updates for a trainable parameter: itself, or this rank's
         part of the buffer that the parameter lies in. There is one on every rank, also where the
         rank owns no element of the parameter."""

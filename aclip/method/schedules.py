@@ -9,17 +9,38 @@ def count_steps(epochs: float, dataset_size: float, global_batch_size: int) -> i
 
 
 def learning_rate(
-    samples: int, *, total: int, warmup: int, start: float, peak: float, final: float
+    samples: int,
+    *,
+    total: int,
+    warmup: int,
+    start: float,
+    peak: float,
+    final: float,
+    schedule: str = "cosine",
+    cooldown: float = 0.0,
+    cooldown_shape: str = "linear",
 ) -> float:
-    """Linear warm-up from `start` to `peak` over `warmup` samples, then a cosine to `final` at
-    `total`.
+    """Linear warm-up from `start` to `peak` over `warmup` samples, then the schedule.
 
-    Source: A-CLIP's and SLIP's published schedule (arXiv:2212.08653, section 4.1).
+    - cosine, linear: from `peak` to `final` at `total`.
+    - constant: `peak`, and in the last `cooldown` of the run from there to `final` at `total`,
+      linearly or as 1 - sqrt(share of the cool-down that is over).
+
+    Sources: A-CLIP's and SLIP's published schedule is the cosine (arXiv:2212.08653, section 4.1);
+    constant with cool-down is that of arXiv:2405.18392.
     """
     if samples < warmup:
         return start + (peak - start) * samples / warmup
-    progress = min(1.0, (samples - warmup) / max(1, total - warmup))
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "constant":
+        warmup = total - cooldown * total
+    progress = min(1.0, max(0.0, (samples - warmup) / max(1, total - warmup)))
+    if schedule == "cosine":
+        return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "constant" and not cooldown:
+        return peak
+    if schedule == "constant" and cooldown_shape == "1-sqrt":
+        progress = math.sqrt(progress)
+    return final + (peak - final) * (1 - progress)
 
 
 def ema_momentum(samples: int, *, total: int, start: float) -> float:

@@ -206,6 +206,8 @@ def build_student(recipe: Recipe, for_training: bool = True) -> Student:
         LogitScale(recipe.loss.initial_logit_scale, recipe.loss.max_logit_scale),
         recipe.terms,
     )
+    for tower in recipe.optimizer.locked_towers:
+        getattr(student, tower).requires_grad_(False)
     if not for_training:
         student.keep_parts(student.model_parts)
     return student

@@ -48,7 +48,7 @@ class TextTower(nn.Module):
     """Captions to features at the end token.
 
     A text tower of another kind offers what is public here: `width`, `num_heads`,
-    `context_length`, `external_parameters`, `forward` and, for masked language modelling,
+    `context_length`, `blocks`, `external_parameters`, `forward` and, for masked language modelling,
     `forward_tokens`. It reads Tokens and decides where in them its feature lies.
 
     Args:
@@ -91,6 +91,11 @@ class TextTower(nn.Module):
             for layer in (_packed_layer, _end_only_layer)
         )
         self.transformer = CLIPTextModel(config)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's layers, from the input on."""
+        return list(self.transformer.encoder.layers)
 
     def external_parameters(self) -> list[nn.Parameter]:
         """Parameters that are read outside the call of the module that owns them (for ZeRO-3)."""

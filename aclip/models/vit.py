@@ -61,6 +61,11 @@ class ImageTower(nn.Module):
         if freeze_patch_embed:
             self.vit.patch_embed.requires_grad_(False)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's blocks, from the input on."""
+        return list(self.vit.blocks)
+
     def external_parameters(self) -> list[nn.Parameter]:
         """Parameters that are read outside the call of the module that owns them (for ZeRO-3)."""
         vit, qkv, proj = self.vit, self.vit.blocks[-1].attn.qkv, self.vit.patch_embed.proj

@@ -10,22 +10,30 @@ from aclip.planning.operations import Operation
 from aclip.planning.trace_step import BACKWARD, UPDATE
 from aclip.planning.zero_memory import FP32, FP64, ZeroSettings
 
-ADAMW = 7 * FP32  # reads weight, gradient and both moments, writes all but the gradient
+ADAMW = 7 * FP32
+"""Reads weight, gradient and both moments, writes all but the gradient."""
+OF_MOMENT = 2 * FP32
 
 
 def engine_operations(
-    trained: list[int], settings: ZeroSettings, num_micro_steps: int = 1
+    trained: list[int],
+    settings: ZeroSettings,
+    num_micro_steps: int = 1,
+    num_groups: int = 2,
+    num_moments: float = 2.0,
 ) -> list[Operation]:
     """The operations of a step on one rank; what collectives send is in zero_memory.sent_bytes.
 
     Gradients are copied into buckets in the backward pass, and a rank's part of them out of these.
-    Stages 1 and 2 update one flat fp32 buffer for each of the two parameter groups, stage 3 also
+    Stages 1 and 2 update one flat fp32 buffer for each of the parameter groups, stage 3 also
     takes the norm parameter by parameter. An offloaded optimizer's work on the host is not counted.
 
     Args:
         trained: elements of each trained parameter.
         settings: the ZeRO stage and what goes with it.
         num_micro_steps: backward passes of a step.
+        num_groups: parameter groups.
+        num_moments: that the optimizer keeps of an element, on average.
     """
     count, elements = len(trained), sum(trained)
     width, ranks = settings.dtype_bytes, settings.num_ranks
@@ -42,7 +50,9 @@ def engine_operations(
         return _spread(name, UPDATE, number, num_bytes, 1)
 
     norm = update("norm", 5 + reduces, part * width)
-    adamw = update("add to the count of steps", 2, 0) + update("adamw", 2, part * ADAMW)
+    moved = ADAMW - (2 - num_moments) * OF_MOMENT
+    adamw = update("add to the count of steps", num_groups, 0)
+    adamw += update("adamw", num_groups, round(part * moved))
     if settings.stage == 0:
         if not reduces:
             return norm + adamw
@@ -59,13 +69,14 @@ def engine_operations(
         operations += backward("gather", count * reduces, 0)
         operations += update("norm", 2 * count + 50, part * (FP32 + 2 * FP64))
         operations += update("gather", count * reduces, 0)
-        return operations + adamw + update("copy to weights", 2, to_weights)
+        return operations + adamw + update("copy to weights", num_groups, to_weights)
     num_own = math.ceil(count / ranks)
     operations += backward("copy from bucket", num_own, 2 * part * width)
     if settings.stage == 2 and settings.accumulation_bytes > width:
         operations += backward("cast", num_own, to_fp32) + backward("add", num_own, 3 * part * FP32)
-    operations += norm + update("join", 2, 2 * part * width) + update("cast", 2, to_fp32)
-    operations += adamw + update("copy to weights", 2, to_weights)
+    operations += norm + update("join", num_groups, 2 * part * width)
+    operations += update("cast", num_groups, to_fp32)
+    operations += adamw + update("copy to weights", num_groups, to_weights)
     return operations + update("gather", 2 * reduces, 0)
 
 

@@ -106,7 +106,8 @@ def measure_step(
     model = recipe.model.model_copy(update={"compile": False})
     with META:
         student = build_student(recipe.model_copy(update={"model": model})).to(dtype)
-    teacher = Teacher(student, dtype, META) if recipe.needs_teacher else None
+    keeps_average = recipe.average_momentum is not None
+    teacher = Teacher(student, dtype, META) if keeps_average else None
     inputs = StepInputs(recipe, student.terms, teacher, student.image, META, dtype)
     size, local_size = len(batch), recipe.train.global_batch_size // num_ranks
     meter = Meter()
@@ -132,7 +133,8 @@ def measure_step(
 
         meter.begin(STUDENT, local_size)
         joined = {
-            name: resized(part, local_size).requires_grad_() for name, part in features.items()
+            name: resized(part, local_size).requires_grad_(part.requires_grad)
+            for name, part in features.items()
         }
         output = StudentOutput.of(student("project", joined))
         heads = meter.held

@@ -12,6 +12,7 @@ import torch
 
 from aclip.config.ds_config import DsConfig
 from aclip.config.geometry import teacher_grid
+from aclip.config.optimizer import runs_under
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
 from aclip.data.stored_scores import HEADER_BYTES, record_bytes
@@ -33,6 +34,9 @@ from aclip.planning.zero_memory import (
     zero_settings,
     zero_states,
 )
+
+MUON_SENT_BYTES = 2 * 2 * 2
+"""Of each element of its matrices, in bf16: all-reduced twice, which sends each twice."""
 
 # A run's share of a GPU; the rest is for CUDA's context, NCCL, work space and fragmentation.
 USABLE_SHARE = 0.9
@@ -140,13 +144,19 @@ def plan(given: PlanInput) -> Plan:
     held = batch_bytes(recipe, batch, arguments.image_pixels)
     workload = replace(workload, batch_bytes=held)
     memory_bytes = USABLE_SHARE * gpu.memory_bytes
-    rows = [memory_row(workload, stage, memory_bytes) for stage in all_stages(settings)]
+    rows = [
+        memory_row(workload, each, memory_bytes)
+        for each in all_stages(settings)
+        if runs_under(recipe.optimizer, each.stage, each.offload)
+    ]
     own = next(row for row in rows if row.title == settings.title)
     micro = min(ds_config.micro_batch_size, own.largest[None]) or ds_config.micro_batch_size
     num_micro_steps = workload.local_batch_size // micro
     sent = sent_bytes(
         workload.groups, workload.frozen, settings, num_micro_steps, bool(workload.teacher)
     )
+    if settings.stage > 0:
+        sent += ring_share(num_ranks) * MUON_SENT_BYTES * workload.orthogonal
     sent += ring_share(num_ranks) * workload.measured[settings.dtype_bytes].collectives
     eager, compiled = recipe_step_times(
         recipe, ds_config.dtype, settings, gpu, micro, length, arguments.samples
@@ -212,7 +222,7 @@ def stage_memory(workload: Workload, settings: ZeroSettings) -> Memory:
     width = settings.dtype_bytes
     measured = workload.measured[width]
     return Memory(
-        states=zero_states(workload.groups, workload.frozen, settings),
+        states=zero_states(workload.groups, workload.frozen, settings, workload.num_moments),
         teacher=workload.teacher * (FP32 + (width if width < FP32 else 0)),
         heads=measured.heads,
         losses=measured.losses,

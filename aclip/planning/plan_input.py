@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from aclip.config.ds_config import DsConfig, read_ds_config
+from aclip.config.optimizer import check_with_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe, stages_of
 from aclip.errors import ConfigError
@@ -47,6 +48,7 @@ def read_input(arguments: argparse.Namespace) -> list[PlanInput]:
     given = []
     for stage in stages_of(recipe):
         ds_config = read_ds_config(arguments.ds_config, stage.train.global_batch_size, num_ranks)
+        check_with_ds_config(stage.optimizer, ds_config)
         settings = zero_settings(ds_config, num_ranks)
         given.append(PlanInput(arguments, gpu, stage, ds_config, settings))
     return given

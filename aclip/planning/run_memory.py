@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from aclip.config.recipe import Recipe
 from aclip.data.batch import PIXELS, Batch
 from aclip.engine.host_copy import bounded
-from aclip.planning.zero_memory import FP32, MOMENTS
+from aclip.planning.zero_memory import FP32, NUM_MOMENTS
 
 NUM_BATCHES = 3
 """The next one is copied to the GPU as soon as the host has one to launch; the GPU may still work
@@ -39,7 +39,7 @@ class CheckpointCopies:
     """What rank 0's host keeps for checkpoints from the first step on.
 
     Attributes:
-        size: bytes of masters, Adam's moments, frozen weights and the teacher's average.
+        size: bytes of masters, moments, frozen weights and the teacher's average.
         pinned: bytes of the pinned blocks that they lie in, each of which is a power of two.
     """
 
@@ -47,16 +47,21 @@ class CheckpointCopies:
     pinned: int
 
 
-def checkpoint_copies(student: nn.Module, averages: list[Tensor]) -> CheckpointCopies:
+def checkpoint_copies(
+    student: nn.Module,
+    averages: list[Tensor],
+    num_moments: dict[nn.Parameter, int] | None = None,
+) -> CheckpointCopies:
     """Counts them as they are copied; see aclip/engine/snapshot.py.
 
     Args:
         averages: the teacher's; empty without one.
+        num_moments: tensors that the optimizer keeps for each trained parameter; None for Adam's.
     """
     parameters = list(student.parameters())
-    kinds = (FP32 + MOMENTS) // FP32
+    kept = num_moments or dict.fromkeys(parameters, NUM_MOMENTS)
     lists = (
-        [p.numel() for p in parameters if p.requires_grad for _ in range(kinds)],
+        [p.numel() for p in parameters if p.requires_grad for _ in range(1 + kept[p])],
         [p.numel() for p in parameters if not p.requires_grad],
         [average.numel() for average in averages],
     )

@@ -154,7 +154,15 @@ def recipe_step_times(
     ]
 
     def time(trace: Trace, parts: set[str]) -> StepTime:
-        engine = engine_operations(trace.trained, settings, num_micro_steps)
+        elements = sum(trace.trained)
+        kept = zip(trace.groups, trace.num_moments, strict=True)
+        engine = engine_operations(
+            trace.trained,
+            settings,
+            num_micro_steps,
+            num_groups=len(trace.groups),
+            num_moments=sum(sum(group) * number for group, number in kept) / elements,
+        )
         return step_time(
             trace.compiled(parts) + engine,
             gpu,

@@ -16,6 +16,8 @@ from torch._subclasses import FakeTensorMode
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
 from aclip.data.images.augment import augment
+from aclip.engine.muon import orthogonal
+from aclip.engine.optimizer import MOMENTS, parameter_groups, student_groups
 from aclip.kernels.augment_views import augment_views
 from aclip.method.losses.term import StudentOutput, total
 from aclip.models.student import build_student
@@ -39,12 +41,19 @@ class Trace:
     Attributes:
         operations: in order, each under one of PARTS.
         sizes: bytes of the storages that they read and write.
-        trained: elements of each trained parameter.
+        groups: elements of each trained parameter, by parameter group.
+        num_moments: tensors of a parameter's shape that the optimizer keeps, by parameter group.
     """
 
     operations: list[Operation]
     sizes: list[int]
-    trained: list[int]
+    groups: list[list[int]]
+    num_moments: list[int]
+
+    @property
+    def trained(self) -> list[int]:
+        """Elements of each trained parameter."""
+        return [numel for group in self.groups for numel in group]
 
     def compiled(self, parts: set[str]) -> list[Operation]:
         """The operations when these parts are compiled."""
@@ -72,7 +81,8 @@ def trace_step(
     model = recipe.model.model_copy(update={"compile": False})
     with META:
         student = build_student(recipe.model_copy(update={"model": model})).to(dtype)
-    teacher = Teacher(student, dtype, META) if recipe.needs_teacher else None
+    keeps_average = recipe.average_momentum is not None
+    teacher = Teacher(student, dtype, META) if keeps_average else None
     inputs = StepInputs(recipe, student.terms, teacher, student.image, META, dtype)
     local_size = len(batch) * num_micro_steps
     encodings = 2 * num_micro_steps - 1
@@ -86,7 +96,7 @@ def trace_step(
         log.begin(STUDENT, encodings)
         features = student("encode", inputs.student(batch, taught, statistics, progress))
         whole = {
-            name: resized(part, local_size).detach().requires_grad_()
+            name: resized(part, local_size).detach().requires_grad_(part.requires_grad)
             for name, part in features.items()
         }
         log.begin(LOSSES)
@@ -98,13 +108,25 @@ def trace_step(
         log.begin(BACKWARD)
         loss.backward()
         log.begin(BACKWARD, num_micro_steps)
-        gradients = [resized(part.grad, len(batch)) for part in whole.values()]
-        torch.autograd.backward(list(features.values()), gradients)
+        trained = {name: part for name, part in features.items() if part.requires_grad}
+        gradients = [resized(whole[name].grad, len(batch)) for name in trained]
+        torch.autograd.backward(list(trained.values()), gradients)
+        log.begin(UPDATE)
+        groups = student_groups(student, recipe.optimizer)
+        _orthogonalise(groups, num_ranks)
         log.begin(EMA)
         if teacher is not None:
             teacher.update(student, 0.99)
-    trained = [p.numel() for p in student.parameters() if p.requires_grad]
-    return Trace(_copied_beside(_with_views_apart(log.operations)), log.sizes, trained)
+    operations = _copied_beside(_with_views_apart(log.operations))
+    counts = [[p.numel() for p in group["params"]] for group in groups]
+    return Trace(operations, log.sizes, counts, [group["num_moments"] for group in groups])
+
+
+def _orthogonalise(groups: list[dict], num_ranks: int) -> None:
+    """What Muon computes of a rank's share of the matrices."""
+    matrices = [p for group in groups if group["orthogonal"] for p in group["params"]]
+    for matrix in sorted(matrices, key=Tensor.numel, reverse=True)[::num_ranks]:
+        orthogonal(matrix.detach())
 
 
 def trace_open_clip(recipe: Recipe, batch_size: int) -> Trace:
@@ -128,8 +150,9 @@ def trace_open_clip(recipe: Recipe, batch_size: int) -> Trace:
                 loss = open_clip_loss(model, pixels, ids)
             log.begin(BACKWARD)
             loss.backward()
-        trained = [p.numel() for p in model.parameters()]
-    return Trace(_with_views_apart(log.operations), log.sizes, trained)
+        groups = parameter_groups(model, weight_decay=0.0)
+    counts = [[p.numel() for p in group["params"]] for group in groups]
+    return Trace(_with_views_apart(log.operations), log.sizes, counts, [len(MOMENTS)] * len(groups))
 
 
 def _copied_beside(operations: list[Operation]) -> list[Operation]:

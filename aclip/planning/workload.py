@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from aclip.config.optimizer import OptimizerConfig
 from aclip.config.recipe import Recipe
 from aclip.config.sections import Recompute
 from aclip.data.batch import Batch
-from aclip.engine.optimizer import parameter_groups
+from aclip.engine.optimizer import student_groups
 from aclip.models.student import Student, build_student
 from aclip.planning.measure_step import META, MODES, Measured, measure_run
 from aclip.planning.run_memory import CheckpointCopies, checkpoint_copies
@@ -21,6 +22,8 @@ class Workload:
 
     Attributes:
         groups: the trained parameters' numbers of elements, by parameter group.
+        num_moments: tensors of a parameter's shape that the optimizer keeps, by parameter group.
+        orthogonal: elements that Muon sends besides gradients and weights, in bf16; 0 for others.
         frozen: the frozen parameters' numbers of elements.
         teacher: the EMA teacher's number of elements.
         checkpoint: the copies for a checkpoint, in rank 0's host memory.
@@ -30,6 +33,8 @@ class Workload:
     """
 
     groups: list[list[int]]
+    num_moments: list[int]
+    orthogonal: int
     frozen: list[int]
     teacher: int
     checkpoint: CheckpointCopies
@@ -54,11 +59,15 @@ def describe_workload(
     """Counts parameters and measures steps of the recipe on such batches, see measure_run."""
     with META:
         student = build_student(recipe)
-    teacher = Teacher(student, torch.float32, META).state_dict() if recipe.needs_teacher else {}
+    keeps_average = recipe.average_momentum is not None
+    teacher = Teacher(student, torch.float32, META).state_dict() if keeps_average else {}
+    groups = student_groups(student, recipe.optimizer)
+    kept = {p: group["num_moments"] for group in groups for p in group["params"]}
     return Workload(
-        *count_parameters(student, recipe.optimizer.weight_decay),
+        **count_parameters(student, recipe.optimizer),
+        orthogonal=sum(p.numel() for g in groups if g["orthogonal"] for p in g["params"]),
         teacher=sum(average.numel() for average in teacher.values()),
-        checkpoint=checkpoint_copies(student, list(teacher.values())),
+        checkpoint=checkpoint_copies(student, list(teacher.values()), kept),
         global_batch_size=recipe.train.global_batch_size,
         num_ranks=num_ranks,
         measured={
@@ -68,8 +77,11 @@ def describe_workload(
     )
 
 
-def count_parameters(student: Student, weight_decay: float) -> tuple[list[list[int]], list[int]]:
-    """Elements of the trained parameters by the optimizer's groups, and of the frozen ones."""
-    groups = parameter_groups(student, weight_decay)
-    frozen = [p.numel() for p in student.parameters() if not p.requires_grad]
-    return [[p.numel() for p in group["params"]] for group in groups], frozen
+def count_parameters(student: Student, config: OptimizerConfig) -> dict[str, list]:
+    """`groups`, `num_moments` and `frozen` of a Workload."""
+    groups = student_groups(student, config)
+    return {
+        "groups": [[p.numel() for p in group["params"]] for group in groups],
+        "num_moments": [group["num_moments"] for group in groups],
+        "frozen": [p.numel() for p in student.parameters() if not p.requires_grad],
+    }

@@ -10,7 +10,7 @@ from aclip.config.ds_config import DsConfig
 from aclip.errors import ConfigError
 
 FP32, FP64 = 4, 8
-MOMENTS = 2 * FP32  # Adam's two
+NUM_MOMENTS = 2  # Adam's
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class States:
     Attributes:
         parameters: weights as they rest between two steps.
         gradients: gradients as they rest between the backward pass and the optimizer's step.
-        optimizer: fp32 masters, where they are apart from the weights, and Adam's moments.
+        optimizer: fp32 masters, where they are apart from the weights, and moments.
         buffers: what only the backward pass holds: reduction buckets and copies of them, the
             weights that ZeRO-3 gathers.
         arriving: gradients that wait to be reduced, in the backward pass only: the largest one, or
@@ -89,20 +89,29 @@ class States:
         return resting + max(self.buffers + passing, self.in_step)
 
 
-def zero_states(groups: list[list[int]], frozen: list[int], settings: ZeroSettings) -> States:
+def zero_states(
+    groups: list[list[int]],
+    frozen: list[int],
+    settings: ZeroSettings,
+    num_moments: list[int] | None = None,
+) -> States:
     """The parameters' states under a ZeRO stage, on the rank that holds most.
 
     Args:
         groups: elements of each trained parameter, by parameter group, in the optimizer's order.
         frozen: elements of each parameter without gradient.
+        num_moments: tensors that the optimizer keeps for each group; None for Adam's two.
     """
+    moments = [FP32 * number for number in num_moments or [NUM_MOMENTS] * len(groups)]
     if settings.stage == 0:
         trained = sum(map(sum, groups))
         weights = (trained + sum(frozen)) * settings.dtype_bytes
-        return States(weights, trained * settings.dtype_bytes, trained * MOMENTS, buffers=0.0)
+        kept = sum(sum(group) * each for group, each in zip(groups, moments, strict=True))
+        return States(weights, trained * settings.dtype_bytes, kept, buffers=0.0)
     split = _partitioned if settings.stage == 3 else _flat
-    parameters, gradients, shard, buffers = split(groups, frozen, settings)
-    optimizer = shard * (FP32 + MOMENTS)
+    parameters, gradients, shards, buffers = split(groups, frozen, settings)
+    shard = sum(shards)
+    optimizer = sum(own * (FP32 + each) for own, each in zip(shards, moments, strict=True))
     trained = [numel for group in groups for numel in group]
     largest = max(trained) * settings.dtype_bytes
     # ZeRO-1 reduces in a step's last backward pass only; until then whole gradients add up.
@@ -121,9 +130,9 @@ def _flat(groups: list[list[int]], frozen: list[int], settings: ZeroSettings):
     parts."""
     ranks, width = settings.num_ranks, settings.dtype_bytes
     padded = [math.ceil(sum(group) / (2 * ranks)) * 2 * ranks for group in groups]
-    shard = sum(padded) // ranks
+    shards = [size // ranks for size in padded]
     if settings.stage == 2 and settings.accumulation_bytes > width:
-        gradients = shard * settings.accumulation_bytes
+        gradients = sum(shards) * settings.accumulation_bytes
     else:
         # Whole gradients of every parameter that a rank owns a part of.
         gradients = width * max(
@@ -134,26 +143,26 @@ def _flat(groups: list[list[int]], frozen: list[int], settings: ZeroSettings):
             for rank in range(ranks)
         )
     buffers = settings.bucket_size * width * (2 if settings.overlap else 1)
-    return (sum(padded) + sum(frozen)) * width, gradients, shard, buffers
+    return (sum(padded) + sum(frozen)) * width, gradients, shards, buffers
 
 
 def _partitioned(groups: list[list[int]], frozen: list[int], settings: ZeroSettings):
     """ZeRO-3: each parameter is cut into equal parts; small ones are kept whole beside them."""
     ranks, width = settings.num_ranks, settings.dtype_bytes
     numels = [*(numel for group in groups for numel in group), *frozen]
-    shard = sum(math.ceil(numel / ranks) for group in groups for numel in group)
-    parts = shard + sum(math.ceil(numel / ranks) for numel in frozen)
+    shards = [sum(math.ceil(numel / ranks) for numel in group) for group in groups]
+    parts = sum(shards) + sum(math.ceil(numel / ranks) for numel in frozen)
     whole = gathered = 0
     if ranks > 1:  # a single rank's part is the parameter
         whole = sum(numel for numel in numels if numel <= settings.persistence_threshold)
         gathered = min(settings.max_live, sum(numels) - whole)
-    gradients = shard * settings.accumulation_bytes
+    gradients = sum(shards) * settings.accumulation_bytes
     trained = [numel for group in groups for numel in group]
     # A bucket's gradients are joined in a copy; one that is larger than a bucket is not.
     joined = min(settings.bucket_size, sum(trained))
     copied = max(joined, *trained) if settings.on_host else 0
     buffers = (settings.bucket_size + joined + copied + gathered) * width
-    return (parts + whole) * width, gradients, shard, buffers
+    return (parts + whole) * width, gradients, shards, buffers
 
 
 def _touched(numels: list[int], start: int, end: int) -> int:

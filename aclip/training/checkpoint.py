@@ -37,6 +37,7 @@ from aclip.run_folder.checkpoint_folder import (
 )
 from aclip.training.random_state import get_random_state, set_random_state
 from aclip.training.teacher import Teacher
+from aclip.weights.names import LOGIT_SCALE
 
 FAMILY, NUMBERS = "family", "numbers"
 """Keys of the optimizer's file: its state_family, and the scalars that are Python numbers, as JSON.
@@ -214,17 +215,18 @@ def load_optimizer(
                 f"run's optimizer is {sharded.family}; use that run's optimizer, or --resume none "
                 "with another --output"
             )
-        kinds = set()
+        kinds: dict[str, list[str]] = {}
         for key in file.keys():  # noqa: SIM118
             name, _, kind = key.rpartition("/")
             if not name:
                 scalars[kind] = file.get_tensor(key)
                 continue
-            kinds.add(kind)
+            kinds.setdefault(name, []).append(kind)
             if name in names:
                 sharded.load(name, kind, file.get_tensor(key))
-    for name in sharded.parameters.keys() - set(names):
-        for kind in kinds:
+    for name in sharded.parameters.keys() - (kinds.keys() & names):
+        # What is new in a stage is updated as the logit scale is: the blocks' matrices never are.
+        for kind in kinds.get(name, kinds.get(LOGIT_SCALE, ())):
             sharded.load(name, kind, torch.zeros(whole_shape(sharded.parameters[name])))
     sharded.load_scalars(scalars | json.loads(described[NUMBERS]))
 

@@ -34,15 +34,17 @@ class RunSchedule:
             start=config.warmup_start_lr,
             peak=config.lr,
             final=config.final_lr,
+            schedule=config.schedule,
+            cooldown=config.cooldown,
+            cooldown_shape=config.cooldown_shape,
         )
 
     def momentum(self, step: int) -> float | None:
-        """The momentum of the teacher's average; None without a teacher."""
-        teacher = self._recipe.teacher
-        if teacher is None:
+        """The momentum of the average of the weights; None where the run keeps none."""
+        start = self._recipe.average_momentum
+        if start is None:
             return None
-        before = self._samples(step - 1)
-        return ema_momentum(before, total=self.total_samples, start=teacher.momentum)
+        return ema_momentum(self._samples(step - 1), total=self.total_samples, start=start)
 
     def progress(self, step: int) -> float:
         """How much of the run lies before the step, in [0, 1)."""

@@ -9,6 +9,7 @@ from aclip.config.arguments import DEMO, read_recipe
 from aclip.config.arguments import run_folder as choose_run_folder
 from aclip.config.ds_config import read_ds_config
 from aclip.config.geometry import shared_bytes
+from aclip.config.optimizer import check_with_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import stages_of
 from aclip.data.find_data import find_data
@@ -69,10 +70,11 @@ def check_start(arguments: argparse.Namespace) -> Start:
     check_gpus()
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     recipe = _read_recipe(arguments)
-    ds_configs = [
-        read_ds_config(arguments.ds_config, stage.train.global_batch_size, num_ranks)
-        for stage in stages_of(recipe)
-    ]
+    stages, ds_configs = stages_of(recipe), []
+    for stage in stages:
+        size = stage.train.global_batch_size
+        ds_configs.append(read_ds_config(arguments.ds_config, size, num_ranks))
+        check_with_ds_config(stage.optimizer, ds_configs[-1])
     check_wandb(recipe.train.wandb, is_writer=rank == 0)
     run_folder = choose_run_folder(arguments)
 
@@ -87,6 +89,7 @@ def check_start(arguments: argparse.Namespace) -> Start:
             check_shared(run_folder, each)
     if beginning.checkpoint is None:
         check_init(recipe.model.init)
+        check_locked(recipe)
     _give_hints(recipe)
     data = [_check_data(each, rank, num_ranks) for each in recipes]
     sizes = [sum(shard.num_samples for shard in shards) for shards, _ in data]
@@ -130,6 +133,16 @@ def _read_recipe(arguments: argparse.Namespace) -> Recipe:
             "'/data/yfcc15m/*.tar'"
         )
     return recipe
+
+
+def check_locked(recipe: Recipe) -> None:
+    """Refuses a new run whose locked tower would keep random weights."""
+    for tower in recipe.optimizer.locked_towers:
+        if not recipe.model.init:
+            raise ConfigError(
+                f"optimizer.{tower}.lr_scale is 0, but no --init gives the {tower} tower the "
+                "weights that it keeps; give one, or a scale above 0"
+            )
 
 
 def _give_hints(recipe: Recipe) -> None:

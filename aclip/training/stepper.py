@@ -35,7 +35,8 @@ class Stepper:
     Attributes:
         engine: DeepSpeed's engine around the student.
         init_report: what became of the keys of `init`; None without `init`.
-        teacher: None where the recipe has none.
+        teacher: the average of the weights; None where the recipe has neither a teacher nor
+            train.average.
         terms: the loss terms that have a weight.
         coded: what the teacher scored in the last step, for a recipe that keeps it: the samples'
             Batch.score_place on the CPU, and their Taught.codes, of each micro-batch.
@@ -51,7 +52,8 @@ class Stepper:
         self.init_report = load_initial_weights(student, init) if init else None
         exact = _copy_of_weights(student) if init and self.dtype != torch.float32 else {}
         self.terms = student.terms
-        self.teacher = Teacher(student, self.dtype, device) if recipe.needs_teacher else None
+        keeps_average = recipe.average_momentum is not None
+        self.teacher = Teacher(student, self.dtype, device) if keeps_average else None
         self.inputs = StepInputs(
             recipe, student.terms, self.teacher, student.image, device=device, dtype=self.dtype
         )
@@ -94,14 +96,14 @@ class Stepper:
         Args:
             batch: this rank's part, on the CPU.
             learning_rate: the step's learning rate.
-            momentum: the momentum of the teacher's average; None without a teacher.
+            momentum: the momentum of the teacher's average; None without one.
             progress: how much of the run is done, in [0, 1].
 
         Returns:
             This rank's unweighted loss terms and `loss`, detached.
         """
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
         micro_batches = [self.inputs.with_views(m) for m in batch.split(self.micro_batch_size)]
         taught = [self.inputs.teach(micro) for micro in micro_batches]
         self.coded = [

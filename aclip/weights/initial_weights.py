@@ -10,6 +10,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from aclip.config.optimizer import TOWERS
 from aclip.errors import ConfigError
 from aclip.models.student import Student
 from aclip.weights.names import TowerFacts, tower_facts
@@ -72,6 +73,7 @@ def load_initial_weights(student: Student, init: str) -> InitReport:
     with torch.no_grad():
         for name, tensor in converted.items():
             parameters[name].copy_(tensor)
+    _check_locked(init, student, converted)
     return InitReport(
         init=init,
         layout=weights.layout + (f", {weights.note}" if weights.note else ""),
@@ -80,6 +82,16 @@ def load_initial_weights(student: Student, init: str) -> InitReport:
         ignored=sorted(weights.ignored),
         random=sorted(name for name, _ in student.named_parameters() if name not in converted),
     )
+
+
+def _check_locked(init: str, student: Student, converted: dict[str, Tensor]) -> None:
+    for name, parameter in student.named_parameters():
+        is_locked = name.partition(".")[0] in TOWERS and not parameter.requires_grad
+        if is_locked and name not in converted:
+            raise ConfigError(
+                f"--init is {init}, which has no {name}, but the recipe locks it, so that it would "
+                "stay random; give weights of both towers, or set optimizer.text.lr_scale above 0"
+            )
 
 
 def _check_facts(init: str, facts: TowerFacts, student: Student) -> None:

@@ -17,6 +17,7 @@ OVERRIDES = [
     "model.image.kwargs={patch_size: 8, embed_dim: 97, depth: 3, num_heads: 1}",
     "model.image.freeze_patch_embed=true",
 ]
+LOCKED = "optimizer.image={lr_scale: 0}"
 SETTINGS = [("fp32", stage) for stage in (0, 1, 2, 3)]
 SETTINGS += [("bf16", stage) for stage in (1, 2, 3)]
 IDS = [f"{dtype}, ZeRO-{stage}" for dtype, stage in SETTINGS]
@@ -48,8 +49,8 @@ def states(engine):
     return [*masters, *(value for value in moments if torch.is_tensor(value) and value.ndim)]
 
 
-def measure(folder, stage, dtype):
-    run = tiny_run.TinyRun(folder, stage, dtype, OVERRIDES, persistent=PERSISTENT)
+def measure(folder, stage, dtype, overrides):
+    run = tiny_run.TinyRun(folder, stage, dtype, overrides, persistent=PERSISTENT)
     engine, found = run.engine, {}
     backward = engine.backward
 
@@ -69,8 +70,27 @@ def measure(folder, stage, dtype):
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("dtype, stage", SETTINGS, ids=IDS)
 def test_states_are_what_deepspeed_allocates(run_distributed, tmp_path, dtype, stage, num_ranks):
-    student = tiny_run.build_student(tiny_run.load_recipe("demo", [*tiny_run.TINY, *OVERRIDES]))
-    groups, frozen = count_parameters(student, weight_decay=0.1)
+    compare(run_distributed, tmp_path, dtype, stage, num_ranks)
+
+
+@pytest.mark.parametrize(
+    "dtype, stage, more",
+    [
+        ("fp32", 0, ["optimizer.name=muon"]),
+        ("bf16", 2, ["optimizer.name=muon", "optimizer.image={layer_decay: 0.7}"]),
+        ("bf16", 3, ["optimizer.name=lion", "loss.byol=0", "loss.simclr=0", LOCKED]),
+    ],
+)
+def test_states_of_other_optimizers_and_of_a_locked_tower(
+    run_distributed, tmp_path, dtype, stage, more
+):
+    compare(run_distributed, tmp_path, dtype, stage, 2, more)
+
+
+def compare(run_distributed, tmp_path, dtype, stage, num_ranks, more=()):
+    overrides = [*OVERRIDES, *more]
+    recipe = tiny_run.load_recipe("demo", [*tiny_run.TINY, *overrides])
+    counts = count_parameters(tiny_run.build_student(recipe), recipe.optimizer)
     width = 2 if dtype == "bf16" else 4
     settings = ZeroSettings(
         stage,
@@ -81,9 +101,9 @@ def test_states_are_what_deepspeed_allocates(run_distributed, tmp_path, dtype, s
         accumulation_bytes=4 if stage > 2 else width,
         persistence_threshold=PERSISTENT,
     )
-    planned = zero_states(groups, frozen, settings)
-    assert frozen, "the case of frozen parameters is to be covered"
-    measured = run_distributed(measure, num_ranks, tmp_path, stage, dtype)
+    planned = zero_states(settings=settings, **counts)
+    assert counts["frozen"], "the case of frozen parameters is to be covered"
+    measured = run_distributed(measure, num_ranks, tmp_path, stage, dtype, overrides)
     for part in ("parameters", "gradients", "optimizer"):
         most = max(rank[part] for rank in measured)
         assert getattr(planned, part) == pytest.approx(most, rel=0.02), part

@@ -7,8 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from aclip.config.ds_config import DsConfig
+from aclip.config.optimizer import OptimizerConfig
 from aclip.config.recipe_file import load_recipe
-from aclip.config.sections import OptimizerConfig
 from aclip.engine.build import build_engine
 from aclip.errors import ConfigError
 from aclip.method.masks.policy import Selection

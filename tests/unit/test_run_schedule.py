@@ -20,6 +20,23 @@ def test_a_step_is_taken_with_the_values_where_it_begins():
     assert schedule.momentum(9) == pytest.approx(0.75)  # half of the run's 160
 
 
+def test_the_recipe_says_how_the_learning_rate_falls():
+    overrides = ["optimizer.schedule=constant", "optimizer.cooldown=0.5"]
+    schedule = RunSchedule(load_recipe("demo", [*VALUES, *overrides]), DATASET_SIZE)
+    # Of 160 samples forty are warm-up, and the last eighty the cool-down.
+    rates = [schedule.learning_rate(step) for step in (5, 8, 9, 13, 17)]
+    assert rates == [1, 1, 1, 0.5, 0]
+    overrides = ["optimizer.cooldown_shape=1-sqrt", *overrides]
+    schedule = RunSchedule(load_recipe("demo", [*VALUES, *overrides]), DATASET_SIZE)
+    assert schedule.learning_rate(11) == pytest.approx(0.5)  # a quarter of the cool-down
+
+
+def test_an_average_without_a_teacher_has_its_momentum():
+    overrides = [*VALUES, "mask.policy=random", "teacher=null", "loss.byol=0", "train.average=0.5"]
+    schedule = RunSchedule(load_recipe("demo", overrides), DATASET_SIZE)
+    assert (schedule.momentum(1), schedule.momentum(9)) == (0.5, pytest.approx(0.75))
+
+
 def test_without_a_teacher_there_is_no_momentum():
     overrides = [*VALUES, "mask.policy=random", "teacher=null", "loss.byol=0"]
     assert RunSchedule(load_recipe("demo", overrides), DATASET_SIZE).momentum(1) is None

@@ -46,6 +46,34 @@ def test_learning_rate_has_no_jump_at_the_end_of_the_warm_up():
 
 
 @pytest.mark.parametrize(
+    "schedule, samples, expected",
+    [
+        ({"schedule": "linear"}, 50, 0.3),
+        ({"schedule": "linear"}, 100, 0.5),
+        ({"schedule": "linear"}, 300, 0.38),  # a quarter of the way from 0.5 to 0.02
+        ({"schedule": "linear"}, 900, 0.02),
+        ({"schedule": "linear"}, 950, 0.02),
+        ({"schedule": "constant"}, 50, 0.3),
+        ({"schedule": "constant"}, 101, 0.5),
+        ({"schedule": "constant"}, 900, 0.5),
+        # The last fifth of 900 samples begins at 720 and is half over at 810.
+        ({"schedule": "constant", "cooldown": 0.2}, 719, 0.5),
+        ({"schedule": "constant", "cooldown": 0.2}, 720, 0.5),
+        ({"schedule": "constant", "cooldown": 0.2}, 810, 0.26),
+        ({"schedule": "constant", "cooldown": 0.2}, 900, 0.02),
+        # A quarter of it over: half of the way down.
+        ({"schedule": "constant", "cooldown": 0.2, "cooldown_shape": "1-sqrt"}, 720, 0.5),
+        ({"schedule": "constant", "cooldown": 0.2, "cooldown_shape": "1-sqrt"}, 765, 0.26),
+        ({"schedule": "constant", "cooldown": 0.2, "cooldown_shape": "1-sqrt"}, 900, 0.02),
+        ({"schedule": "constant", "cooldown": 1.0}, 450, 0.26),
+        ({"schedule": "cosine"}, 500, 0.26),
+    ],
+)
+def test_other_schedules(schedule, samples, expected):
+    assert learning_rate(samples, **SCHEDULE, **schedule) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
     "samples, expected",
     [
         (0, 0.996),

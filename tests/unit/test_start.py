@@ -93,3 +93,13 @@ def test_tasks_that_know_no_rank_are_pointed_to_the_launcher(no_rank, starter, s
     no_rank.delenv("RANK")
     no_rank.setenv(size, "1")  # one task, such as a shell in an allocation
     default_to_one_rank()
+
+
+def test_a_locked_tower_needs_weights_to_start_from():
+    from aclip.training.start import check_locked
+
+    overrides = ["optimizer.text.lr_scale=0"]
+    with pytest.raises(ConfigError, match=r"optimizer.text.lr_scale is 0, but no --init gives"):
+        check_locked(load_recipe("clip_vitb16", overrides))
+    check_locked(load_recipe("clip_vitb16", [*overrides, "model.init=weights.pt"]))
+    check_locked(load_recipe("clip_vitb16"))

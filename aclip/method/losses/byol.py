@@ -17,7 +17,7 @@ class Keys(Section):
 
 
 class Byol(LossTerm):
-    name, keys = "byol", Keys
+    name, keys, trains = "byol", Keys, ("image",)
     reads_teacher_view = True
 
     def __init__(self, recipe):

@@ -64,6 +64,7 @@ class DistillInput:
 
 class Distill(LossTerm):
     name, keys, section = "distill", Keys, DistillConfig
+    trains = ("image",)
 
     def __init__(self, recipe):
         super().__init__(recipe)

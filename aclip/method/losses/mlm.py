@@ -52,6 +52,7 @@ class MlmInput:
 
 class Mlm(LossTerm):
     name, keys, section = "mlm", Keys, MlmConfig
+    trains = ("text",)
 
     def __init__(self, recipe):
         super().__init__(recipe)

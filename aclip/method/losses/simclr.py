@@ -20,7 +20,7 @@ class Keys(Section):
 
 
 class Simclr(LossTerm):
-    name, keys = "simclr", Keys
+    name, keys, trains = "simclr", Keys, ("image",)
     reads_ssl_views = True
 
     def __init__(self, recipe):

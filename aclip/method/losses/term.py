@@ -113,6 +113,7 @@ class LossTerm:
         section: a section of the recipe of its own, called `<name>`; None for none.
         aligns: whether it brings images and captions together. A recipe needs a term that does;
             the others are auxiliary.
+        trains: the towers that it trains; with all of them locked the term is refused.
         reads_ssl_views: whether it reads views.ssl, views of full tokens and strong augmentation.
         reads_teacher_view: whether it reads Taught.features.
         reads_teacher_patches: whether it reads Taught.patches.
@@ -122,6 +123,7 @@ class LossTerm:
     keys: ClassVar[type[Section]]
     section: ClassVar[type[Section] | None] = None
     aligns: ClassVar[bool] = False
+    trains: ClassVar[tuple[str, ...]] = ("image", "text")
     reads_ssl_views: ClassVar[bool] = False
     reads_teacher_view = False
     reads_teacher_patches = False
