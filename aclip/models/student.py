@@ -136,7 +136,7 @@ class Student(nn.Module):
         if inputs.ssl_pixels is not None:
             ssl_features = self.image(inputs.ssl_pixels.flatten(0, 1))
             features["ssl"] = ssl_features.unflatten(0, inputs.ssl_pixels.shape[:2])
-        of_terms = {term.name: term.encode(self, inputs) for term in self.terms}
+        of_terms = {term.name: term.encode(self, inputs, features) for term in self.terms}
         return features | _present(of_terms)
 
     def encode_and_project(

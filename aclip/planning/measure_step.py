@@ -114,7 +114,7 @@ def measure_step(
     with as_first_of(num_ranks), fused_attention(), meter:
         meter.begin(TEACHER, size)
         taught = inputs.teach(batch)
-        statistics = {term.name: term.statistic([taught]) for term in student.terms}
+        statistics = inputs.statistics([batch], [taught])
         make_input = partial(inputs.student, batch, taught, statistics, progress)
         other_flops = meter.take_flops()
 

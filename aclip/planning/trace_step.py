@@ -82,7 +82,7 @@ def trace_step(
     with as_first_of(num_ranks), fused_attention(), log:
         log.begin(TEACHER, num_micro_steps)
         taught = inputs.teach(batch)
-        statistics = {term.name: term.statistic([taught]) for term in student.terms}
+        statistics = inputs.statistics([batch], [taught])
         log.begin(STUDENT, encodings)
         features = student("encode", inputs.student(batch, taught, statistics, progress))
         whole = {

@@ -103,7 +103,7 @@ class Stepper:
             for micro, of_teacher in zip(micro_batches, taught, strict=True)
             if of_teacher.codes is not None
         ]
-        statistics = {term.name: term.statistic(taught) for term in self.terms}
+        statistics = self.inputs.statistics(micro_batches, taught)
         # Made anew for each pass over a micro-batch, so that only one input exists at a time.
         make_inputs = [
             partial(self.inputs.student, micro, of_teacher, statistics, progress)

@@ -81,7 +81,7 @@ class Mlm(LossTerm):
             weights=move(1.0 / masked.sum(1)[rows]),
         )
 
-    def encode(self, student: nn.Module, inputs) -> Tensor:
+    def encode(self, student: nn.Module, inputs, features: dict[str, Tensor]) -> Tensor:
         """(B,) fp32, the term of each sample."""
         own: MlmInput = inputs.of_terms[self.name]
         features = student.text.forward_tokens(inputs.tokens, own.masked, student.mlm_mask_token)

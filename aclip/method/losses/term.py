@@ -100,7 +100,8 @@ class StudentOutput:
 
 class LossTerm:
     """One term of the loss. A subclass is listed in terms.py and overrides the hooks that it needs;
-    those here add nothing. `Stepper.step` calls them in the order in which they stand here.
+    those here add nothing. `Stepper.step` calls them in the order in which they stand here; the two
+    last ones are for checkpoints.
 
     A term with weight 0 is never made: it builds no module, draws no noise and costs nothing.
 
@@ -145,20 +146,33 @@ class LossTerm:
         """Shape of the uniform noise that the term wants with every sample; the worker draws it."""
         return None
 
-    def statistic(self, taught: list[Taught]) -> Tensor | None:
-        """A statistic of the global batch that `inputs` reads. A collective: every rank calls."""
+    def statistic(
+        self,
+        taught: list[Taught],
+        tokens: list[Tokens],
+        to_device: Callable[[Tensor], Tensor],
+    ) -> Tensor | None:
+        """A statistic of the global batch that `inputs` reads. A collective: every rank calls, once
+        a step.
+
+        Args:
+            taught: what the teacher made of each micro-batch.
+            tokens: the captions of each, on the CPU.
+            to_device: as in TermContext.
+        """
         return None
 
     def inputs(self, context: TermContext) -> Any | None:
         """What `encode` reads of a micro-batch, on the student's device; no gradient."""
         return None
 
-    def encode(self, student: nn.Module, inputs) -> Tensor | None:
-        """What the term computes of a micro-batch with the towers, besides their features.
+    def encode(self, student: nn.Module, inputs, features: dict[str, Tensor]) -> Tensor | None:
+        """What the term computes of a micro-batch, besides the towers' features.
 
         Args:
             student: its towers and the term's own parts.
             inputs: models.student.StudentInput; `inputs.of_terms[name]` is the term's.
+            features: image, text and ssl, as `project` gets them.
 
         Returns:
             (B, ...), which must not compare samples: micro-batches come one by one.
@@ -185,6 +199,13 @@ class LossTerm:
         the ranks' values is the global loss, and averaging the ranks' gradients gives its gradient.
         """
         raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the term counts from step to step, for checkpoints; the same on every rank."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes on from what `state_dict` gave, now on the CPU."""
 
 
 def total(
