@@ -133,7 +133,10 @@ def measure_step(
         joined = {
             name: resized(part, local_size).requires_grad_() for name, part in features.items()
         }
-        output = StudentOutput.of(student("project", joined))
+        num_captions = inputs.num_captions(batch)
+        if num_captions is not None:
+            num_captions = resized(num_captions, local_size)
+        output = StudentOutput.of(student("project", joined), num_captions)
         heads = meter.held
         meter.begin(TEACHER, local_size)
         targets = {}

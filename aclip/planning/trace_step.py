@@ -90,7 +90,10 @@ def trace_step(
             for name, part in features.items()
         }
         log.begin(LOSSES)
-        output = StudentOutput.of(student("project", whole))
+        num_captions = inputs.num_captions(batch)
+        if num_captions is not None:
+            num_captions = resized(num_captions, local_size)
+        output = StudentOutput.of(student("project", whole), num_captions)
         targets = {}
         if teacher is not None:
             targets = teacher.targets(student.terms, [of_batch(taught, local_size)])

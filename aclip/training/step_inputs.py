@@ -117,6 +117,10 @@ class StepInputs:
         tokens = [micro.tokens for micro in micro_batches]
         return {term.name: term.statistic(taught, tokens, self._to_device) for term in self._terms}
 
+    def num_captions(self, batch: Batch) -> Tensor | None:
+        """Tokens.num_captions of this rank's part of the global batch, on the device."""
+        return self._to_device(batch.tokens.num_captions)
+
     def student(
         self,
         micro: Batch,

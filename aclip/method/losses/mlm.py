@@ -58,6 +58,15 @@ class Mlm(LossTerm):
         self.config: MlmConfig = recipe.mlm
         self.context_length = recipe.model.text.context_length
 
+    @classmethod
+    def check(cls, recipe) -> None:
+        number = recipe.data.captions_per_image
+        if number > 1:
+            raise ValueError(
+                f"loss.mlm is {recipe.loss.mlm:g} with data.captions_per_image {number}, but it "
+                "masks one caption of an image; set data.captions_per_image to 1 or loss.mlm to 0"
+            )
+
     def parts(self, student: nn.Module) -> dict[str, TermPart]:
         width = student.text.width
         mask_token = trunc_normal(width)

@@ -53,7 +53,7 @@ class TermContext:
 
     Attributes:
         pixels: (B, V, 3, R, R) normalised, on the student's device.
-        tokens: B captions, on the CPU.
+        tokens: the captions of B images, on the CPU.
         noise: (B, ...) fp32 uniform in [0, 1) on the CPU, in the term's `noise_shape`; or None.
         taught: what the teacher made of the micro-batch.
         statistic: what the term's `statistic` gave.
@@ -80,22 +80,27 @@ class StudentOutput:
 
     Attributes:
         image_embeds: (B, V, E), unnormalised.
-        text_embeds: (B, E), unnormalised.
+        text_embeds: (B, E), unnormalised; with N captions of an image (B, N, E).
         logit_scale: (1,) fp32, the factor itself.
         heads: what each term's `project` gave, by the term's name.
+        num_captions: (B,) int64, how many of an image's N captions there are; None where N is 1.
     """
 
     image_embeds: Tensor
     text_embeds: Tensor
     logit_scale: Tensor
     heads: dict[str, Tensor] = field(default_factory=dict)
+    num_captions: Tensor | None = None
 
     @classmethod
-    def of(cls, projected: dict[str, Tensor]) -> "StudentOutput":
+    def of(
+        cls, projected: dict[str, Tensor], num_captions: Tensor | None = None
+    ) -> "StudentOutput":
         """From the flat dictionary that the student's `project` returns."""
         own = ("image_embeds", "text_embeds", "logit_scale")
         heads = {name: value for name, value in projected.items() if name not in own}
-        return cls(**{name: projected[name] for name in own}, heads=heads)
+        values = {name: projected[name] for name in own}
+        return cls(**values, heads=heads, num_captions=num_captions)
 
 
 class LossTerm:
@@ -183,8 +188,9 @@ class LossTerm:
         """What the term's head makes of the features of the whole local batch.
 
         Args:
-            features: image (B, V, C), text (B, W), ssl (B, 2, C) if the recipe has such views, and
-                under the term's name what `encode` gave.
+            features: image (B, V, C), text (B, W) or with N captions of an image (B, N, W), ssl
+                (B, 2, C) if the recipe has such views, and under the term's name what `encode`
+                gave.
         """
         return None
 

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from aclip.distributed import world_size
+from aclip.method.losses.chunks import by_chunks, soft_cross_entropy
 from aclip.method.losses.term import LossTerm, StudentOutput, Taught, TermContext, TermPart
 from aclip.method.tokens import VOCAB_SIZE, Tokens
 from aclip.section import Section, Weight
@@ -34,9 +34,10 @@ class WordsInput:
     """The targets of a micro-batch.
 
     Attributes:
-        ids: (B, L) int64, each caption's ids in ascending order.
-        weights: (B, L) fp32, what each of them is of the target; 0 for what is no target. A
-            caption's sum to 1, or to 0 where it has no target.
+        ids: (B, L) int64, each caption's ids in ascending order; with N captions of an image
+            (B, N * L), those of its captions behind each other.
+        weights: the same shape, fp32, what each of them is of the target; 0 for what is no target.
+            A caption's sum to 1, or to 0 where it has no target.
     """
 
     ids: Tensor
@@ -67,10 +68,10 @@ class Words(LossTerm):
         counts = sum(count_tokens(part.map(to_device)) for part in tokens)
         if world_size() > 1:
             dist.all_reduce(counts)
-        num_captions = sum(len(part) for part in tokens) * world_size()
-        self._num_steps += 1
         # Whole numbers until here, so that the shares are the same for any number of ranks.
-        self._shares = self._shares.to(counts.device) + counts.double() / num_captions
+        counts, num_captions = counts.double().split((VOCAB_SIZE, 1))
+        self._num_steps += 1
+        self._shares = self._shares.to(counts.device) + counts / num_captions
         return token_weights(self._shares, self._num_steps, num_captions)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -80,11 +81,18 @@ class Words(LossTerm):
         self._num_steps, self._shares = int(state["num_steps"]), state["shares"]
 
     def inputs(self, context: TermContext) -> WordsInput:
-        ids, is_target = distinct_tokens(context.tokens.map(context.to_device))
+        tokens = context.tokens.map(context.to_device)
+        ids, is_target = distinct_tokens(tokens)
         weights = context.statistic[ids] * is_target
         # A caption without targets, or with tokens alone that every caption holds, has the sum 0.
         total = weights.sum(1, keepdim=True)
-        return WordsInput(ids, weights / total.masked_fill(total == 0, 1))
+        weights = weights / total.masked_fill(total == 0, 1)
+        if tokens.num_captions is None:
+            return WordsInput(ids, weights)
+        # An image's target is the mean of its captions' targets.
+        size = len(tokens)
+        weights = weights.view(size, -1) / tokens.num_captions.unsqueeze(1)
+        return WordsInput(ids.view(size, -1), weights)
 
     def encode(self, student: nn.Module, inputs, features: dict[str, Tensor]) -> Tensor:
         """(B,) fp32, the term of each sample."""
@@ -127,16 +135,12 @@ class WordsHead(nn.Linear):
         """
         num_views = features.shape[1]
         ids, weights = (each.repeat_interleave(num_views, 0) for each in (ids, weights))
-        chunks = (each.split(CHUNK_ROWS) for each in (features.flatten(0, 1), ids, weights))
-        losses = [
-            checkpoint(self._chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
-            for chunk in zip(*chunks, strict=True)
-        ]
-        return torch.cat(losses).view(-1, num_views).mean(1)
+        losses = by_chunks(self._of_rows, CHUNK_ROWS, features.flatten(0, 1), ids, weights)
+        return losses.view(-1, num_views).mean(1)
 
-    def _chunk(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        logits = F.linear(rows, self.weight, self.bias).float()
-        return logits.logsumexp(1) * weights.sum(1) - (logits.gather(1, ids) * weights).sum(1)
+    def _of_rows(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        logits = F.linear(rows, self.weight, self.bias)
+        return soft_cross_entropy(logits.float(), ids, weights)
 
 
 def distinct_tokens(tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -153,14 +157,14 @@ def distinct_tokens(tokens: Tokens) -> tuple[Tensor, Tensor]:
     return ordered.clamp(min=0), is_new & (ordered >= 0)
 
 
-def token_weights(shares: Tensor, num_steps: int, num_captions: int) -> Tensor:
+def token_weights(shares: Tensor, num_steps: int, num_captions: Tensor) -> Tensor:
     """log((n + 1/N) / (c + 1/N)): 0 for a token that every caption held, the more the rarer it is.
 
     Args:
         shares: (vocabulary,) fp64, c: the sum over n steps of the share of a step's captions that
             hold each token, this step's included.
         num_steps: n.
-        num_captions: N, captions of a step.
+        num_captions: N, fp64, the captions of a step.
 
     Returns:
         (vocabulary,) fp32.
@@ -172,8 +176,10 @@ def token_weights(shares: Tensor, num_steps: int, num_captions: int) -> Tensor:
 
 
 def count_tokens(tokens: Tokens) -> Tensor:
-    """(vocabulary,) int64, how many of the captions hold each token."""
+    """(vocabulary + 1,) int64, how many of the captions hold each token, and how many there are."""
     ids, is_target = distinct_tokens(tokens)
     # Not bincount, which waits for the device.
-    counts = ids.new_zeros(VOCAB_SIZE)
-    return counts.scatter_add_(0, ids.flatten(), is_target.flatten().long())
+    counts = ids.new_zeros(VOCAB_SIZE + 1)
+    counts.scatter_add_(0, ids.flatten(), is_target.flatten().long())
+    counts[-1] = len(tokens) if tokens.num_captions is None else tokens.num_captions.sum()
+    return counts
