@@ -137,6 +137,9 @@ class DataConfig(Section):
     """Worker processes of a rank; empty for as many, up to 16, as cores and lanes allow."""
     shuffle_block: int = Field(512, ge=1)
     """Samples that a lane shuffles together; it reads them from neighbouring places in shards."""
+    captions_per_image: int = Field(1, ge=1)
+    """Captions of an image that a step reads, each of them a positive of the image: so many
+    different ones are drawn, all of them where an image has fewer. The text tower encodes each."""
     crops: Literal["worker", "device"] | None = None
     """Where views are cut: exactly as Pillow does, by the worker; or on the device, from the whole
     decoded image, which costs the worker about a third of the time. Boxes are the same, pixels

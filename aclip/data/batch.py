@@ -36,11 +36,12 @@ class Batch:
     ssl_params: Tensor | None
     """(B, S, 9) fp32, as augment_params"""
     tokens: Tokens
-    """The tokens of each sample's caption"""
+    """The tokens of each sample's captions"""
     term_noise: dict[str, Tensor]
     """(B, ...) fp32 in [0, 1), what each loss term wants, by the term's name"""
     keys: list[str]
     captions: list[str]
+    """Each sample's first caption"""
     cursors: Tensor
     """(local lanes, 3) int64, each lane's LaneStream.cursor after this batch; with N sources
     (local lanes, 1 + 3 N), see MixedLane.cursor. Stays on the CPU"""
@@ -98,7 +99,8 @@ PER_SAMPLE = tuple(part.name for part in fields(Batch) if part.name not in OF_AL
 STACKED = tuple(
     part.name
     for part in fields(Sample)
-    if part.name not in ("key", "caption", "term_noise", "whole_image", "notes", "to_teach")
+    if part.name
+    not in ("key", "caption", "others", "term_noise", "whole_image", "notes", "to_teach")
 )
 MAY_BE_ZEROS = ("teacher_view", "stored_scores")
 """What some samples of a batch may have and others not, for which zeros stand."""
@@ -124,7 +126,6 @@ def collate(
             arrays = [blank if array is None else array for array in arrays]
         return torch.from_numpy(np.stack(arrays))
 
-    captions = [sample.caption for sample in samples]
     return Batch(
         **{
             name: stack([getattr(sample, name) for sample in samples], name in MAY_BE_ZEROS)
@@ -134,9 +135,9 @@ def collate(
             name: stack([sample.term_noise[name] for sample in samples])
             for name in samples[0].term_noise
         },
-        tokens=tokenizer.encode(captions),
+        tokens=_encode(samples, tokenizer),
         keys=[sample.key for sample in samples],
-        captions=captions,
+        captions=[sample.caption for sample in samples],
         cursors=torch.from_numpy(cursors),
         skipped=skipped,
         repeated=repeated,
@@ -144,6 +145,16 @@ def collate(
         whole_images=stack_images([sample.whole_image for sample in samples], buffer),
         to_teach=[sample.to_teach for sample in samples],
     )
+
+
+def _encode(samples: list[Sample], tokenizer: Tokenizer) -> Tokens:
+    """The tokens of all captions; an empty caption stands where a sample lacks one."""
+    texts = [text or "" for sample in samples for text in (sample.caption, *sample.others)]
+    tokens = tokenizer.encode(texts)
+    if not samples[0].others:
+        return tokens
+    counts = [1 + sum(text is not None for text in sample.others) for sample in samples]
+    return replace(tokens, num_captions=torch.tensor(counts))
 
 
 def join(parts: list[Batch], pin: bool = False) -> Batch:
@@ -195,6 +206,10 @@ def _join(values: list, pin: bool):
     if isinstance(first, Tokens):
         longest = max(value.ids.shape[1] for value in values)
         ids = [F.pad(value.ids, (0, longest - value.ids.shape[1])) for value in values]
-        return Tokens(_join(ids, pin), _join([value.lengths for value in values], pin))
+        return Tokens(
+            _join(ids, pin),
+            _join([value.lengths for value in values], pin),
+            num_captions=_join([value.num_captions for value in values], pin),
+        )
     shape = (sum(len(value) for value in values), *first.shape[1:])
     return torch.cat(values, out=torch.empty(shape, dtype=first.dtype, pin_memory=pin))

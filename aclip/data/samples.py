@@ -38,6 +38,8 @@ class Sample:
     score_place: np.ndarray | None = None
     to_teach: str = ""
     whole_image: WholeImage | None = None
+    others: tuple[str | None, ...] = ()
+    """Its other captions, data.captions_per_image - 1; None for each that it lacks."""
     notes: frozenset[str] = frozenset()
     """What is counted about its captions, kinds of NOTE_KINDS."""
 
@@ -55,6 +57,7 @@ class Draws:
     ssl_flips: list[bool]
     ssl_params: np.ndarray | None
     term_noise: dict[str, np.ndarray]
+    others: tuple[str | None, ...]
 
 
 class SampleMaker:
@@ -104,6 +107,7 @@ class SampleMaker:
         sample = Sample(
             key=f"{self.names[place.shard]}/{raw.key}",
             caption=draws.caption,
+            others=draws.others,
             student_boxes=np.array(draws.boxes, dtype=np.int32),
             teacher_box=np.array(draws.around, dtype=np.int32) if has_teacher else None,
             augment_params=draws.augment_params,
@@ -145,6 +149,10 @@ class SampleMaker:
                 rng, height, width, views.ssl, views.ssl_scale, views.ssl_flip_prob
             )
             ssl_params = draw_augment_params(rng, recipe.ssl_augment, views.ssl)
+        term_noise = {
+            name: rng.random(shape, dtype=np.float32) for name, shape in self.noise_shapes.items()
+        }
+        others = draw_others(rng, captions, caption, recipe.data.captions_per_image - 1)
         return Draws(
             caption=caption,
             boxes=boxes,
@@ -154,10 +162,8 @@ class SampleMaker:
             ssl_boxes=ssl_boxes,
             ssl_flips=ssl_flips,
             ssl_params=ssl_params,
-            term_noise={
-                name: rng.random(shape, dtype=np.float32)
-                for name, shape in self.noise_shapes.items()
-            },
+            term_noise=term_noise,
+            others=others,
         )
 
     def _with_pixels(self, sample: Sample, image: Image.Image | WholeImage, draws: Draws) -> Sample:
@@ -177,3 +183,14 @@ class SampleMaker:
             teacher_view=teacher_view,
             ssl_views=ssl_views,
         )
+
+
+def draw_others(
+    rng: np.random.Generator, captions: list[str], caption: str, number: int
+) -> tuple[str | None, ...]:
+    """So many other captions than the one drawn, all of them different; None where they run out."""
+    if number == 0:
+        return ()
+    others = [text for text in dict.fromkeys(captions) if text != caption]
+    drawn = [others[index] for index in rng.permutation(len(others))[:number]]
+    return (*drawn, *[None] * (number - len(drawn)))

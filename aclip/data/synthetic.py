@@ -70,8 +70,8 @@ def synthetic_batch(recipe: Recipe, batch_size: int, tokens: Tokens | None = Non
     shapes = {term.name: term.noise_shape(grid) for term in recipe.terms}
     context_length = recipe.model.text.context_length
     if tokens is None:
-        lengths = caption_lengths(batch_size, context_length)
-        tokens = synthetic_tokens(lengths, max(lengths))
+        lengths = caption_lengths(batch_size * recipe.data.captions_per_image, context_length)
+        tokens = _of_images(recipe, synthetic_tokens(lengths, max(lengths)))
     return Batch(
         student_views=pixels(batch_size, views.student, 3, side, side),
         teacher_view=pixels(batch_size, 3, teacher_side, teacher_side)
@@ -92,6 +92,14 @@ def synthetic_batch(recipe: Recipe, batch_size: int, tokens: Tokens | None = Non
         cursors=torch.zeros(1, 3, dtype=torch.int64),
         to_teach=[DUE if has_teacher_view else ""] * batch_size,
     )
+
+
+def _of_images(recipe: Recipe, tokens: Tokens) -> Tokens:
+    """The captions as those of images that all have as many as the recipe reads."""
+    number = recipe.data.captions_per_image
+    if number == 1:
+        return tokens
+    return replace(tokens, num_captions=torch.full((len(tokens) // number,), number))
 
 
 def without_teacher_view(recipe: Recipe, batch: Batch) -> Batch:
@@ -116,9 +124,10 @@ def batch_of_mean_captions(
         num_columns: the length to which captions are padded.
         batch_size: how many samples. With more than NUM_MEASURED only the captions have values.
     """
-    total = round(batch_size * mean_length)
-    lengths = [(total + index) // batch_size for index in range(batch_size)]
-    tokens = synthetic_tokens(lengths, num_columns)
+    num_captions = batch_size * recipe.data.captions_per_image
+    total = round(num_captions * mean_length)
+    lengths = [(total + index) // num_captions for index in range(num_captions)]
+    tokens = _of_images(recipe, synthetic_tokens(lengths, num_columns))
     if batch_size <= NUM_MEASURED:
         return synthetic_batch(recipe, batch_size, tokens)
     one = synthetic_batch(recipe, 1, tokens)

@@ -5,7 +5,7 @@ Only `clip_tokens` knows how CLIP's vocabulary marks a caption's end.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -20,28 +20,38 @@ number of columns, which stalls the first step that has it."""
 
 @dataclass(frozen=True)
 class Tokens:
-    """B captions as ids, padded to L.
+    """The captions of B images as ids, padded to L: R rows, one for each image or N.
 
     Attributes:
-        ids: (B, L) int64; what stands behind a caption's end is 0.
-        lengths: (B,) int64, how many ids are the caption's own, start and end included.
+        ids: (R, L) int64; what stands behind a caption's end is 0.
+        lengths: (R,) int64, how many ids are the caption's own, start and end included.
         real_ids: (T,) int64, where the captions' own ids stand: row * L + column, ascending. None
             until `located`.
+        num_captions: (B,) int64, how many of an image's N consecutive rows are captions of it; the
+            others, behind them, are empty captions that stand for none. None where N is 1.
     """
 
     ids: Tensor
     lengths: Tensor
     real_ids: Tensor | None = None
+    num_captions: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.ids)
+        """B."""
+        return len(self.ids if self.num_captions is None else self.num_captions)
 
-    def __getitem__(self, rows: slice) -> "Tokens":
-        return Tokens(self.ids[rows], self.lengths[rows])
+    def __getitem__(self, images: slice) -> "Tokens":
+        """The captions of consecutive images."""
+        if self.num_captions is None:
+            return Tokens(self.ids[images], self.lengths[images])
+        first, last, _ = images.indices(len(self))
+        num_rows = len(self.ids) // len(self)
+        rows = slice(first * num_rows, last * num_rows)
+        return Tokens(self.ids[rows], self.lengths[rows], num_captions=self.num_captions[images])
 
     @property
     def ends(self) -> Tensor:
-        """(B,) int64, the column of each caption's last id: there a causal tower has read all."""
+        """(R,) int64, the column of each caption's last id: there a causal tower has read all."""
         return self.lengths - 1
 
     def located(self) -> "Tokens":
@@ -54,12 +64,13 @@ class Tokens:
             return self
         columns = torch.arange(self.ids.shape[1], device=self.ids.device)
         is_real = columns < self.lengths.unsqueeze(1)
-        return Tokens(self.ids, self.lengths, is_real.flatten().nonzero().squeeze(1))
+        return replace(self, real_ids=is_real.flatten().nonzero().squeeze(1))
 
     def map(self, move: Callable[[Tensor], Tensor]) -> "Tokens":
         """The located captions with each tensor moved by `move`, such as a copy to a device."""
         located = self.located()
-        return Tokens(move(located.ids), move(located.lengths), move(located.real_ids))
+        values = {part.name: getattr(located, part.name) for part in fields(located)}
+        return Tokens(**{n: None if v is None else move(v) for n, v in values.items()})
 
 
 def clip_tokens(ids: Tensor) -> Tokens:

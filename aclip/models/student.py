@@ -23,7 +23,7 @@ class StudentInput:
     Attributes:
         pixels: (B, V, 3, R, R) normalised.
         selection: which patches are kept; None for all.
-        tokens: B captions, located.
+        tokens: the captions of B images, located.
         ssl_pixels: (B, 2, 3, R, R) normalised.
         of_terms: what each loss term reads besides, by the term's name.
     """
@@ -124,19 +124,23 @@ class Student(nn.Module):
         """The towers' part of a step, which compares no samples.
 
         Returns:
-            image (B, V, C) and text (B, W) features, where the recipe has such views ssl (B, 2, C)
-            features, and what each term's `encode` gives, by the term's name.
+            image (B, V, C) and text (B, W) features, with N captions of an image (B, N, W); where
+            the recipe has such views ssl (B, 2, C) features; and what each term's `encode` gives,
+            by the term's name.
         """
         batch_and_views = inputs.pixels.shape[:2]
         image_features = self.image(inputs.pixels.flatten(0, 1), inputs.selection)
+        text_features = self.text(inputs.tokens)
+        if inputs.tokens.num_captions is not None:
+            text_features = text_features.unflatten(0, (len(inputs.tokens), -1))
         features = {
             "image": image_features.unflatten(0, batch_and_views),
-            "text": self.text(inputs.tokens),
+            "text": text_features,
         }
         if inputs.ssl_pixels is not None:
             ssl_features = self.image(inputs.ssl_pixels.flatten(0, 1))
             features["ssl"] = ssl_features.unflatten(0, inputs.ssl_pixels.shape[:2])
-        of_terms = {term.name: term.encode(self, inputs) for term in self.terms}
+        of_terms = {term.name: term.encode(self, inputs, features) for term in self.terms}
         return features | _present(of_terms)
 
     def encode_and_project(

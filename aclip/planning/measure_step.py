@@ -116,7 +116,7 @@ def measure_step(
     with as_first_of(num_ranks), fused_attention(), meter:
         meter.begin(TEACHER, size)
         taught = inputs.teach(batch)
-        statistics = {term.name: term.statistic([taught]) for term in student.terms}
+        statistics = inputs.statistics([batch], [taught])
         make_input = partial(inputs.student, batch, taught, statistics, progress)
         other_flops = meter.take_flops()
 
@@ -136,7 +136,10 @@ def measure_step(
             name: resized(part, local_size).requires_grad_(part.requires_grad)
             for name, part in features.items()
         }
-        output = StudentOutput.of(student("project", joined))
+        num_captions = inputs.num_captions(batch)
+        if num_captions is not None:
+            num_captions = resized(num_captions, local_size)
+        output = StudentOutput.of(student("project", joined), num_captions)
         heads = meter.held
         meter.begin(TEACHER, local_size)
         targets = {}

@@ -31,8 +31,9 @@ class OpenClipStep:
         self._recipe, self._device = recipe, device
         batch = synthetic_batch(recipe, batch_size)
         self._views = batch.student_views[:, 0]
-        missing = CONTEXT_LENGTH - batch.tokens.ids.shape[1]
-        self._tokens = F.pad(batch.tokens.ids, (0, missing))
+        # One caption of each image, since it knows no others.
+        ids = batch.tokens.ids[:: recipe.data.captions_per_image]
+        self._tokens = F.pad(ids, (0, CONTEXT_LENGTH - ids.shape[1]))
         if device.type == "cuda":
             self._views, self._tokens = self._views.pin_memory(), self._tokens.pin_memory()
         self._model = CLIP(**open_clip_sizes(recipe)).to(device)

@@ -92,7 +92,7 @@ def trace_step(
     with as_first_of(num_ranks), fused_attention(), log:
         log.begin(TEACHER, num_micro_steps)
         taught = inputs.teach(batch)
-        statistics = {term.name: term.statistic([taught]) for term in student.terms}
+        statistics = inputs.statistics([batch], [taught])
         log.begin(STUDENT, encodings)
         features = student("encode", inputs.student(batch, taught, statistics, progress))
         whole = {
@@ -100,7 +100,10 @@ def trace_step(
             for name, part in features.items()
         }
         log.begin(LOSSES)
-        output = StudentOutput.of(student("project", whole))
+        num_captions = inputs.num_captions(batch)
+        if num_captions is not None:
+            num_captions = resized(num_captions, local_size)
+        output = StudentOutput.of(student("project", whole), num_captions)
         targets = {}
         if teacher is not None:
             targets = teacher.targets(student.terms, [of_batch(taught, local_size)])

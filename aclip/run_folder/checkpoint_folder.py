@@ -1,6 +1,6 @@
 """The checkpoints folder on disk: complete or absent, found, verified, replaced and pruned.
 
-    checkpoints/samples-000000012288/   student, optimizer, teacher and rng .safetensors,
+    checkpoints/samples-000000012288/   student, optimizer, teacher, terms and rng .safetensors,
                                         state.json, manifest.json with their sizes and SHA-256
     checkpoints/latest                  the name of the newest complete one
 
@@ -22,8 +22,8 @@ from aclip.errors import ConfigError
 from aclip.files import remove_leftovers, sync, write_whole, writing
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER
 
-STUDENT, OPTIMIZER, TEACHER, RNG = (
-    f"{name}.safetensors" for name in ("student", "optimizer", "teacher", "rng")
+STUDENT, OPTIMIZER, TEACHER, TERMS, RNG = (
+    f"{name}.safetensors" for name in ("student", "optimizer", "teacher", "terms", "rng")
 )
 STATE = "state.json"
 MANIFEST, LATEST = "manifest.json", "latest"

@@ -110,6 +110,23 @@ class StepInputs:
             return None, None
         return decode_scores(codes), None if fresh is None else codes
 
+    def statistics(
+        self, micro_batches: list[Batch], taught: list[Taught]
+    ) -> dict[str, Tensor | None]:
+        """Each term's statistic of the global batch, by the term's name; every rank must call, once
+        a step.
+
+        Args:
+            micro_batches: this rank's part of the global batch.
+            taught: what the teacher made of each of them.
+        """
+        tokens = [micro.tokens for micro in micro_batches]
+        return {term.name: term.statistic(taught, tokens, self._to_device) for term in self._terms}
+
+    def num_captions(self, batch: Batch) -> Tensor | None:
+        """Tokens.num_captions of this rank's part of the global batch, on the device."""
+        return self._to_device(batch.tokens.num_captions)
+
     def student(
         self,
         micro: Batch,
@@ -122,7 +139,7 @@ class StepInputs:
         Args:
             micro: the micro-batch, with its views.
             taught: what the teacher made of it.
-            statistics: each term's statistic of the global batch, by the term's name.
+            statistics: what `statistics` gave of the step.
             progress: how much of the run is done, in [0, 1].
         """
         views = micro.student_views

@@ -111,7 +111,7 @@ class Stepper:
             for micro, of_teacher in zip(micro_batches, taught, strict=True)
             if of_teacher.codes is not None
         ]
-        statistics = {term.name: term.statistic(taught) for term in self.terms}
+        statistics = self.inputs.statistics(micro_batches, taught)
         # Made anew for each pass over a micro-batch, so that only one input exists at a time.
         make_inputs = [
             partial(self.inputs.student, micro, of_teacher, statistics, progress)
@@ -121,7 +121,8 @@ class Stepper:
         features, rng_states = self._encode_first(first_inputs)
         # Copies, since ZeRO-3's hooks put other tensors into the dictionaries that they are given.
         before = [dict(part) for part in features]
-        output = StudentOutput.of(self.engine("encode_and_project", make_last(), before))
+        projected = self.engine("encode_and_project", make_last(), before)
+        output = StudentOutput.of(projected, self.inputs.num_captions(batch))
         targets = {} if self.teacher is None else self.teacher.targets(self.terms, taught)
         loss, terms = total(self.terms, output, targets)
         self._backward(loss, last=not first_inputs)

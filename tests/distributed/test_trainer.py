@@ -66,6 +66,7 @@ MASKCLIP += ["distill.num_codewords=32", "mlm.decoder_layers=1"]
 EASY_SSL_VIEWS = ["views.ssl=2", "views.ssl_scale=[0.9, 1]", "views.ssl_flip_prob=0"]
 EASY_SSL_VIEWS += ["ssl_augment={jitter_prob: 0, grayscale_prob: 0, blur_prob: 0}"]
 SIGLIP = ["loss.contrastive=0", "loss.sigmoid=1", "loss.initial_logit_scale=10"]
+NO_TEACHER = ["loss.simclr=0", "loss.byol=0", "teacher=null"]
 FAMILIES = {
     "clip": ["mask.policy=none", "views.student=1", "loss.simclr=0", "loss.byol=0", "teacher=null"],
     "slip": [
@@ -84,6 +85,7 @@ FAMILIES = {
         "mask.keep_ratio=0.25",
         "mask.keep_ratio_end=1",
     ],
+    "superclip": ["mask.policy=none", *NO_TEACHER, "loss.words=1"],
     "maskclip": ["views.student=1", *MASKCLIP],
     "pixels": ["views.student=1", *MASKCLIP, "distill.targets=pixels", "teacher=null"],
     "everything": [
@@ -118,7 +120,7 @@ def test_every_family_learns_and_gives_equal_losses_however_it_is_split(
 RESUMES = [  # ZeRO stage and ranks until the kill, then after it; what the mask does meanwhile
     ("0", 2, "0", 2, ["mask.keep_ratio=0.25", "mask.keep_ratio_end=1"]),
     ("2", 2, "1", 1, ["mask.warmup=0.7"]),
-    ("3", 2, "1", 1, ["mask.temperature=1"]),
+    ("3", 2, "1", 1, ["mask.temperature=1", "loss.words=1"]),
     ("1", 1, "2", 2, ["mask.warmup=0.9", "mask.warmup_change=gradual"]),
 ]
 IDS = [f"ZeRO-{a} on {m} to ZeRO-{b} on {n}" for a, m, b, n, _ in RESUMES]

@@ -75,7 +75,7 @@ def test_activations_are_what_autograd_keeps(kept_bytes, overrides, dtype, mode)
     teacher = Teacher(student, dtype, CPU) if recipe.needs_teacher else None
     inputs = StepInputs(recipe, student.terms, teacher, student.image, CPU, dtype)
     taught = inputs.teach(batch)
-    statistics = {term.name: term.statistic([taught]) for term in student.terms}
+    statistics = inputs.statistics([batch], [taught])
     student_input = inputs.student(batch, taught, statistics)
     kept, features = kept_bytes(student, lambda: student.encode(student_input))
     assert len(batch) * step.encoding[None].kept == pytest.approx(kept, rel=0.02)

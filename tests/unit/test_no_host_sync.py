@@ -35,6 +35,7 @@ RECIPE = [
     "distill.num_codewords=32",
     "loss.mlm=0.05",
     "mlm.decoder_layers=1",
+    "loss.words=1",
 ]
 BATCH, GRID = 4, 8
 TOKENS = clip_tokens(torch.tensor([[START_ID, *range(1, 15), END_ID]] * BATCH))
@@ -137,7 +138,8 @@ def test_step_does_not_wait_for_the_device(recipe, models, dtype):
     for term in student.terms:
         shape = term.noise_shape(GRID)
         noise = None if shape is None else torch.zeros(BATCH, *shape)
-        own = replace(context, noise=noise, statistic=term.statistic([taught]))
+        statistic = term.statistic([taught], [TOKENS], context.to_device)
+        own = replace(context, noise=noise, statistic=statistic)
         of_terms[term.name] = term.inputs(own)
     inputs = StudentInput(pixels, selection, tokens, pixels, of_terms)
     output = StudentOutput.of(student("project", student("encode", inputs)))

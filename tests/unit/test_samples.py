@@ -83,6 +83,32 @@ def test_of_several_lines_one_is_drawn_an_epoch_and_a_single_one_draws_nothing(m
     np.testing.assert_array_equal(alone.student_boxes, boxes)
 
 
+def test_several_captions_of_an_image_are_its_own_and_change_no_other_draw(make_sample):
+    five, three = b"one\ntwo\nthree\nfour\nfive\n", [*NO_TEACHER, "data.captions_per_image=3"]
+    three += ["mask.policy=random", "loss.distill=1", "distill.targets=pixels"]
+    for epoch in range(5):
+        alone = make_sample([key for key in three if "captions" not in key], five, epoch)
+        sample, again = (make_sample(three, five, epoch) for _ in range(2))
+        assert alone.others == () and sample.others == again.others
+        drawn = {sample.caption, *sample.others}
+        assert len(drawn) == 3 and drawn < {"one", "two", "three", "four", "five"}
+        assert sample.caption == alone.caption
+        for name in ("student_boxes", "augment_params", "mask_noise"):
+            np.testing.assert_array_equal(getattr(sample, name), getattr(alone, name))
+        np.testing.assert_array_equal(sample.term_noise["distill"], alone.term_noise["distill"])
+
+
+def test_a_batch_of_several_captions_holds_them_by_image(make_sample):
+    texts = (b"one\ntwo\nthree", b"alone", b"alone\nalone", b"a red ring\ntwo stars")
+    samples = [make_sample([*NO_TEACHER, "data.captions_per_image=3"], text) for text in texts]
+    batch = collate(samples, Tokenizer(16), np.zeros((1, 3), dtype=np.int64), {})
+    assert batch.tokens.num_captions.tolist() == [3, 1, 1, 2] and len(batch.tokens) == 4
+    rows = [caption or "" for sample in samples for caption in (sample.caption, *sample.others)]
+    assert rows[3:9] == ["alone", "", "", "alone", "", ""] and rows.count("") == 5
+    assert torch.equal(batch.tokens.ids, Tokenizer(16).encode(rows).ids)
+    assert batch.captions == [sample.caption for sample in samples]
+
+
 def test_a_batch_counts_the_samples_whose_text_was_guessed(make_sample):
     samples = [make_sample(NO_TEACHER, text) for text in (b"plain", b"caf\xe9", b"na\xefve")]
     assert [sample.caption for sample in samples] == ["plain", "café", "naïve"]

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from aclip.distributed import gather_with_grad, rank
 from aclip.kernels.contrastive_loss import contrastive_loss
+from aclip.method.losses.several_captions import contrastive_of_several
 from aclip.method.losses.term import LossTerm, StudentOutput
 from aclip.section import Section, Weight
 
@@ -21,6 +22,10 @@ class Contrastive(LossTerm):
     name, keys, aligns = "contrastive", Keys, True
 
     def loss(self, output: StudentOutput, target: None) -> Tensor:
+        if output.num_captions is not None:
+            return contrastive_of_several(
+                output.image_embeds, output.text_embeds, output.num_captions, output.logit_scale
+            )
         return contrastive(output.image_embeds, output.text_embeds, output.logit_scale)
 
 

@@ -88,7 +88,7 @@ class Distill(LossTerm):
     def noise_shape(self, grid: int) -> tuple[int, ...]:
         return 1, grid, grid
 
-    def statistic(self, taught: list[Taught]) -> Tensor | None:
+    def statistic(self, taught: list[Taught], *_) -> Tensor | None:
         """Mean direction of the global batch's patch features, (C,) fp32, for codewords."""
         if self.config.targets != "codewords":
             return None
@@ -122,7 +122,7 @@ class Distill(LossTerm):
             targets = F.layer_norm(targets.float(), targets.shape[-1:])
         return DistillInput(selection, masked_ids, targets)
 
-    def encode(self, student: nn.Module, inputs) -> Tensor:
+    def encode(self, student: nn.Module, inputs, features: dict[str, Tensor]) -> Tensor:
         """(B,) fp32, the term of each sample."""
         own: DistillInput = inputs.of_terms[self.name]
         tokens, keep_ids = student.image.forward_patches(inputs.pixels[:, 0], own.selection)

@@ -59,6 +59,15 @@ class Mlm(LossTerm):
         self.config: MlmConfig = recipe.mlm
         self.context_length = recipe.model.text.context_length
 
+    @classmethod
+    def check(cls, recipe) -> None:
+        number = recipe.data.captions_per_image
+        if number > 1:
+            raise ValueError(
+                f"loss.mlm is {recipe.loss.mlm:g} with data.captions_per_image {number}, but it "
+                "masks one caption of an image; set data.captions_per_image to 1 or loss.mlm to 0"
+            )
+
     def parts(self, student: nn.Module) -> dict[str, TermPart]:
         width = student.text.width
         mask_token = trunc_normal(width)
@@ -82,7 +91,7 @@ class Mlm(LossTerm):
             weights=move(1.0 / masked.sum(1)[rows]),
         )
 
-    def encode(self, student: nn.Module, inputs) -> Tensor:
+    def encode(self, student: nn.Module, inputs, features: dict[str, Tensor]) -> Tensor:
         """(B,) fp32, the term of each sample."""
         own: MlmInput = inputs.of_terms[self.name]
         features = student.text.forward_tokens(inputs.tokens, own.masked, student.mlm_mask_token)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from aclip.distributed import gather_with_grad, rank
 from aclip.kernels.sigmoid_loss import sigmoid_loss
 from aclip.method.losses.heads import ExactScalar
+from aclip.method.losses.several_captions import sigmoid_of_several
 from aclip.method.losses.term import LossTerm, StudentOutput, TermPart
 from aclip.section import Section, Weight
 
@@ -45,8 +46,11 @@ class Sigmoid(LossTerm):
         return student.logit_bias()
 
     def loss(self, output: StudentOutput, target: None) -> Tensor:
+        images, texts, scale = output.image_embeds, output.text_embeds, output.logit_scale
         bias = output.heads[self.name]
-        return sigmoid(output.image_embeds, output.text_embeds, output.logit_scale, bias)
+        if output.num_captions is not None:
+            return sigmoid_of_several(images, texts, output.num_captions, scale, bias)
+        return sigmoid(images, texts, scale, bias)
 
 
 def sigmoid(

@@ -53,7 +53,7 @@ class TermContext:
 
     Attributes:
         pixels: (B, V, 3, R, R) normalised, on the student's device.
-        tokens: B captions, on the CPU.
+        tokens: the captions of B images, on the CPU.
         noise: (B, ...) fp32 uniform in [0, 1) on the CPU, in the term's `noise_shape`; or None.
         taught: what the teacher made of the micro-batch.
         statistic: what the term's `statistic` gave.
@@ -80,27 +80,33 @@ class StudentOutput:
 
     Attributes:
         image_embeds: (B, V, E), unnormalised.
-        text_embeds: (B, E), unnormalised.
+        text_embeds: (B, E), unnormalised; with N captions of an image (B, N, E).
         logit_scale: (1,) fp32, the factor itself.
         heads: what each term's `project` gave, by the term's name.
+        num_captions: (B,) int64, how many of an image's N captions there are; None where N is 1.
     """
 
     image_embeds: Tensor
     text_embeds: Tensor
     logit_scale: Tensor
     heads: dict[str, Tensor] = field(default_factory=dict)
+    num_captions: Tensor | None = None
 
     @classmethod
-    def of(cls, projected: dict[str, Tensor]) -> "StudentOutput":
+    def of(
+        cls, projected: dict[str, Tensor], num_captions: Tensor | None = None
+    ) -> "StudentOutput":
         """From the flat dictionary that the student's `project` returns."""
         own = ("image_embeds", "text_embeds", "logit_scale")
         heads = {name: value for name, value in projected.items() if name not in own}
-        return cls(**{name: projected[name] for name in own}, heads=heads)
+        values = {name: projected[name] for name in own}
+        return cls(**values, heads=heads, num_captions=num_captions)
 
 
 class LossTerm:
     """One term of the loss. A subclass is listed in terms.py and overrides the hooks that it needs;
-    those here add nothing. `Stepper.step` calls them in the order in which they stand here.
+    those here add nothing. `Stepper.step` calls them in the order in which they stand here; the two
+    last ones are for checkpoints.
 
     A term with weight 0 is never made: it builds no module, draws no noise and costs nothing.
 
@@ -147,20 +153,33 @@ class LossTerm:
         """Shape of the uniform noise that the term wants with every sample; the worker draws it."""
         return None
 
-    def statistic(self, taught: list[Taught]) -> Tensor | None:
-        """A statistic of the global batch that `inputs` reads. A collective: every rank calls."""
+    def statistic(
+        self,
+        taught: list[Taught],
+        tokens: list[Tokens],
+        to_device: Callable[[Tensor], Tensor],
+    ) -> Tensor | None:
+        """A statistic of the global batch that `inputs` reads. A collective: every rank calls, once
+        a step.
+
+        Args:
+            taught: what the teacher made of each micro-batch.
+            tokens: the captions of each, on the CPU.
+            to_device: as in TermContext.
+        """
         return None
 
     def inputs(self, context: TermContext) -> Any | None:
         """What `encode` reads of a micro-batch, on the student's device; no gradient."""
         return None
 
-    def encode(self, student: nn.Module, inputs) -> Tensor | None:
-        """What the term computes of a micro-batch with the towers, besides their features.
+    def encode(self, student: nn.Module, inputs, features: dict[str, Tensor]) -> Tensor | None:
+        """What the term computes of a micro-batch, besides the towers' features.
 
         Args:
             student: its towers and the term's own parts.
             inputs: models.student.StudentInput; `inputs.of_terms[name]` is the term's.
+            features: image, text and ssl, as `project` gets them.
 
         Returns:
             (B, ...), which must not compare samples: micro-batches come one by one.
@@ -171,8 +190,9 @@ class LossTerm:
         """What the term's head makes of the features of the whole local batch.
 
         Args:
-            features: image (B, V, C), text (B, W), ssl (B, 2, C) if the recipe has such views, and
-                under the term's name what `encode` gave.
+            features: image (B, V, C), text (B, W) or with N captions of an image (B, N, W), ssl
+                (B, 2, C) if the recipe has such views, and under the term's name what `encode`
+                gave.
         """
         return None
 
@@ -187,6 +207,13 @@ class LossTerm:
         the ranks' values is the global loss, and averaging the ranks' gradients gives its gradient.
         """
         raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the term counts from step to step, for checkpoints; the same on every rank."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes on from what `state_dict` gave, now on the CPU."""
 
 
 def total(

@@ -10,8 +10,9 @@ from aclip.method.losses.mlm import Mlm
 from aclip.method.losses.sigmoid import Sigmoid
 from aclip.method.losses.simclr import Simclr
 from aclip.method.losses.term import LossTerm
+from aclip.method.losses.words import Words
 
-TERMS: tuple[type[LossTerm], ...] = (Contrastive, Simclr, Byol, Distill, Mlm, Sigmoid)
+TERMS: tuple[type[LossTerm], ...] = (Contrastive, Simclr, Byol, Distill, Mlm, Sigmoid, Words)
 
 
 def no_auxiliary_terms() -> dict[str, float]:
