@@ -36,7 +36,7 @@ class Batch:
     ssl_params: Tensor | None
     """(B, S, 9) fp32, as augment_params"""
     tokens: Tokens
-    """The tokens of each sample's caption"""
+    """The tokens of each sample's caption, of what is kept of it"""
     term_noise: dict[str, Tensor]
     """(B, ...) fp32 in [0, 1), what each loss term wants, by the term's name"""
     keys: list[str]
@@ -49,7 +49,8 @@ class Batch:
     repeated: int = 0
     """Number of this batch's samples that stand in for unusable ones, see LaneStream"""
     noted: dict[str, int] = field(default_factory=dict)
-    """Samples of this batch whose captions' text was guessed or left out in part, by kind"""
+    """Samples of this batch about whose captions something is counted, by kind of
+    captions.note_kinds"""
     whole_images: WholeImages | None = None
     """Whole images, from which the views are still to be cut"""
     to_teach: list[str] = field(default_factory=list)
@@ -99,6 +100,7 @@ STACKED = tuple(
     part.name
     for part in fields(Sample)
     if part.name not in ("key", "caption", "term_noise", "whole_image", "notes", "to_teach")
+    and part.name != "token_ids"
 )
 MAY_BE_ZEROS = ("teacher_view", "stored_scores")
 """What some samples of a batch may have and others not, for which zeros stand."""
@@ -125,6 +127,7 @@ def collate(
         return torch.from_numpy(np.stack(arrays))
 
     captions = [sample.caption for sample in samples]
+    reduced = [sample.token_ids for sample in samples if sample.token_ids is not None]
     return Batch(
         **{
             name: stack([getattr(sample, name) for sample in samples], name in MAY_BE_ZEROS)
@@ -134,7 +137,7 @@ def collate(
             name: stack([sample.term_noise[name] for sample in samples])
             for name in samples[0].term_noise
         },
-        tokens=tokenizer.encode(captions),
+        tokens=tokenizer.stack(reduced) if reduced else tokenizer.encode(captions),
         keys=[sample.key for sample in samples],
         captions=captions,
         cursors=torch.from_numpy(cursors),

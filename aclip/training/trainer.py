@@ -10,7 +10,7 @@ from torch import Tensor
 from aclip.config.ds_config import DsConfig
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
-from aclip.data.captions import NOTE_KINDS
+from aclip.data.captions import note_kinds
 from aclip.data.fingerprint import LIST, check_progress, fingerprint
 from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import SKIP_KINDS, Shard
@@ -34,7 +34,6 @@ from aclip.training.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watc
 
 GRADIENT_NORM, LOGIT_SCALE = "gradient_norm", "logit_scale"
 """What is watched and logged beside the terms."""
-COUNTED_KINDS = (*SKIP_KINDS, *NOTE_KINDS)
 
 
 class Trainer:
@@ -74,7 +73,8 @@ class Trainer:
         init = recipe.model.init if resume_from is None else ""
         self.stepper = Stepper(recipe, ds_config, device, init)
         self.step = 0
-        self.counts = Counter()  # samples by the kinds of SKIP_KINDS and NOTE_KINDS
+        self._kinds = (*SKIP_KINDS, *note_kinds(recipe.caption_keys))
+        self.counts = Counter()  # samples by kind
         self.repeated = 0
         self.evaluations: dict[str, dict] = {}
         self.wandb_id = ""
@@ -175,7 +175,7 @@ class Trainer:
         if self._saver.asks():
             self.watch.receive(signal.SIGUSR1)
         counted = batch.skipped | batch.noted
-        counts = [*(counted.get(kind, 0) for kind in COUNTED_KINDS), batch.repeated]
+        counts = [*(counted.get(kind, 0) for kind in self._kinds), batch.repeated]
         counts += self._scores.put(self.step, batch.to_teach, self.stepper.coded)
         self.watch.put(self.step, terms | watched, batch.keys, counts)
         self._cursors = batch.cursors
@@ -214,7 +214,7 @@ class Trainer:
         if watched is None:
             return
         counts = iter(watched.counts)
-        self.counts.update({kind: next(counts) for kind in COUNTED_KINDS})
+        self.counts.update({kind: next(counts) for kind in self._kinds})
         self.repeated += next(counts)
         self._scores.settle([*counts])
         if self.schedule.is_logged(watched.step) or watched.step == self.num_steps:
@@ -234,7 +234,7 @@ class Trainer:
             gradient_norm=gradient_norm,
             skipped={kind: self.counts[kind] for kind in SKIP_KINDS if self.counts[kind]},
             repeated=self.repeated,
-            noted={kind: self.counts[kind] for kind in NOTE_KINDS if self.counts[kind]},
+            noted={k: n for k, n in self.counts.items() if n and k not in SKIP_KINDS},
             images_per_second=self._timer.images_per_second,
             data_wait_percent=self._timer.data_wait_percent,
             taught=self._scores.take_share(),
