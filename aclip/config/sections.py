@@ -13,9 +13,10 @@ Recompute = Literal["none", "elementwise", "blocks"]
 HueShift = Annotated[float, Field(ge=0, le=0.5)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 CaptionKeys = Annotated[
-    Annotated[list[str], Tag("list[str]")] | Annotated[dict[str, Positive], Tag("dict")],
+    Annotated[list[str], Tag("list[str]")]
+    | Annotated[dict[str, Positive], Tag("dict[str, float]")],
     # So that a message speaks of what was given: keys in a list, or probabilities by key.
-    Discriminator(lambda value: "dict" if isinstance(value, dict) else "list[str]"),
+    Discriminator(lambda value: "dict[str, float]" if isinstance(value, dict) else "list[str]"),
 ]
 """Keys of captions, see caption_keys.py: in an order of preference, or with probabilities."""
 

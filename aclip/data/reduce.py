@@ -32,10 +32,7 @@ class Reducer:
         self.drops = drops
 
     def reduce(self, caption: str, rng: np.random.Generator) -> list[int]:
-        """What is kept of a caption: ids, without start and end. One that fits stays whole.
-
-        Raises nothing: an empty caption has no ids.
-        """
+        """What is kept of a caption: ids, without start and end. One that fits stays whole."""
         ids, most = self.tokenizer.ids(caption), self.tokenizer.context_length - 2
         if len(ids) <= most:
             return ids

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -81,7 +82,7 @@ def count_words(
     Raises:
         ShardError: the shard can't be fetched, opened or read.
     """
-    counts, tokenizer = WordCounts(), Tokenizer(3)
+    counts, tokenizer = WordCounts(), _tokenizer()
     shard = TarShard(url, remote)
     for sample in shard.walk():
         if not sample.is_complete:
@@ -97,6 +98,11 @@ def count_words(
     if shard.is_broken:
         counts.broken.append(url)
     return counts
+
+
+@cache
+def _tokenizer() -> Tokenizer:
+    return Tokenizer(context_length=77)  # one for all shards, since its tables take time to load
 
 
 def drop_probabilities(counts: Mapping[str, int], threshold: float) -> dict[str, float]:
