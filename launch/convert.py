@@ -68,6 +68,23 @@ def parse_arguments() -> argparse.Namespace:
     )
     source = add("img2dataset", "img2dataset's shards: writes their sizes.json only", processes)
     source.add_argument("folder", type=path)
+    source = add("word-counts", "shards: writes how often each word comes in captions", processes)
+    source.add_argument(
+        "shards", nargs="+", type=path, help="as for --train, or demo for the built-in scenes"
+    )
+    source.add_argument(
+        "--captions",
+        action="append",
+        metavar="KEY",
+        help="a key of data.captions; give it again to count further ones (default: KEY.txt and "
+        "KEY.json as training reads them)",
+    )
+    source.add_argument(
+        "--out",
+        "--output",
+        type=path,
+        help="file to write (default: word_counts.json beside the shards)",
+    )
     source = add("yfcc-list", "YFCC100M's raw metadata: writes the list for yfcc15m", None)
     source.add_argument("metadata", type=path, help="yfcc100m_dataset, plain, .bz2 or .gz")
     source.add_argument(

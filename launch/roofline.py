@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
         "--caption_tokens",
         type=float,
         default=22,
-        help="mean length of a caption in tokens, start and end included",
+        help="mean length of a whole caption in tokens, start and end included",
     )
     parser.add_argument(
         "--set",

@@ -15,7 +15,7 @@ from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe_file import load_recipe
 from aclip.data.find_data import find_data
 from aclip.data.fingerprint import count_shards
-from aclip.data.synthetic import batch_of_mean_captions
+from aclip.data.synthetic import batch_of_mean_captions, mean_in_training
 from aclip.errors import ConfigError, NotWritten
 from aclip.files import check_writable
 from aclip.lock import claim
@@ -166,7 +166,8 @@ def _gflops(case: Case) -> float:
     # Imported here, since the towers take seconds.
     from aclip.planning.measure_step import measure_run
 
-    batch = batch_of_mean_captions(case.recipe, CAPTION_TOKENS, CAPTION_TOKENS)
+    length = mean_in_training(case.recipe, CAPTION_TOKENS)
+    batch = batch_of_mean_captions(case.recipe, length, math.ceil(length))
     return measure_run(case.recipe, batch, modes=("none",)).total_flops / 1e9
 
 

@@ -220,7 +220,7 @@ def _environment(device, batch_size, arguments, recipe) -> dict:
             "device": f"CPU {platform.machine()}, {arguments.threads} threads",
             "time": "CPU time, fp32",
         }
-    lengths = caption_lengths(batch_size, recipe.model.text.context_length)
+    lengths = caption_lengths(batch_size, recipe.caption_tokens)
     return {
         **where,
         "batch": batch_size,

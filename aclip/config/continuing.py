@@ -1,6 +1,7 @@
 """What may change between two starts of one run, and how two recipes or ds_configs differ."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,15 +36,19 @@ MAY_CHANGE = frozenset(
 NEVER_CHANGE = frozenset(
     (
         "data.train",  # where the shards lie may change, the shards may not
-        "data.sources",
+        "data.sources",  # as a whole, where their number differs
+        "data.sources.shards",
+        "data.sources.weight",
         "data.lanes",
         "data.shuffle_block",
         "train.seed",
         "train.global_batch_size",
+        "text.word_counts",  # where they lie may change, the counts may not
     )
 )
-"""Keys that decide which sample comes next: the checkpoint itself knows what they were, and
-data/fingerprint.py refuses another effect of them, whatever the start asks for."""
+"""Keys that decide which sample comes next, or what lies in files of the data: the checkpoint
+itself knows what they were, and data/fingerprint.py refuses another effect of them, whatever the
+start asks for."""
 DS_RESULT = {
     "bf16.enabled": False,
     "gradient_clipping": 0.0,
@@ -74,8 +79,8 @@ def ds_config_changes(then: dict, now: dict) -> list[str]:
 
 
 def key_of(change: str) -> str:
-    """The key that a change begins with."""
-    return change.partition(" ")[0]
+    """The key that a change begins with, without the numbers of a list's items."""
+    return re.sub(r"\.\d+(?=\.)", "", change.partition(" ")[0])
 
 
 def _differences(then: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
@@ -83,8 +88,15 @@ def _differences(then: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]
         for name in dict.fromkeys([*then, *now]):
             inner = f"{key}.{name}" if key else name
             yield from _differences(then.get(name), now.get(name), inner)
+    elif _are_sections(then) and _are_sections(now) and len(then) == len(now):
+        for index, (before, after) in enumerate(zip(then, now, strict=True)):
+            yield from _differences(before, after, f"{key}.{index}")
     elif then != now:
         yield key, then, now
+
+
+def _are_sections(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, dict) for each in value)
 
 
 def _value(values: dict, key: str, default: Any) -> Any:

@@ -8,13 +8,16 @@ from typing import Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
+from aclip.config.caption_keys import check_captions
 from aclip.config.optimizer import OptimizerConfig, check_with_recipe
 from aclip.config.sections import (
     AugmentConfig,
+    CaptionKeys,
     DataConfig,
     ModelConfig,
     SslColorConfig,
     TeacherConfig,
+    TextConfig,
     TrainConfig,
     ViewsConfig,
 )
@@ -83,6 +86,7 @@ class Recipe(OfTerms):
 
     description: str = ""
     model: ModelConfig = ModelConfig()
+    text: TextConfig = TextConfig()
     views: ViewsConfig = ViewsConfig()
     augment: AugmentConfig = AugmentConfig()
     ssl_augment: SslColorConfig = SslColorConfig()
@@ -100,6 +104,17 @@ class Recipe(OfTerms):
     def terms(self) -> tuple[LossTerm, ...]:
         """The terms of the loss that have a weight, in the order of TERMS."""
         return tuple(term(self) for term in self._weighted())
+
+    @property
+    def caption_tokens(self) -> int:
+        """The most tokens of a caption in training, start and end included."""
+        return self.text.tokens or self.model.text.context_length
+
+    @property
+    def caption_keys(self) -> list[CaptionKeys]:
+        """The keys of captions of each source, or of the only one; see data.captions."""
+        data = self.data
+        return [each.captions or data.captions for each in data.sources] or [data.captions]
 
     @property
     def mask_policy(self) -> MaskPolicy:
@@ -177,6 +192,7 @@ class Recipe(OfTerms):
         self._check_reuse()
         self._check_views()
         check_with_recipe(self)
+        check_captions(self.data, self.text, self.model.text.context_length)
         for part in ("augment", "ssl_augment"):
             low, high = getattr(self, part).blur_sigma
             if low > high:

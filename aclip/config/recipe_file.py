@@ -265,7 +265,8 @@ _SECTIONS_OF_KEYS = {
 def _describe(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
     # For a value of one of two types, pydantic names the type that it tried behind the field.
-    field = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))
+    types = ("str", "list[str]", "dict[str, float]")
+    field = ".".join(str(part) for part in first["loc"] if part not in types)
     if not field:
         return first["msg"].removeprefix("Value error, ")
     where = f"in {source} or on the command line"

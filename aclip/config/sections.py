@@ -5,12 +5,19 @@ No torch in here, since scripts that start over ssh read them too.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Discriminator, Field, Tag
 
 from aclip.section import Positive, Section, Strength
 
 Recompute = Literal["none", "elementwise", "blocks"]
 HueShift = Annotated[float, Field(ge=0, le=0.5)]
+CaptionKeys = Annotated[
+    Annotated[list[str], Tag("list[str]")]
+    | Annotated[dict[str, Positive], Tag("dict[str, float]")],
+    # So that a message speaks of what was given: keys in a list, or probabilities by key.
+    Discriminator(lambda value: "dict[str, float]" if isinstance(value, dict) else "list[str]"),
+]
+"""Keys of captions, see caption_keys.py: in an order of preference, or with probabilities."""
 
 
 class ImageTowerConfig(Section):
@@ -47,6 +54,25 @@ class ModelConfig(Section):
     """torch.compile of the towers' blocks. On a GPU in bf16 a step waits for memory more than for
     matrix products; the compiler fuses norms, activations and residuals, which move most of it. The
     first step takes minutes longer. Not with ZeRO stage 3."""
+
+
+class TextConfig(Section):
+    """How a caption is made shorter for training, see aclip/data/reduce.py. Evaluation reads whole
+    captions, up to model.text.context_length."""
+
+    reduce: Literal["truncate", "block", "random", "frequency"] = "truncate"
+    """What is kept of a caption that is longer than `tokens`: the beginning (truncate), a random
+    window (block), random tokens in their order (random), or random words of which common ones go
+    first (frequency, as in CLIPF)."""
+    tokens: int | None = Field(None, ge=3)
+    """Most tokens of a caption in training, start and end included; empty for all that the tower
+    reads, model.text.context_length."""
+    word_counts: str = ""
+    """The file of `launch/convert.py word-counts` that frequency reads; empty for word_counts.json
+    beside the shards, which for the built-in scenes is made on first use."""
+    threshold: float = Field(1e-6, gt=0)
+    """The t of frequency: a word with the share f of all words has the probability
+    max(0, 1 - sqrt(t / f)) to go first. CLIPF takes 1e-6 on CC12M and 1e-7 on larger sets."""
 
 
 class ViewsConfig(Section):
@@ -108,6 +134,8 @@ class SourceConfig(Section):
     """The source's shards, given as in data.train."""
     weight: Positive
     """Share of the samples that come from here, relative to the other sources' weights."""
+    captions: CaptionKeys = []
+    """The source's data.captions; empty for these."""
 
 
 class DataConfig(Section):
@@ -119,6 +147,13 @@ class DataConfig(Section):
     as many samples as all of them hold together, shared out by weight. All samples of a source come
     before one of them comes again: a source with a large weight repeats within an epoch, one with a
     small weight is read in part and goes on in the next."""
+    captions: CaptionKeys = []
+    """Which caption of a sample is trained on: keys in an order of preference, of which the first
+    that the sample has counts, as [long.txt, txt]; or keys with probabilities, drawn each time a
+    sample comes, as {long.txt: 0.7, txt: 0.3}, and drawn again where the sample lacks one. A key
+    is a member (txt, long.txt: a line is a caption), a field of KEY.json (long_caption) or of
+    another json (syn.json:syn_text). Of several captions under a key one is drawn. Empty for
+    KEY.txt and KEY.json together, as evaluation reads them in any case."""
     val: str | list[str] = []
     """Shards for evaluation; empty for none. For zero-shot accuracy, samples have a .cls and
     classnames.txt lies beside the shards or one folder up."""

@@ -36,7 +36,7 @@ class Batch:
     ssl_params: Tensor | None
     """(B, S, 9) fp32, as augment_params"""
     tokens: Tokens
-    """The tokens of each sample's captions"""
+    """The tokens of each sample's captions, of what is kept of them"""
     term_noise: dict[str, Tensor]
     """(B, ...) fp32 in [0, 1), what each loss term wants, by the term's name"""
     keys: list[str]
@@ -50,7 +50,8 @@ class Batch:
     repeated: int = 0
     """Number of this batch's samples that stand in for unusable ones, see LaneStream"""
     noted: dict[str, int] = field(default_factory=dict)
-    """Samples of this batch whose captions' text was guessed or left out in part, by kind"""
+    """Samples of this batch about whose captions something is counted, by kind of
+    captions.note_kinds"""
     whole_images: WholeImages | None = None
     """Whole images, from which the views are still to be cut"""
     to_teach: list[str] = field(default_factory=list)
@@ -100,7 +101,16 @@ STACKED = tuple(
     part.name
     for part in fields(Sample)
     if part.name
-    not in ("key", "caption", "others", "term_noise", "whole_image", "notes", "to_teach")
+    not in (
+        "key",
+        "caption",
+        "others",
+        "token_ids",
+        "term_noise",
+        "whole_image",
+        "notes",
+        "to_teach",
+    )
 )
 MAY_BE_ZEROS = ("teacher_view", "stored_scores")
 """What some samples of a batch may have and others not, for which zeros stand."""
@@ -149,8 +159,11 @@ def collate(
 
 def _encode(samples: list[Sample], tokenizer: Tokenizer) -> Tokens:
     """The tokens of all captions; an empty caption stands where a sample lacks one."""
-    texts = [text or "" for sample in samples for text in (sample.caption, *sample.others)]
-    tokens = tokenizer.encode(texts)
+    if samples[0].token_ids is None:
+        texts = [text or "" for sample in samples for text in (sample.caption, *sample.others)]
+        tokens = tokenizer.encode(texts)
+    else:
+        tokens = tokenizer.stack([ids for sample in samples for ids in sample.token_ids])
     if not samples[0].others:
         return tokens
     counts = [1 + sum(text is not None for text in sample.others) for sample in samples]

@@ -4,10 +4,14 @@ for the converter alike."""
 import codecs
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from aclip.config.caption_keys import split_key
+from aclip.config.sections import CaptionKeys
 from aclip.data.shards.listing import Skip
 
 DECODED_AS_CP1252 = "decoded_as_cp1252"
@@ -17,6 +21,7 @@ UNREADABLE_JSON = "unreadable_json"
 NO_TEXT_IN_JSON = "no_text_in_json"
 BLANK_IN_JSON = "blank_in_json"
 TXT_BEFORE_JSON = "txt_before_json"
+OTHER_CAPTION_KEY = "other_caption_key"
 NOTE_KINDS = {
     DECODED_AS_CP1252: "text that is no UTF-8 was read as Windows-1252",
     DECODED_AS_UTF16: "text with NULs and no byte order mark was read as UTF-16",
@@ -25,8 +30,11 @@ NOTE_KINDS = {
     NO_TEXT_IN_JSON: "a caption in the .json is null, a number or an object and was left out",
     BLANK_IN_JSON: "a caption in the .json is blank and was left out",
     TXT_BEFORE_JSON: "the .txt was taken, because the .json holds other captions",
+    OTHER_CAPTION_KEY: "the sample has no caption under the key of data.captions that came first",
 }
 """What is counted about samples that are used, and what it means."""
+CHOSEN = "caption_from_"
+"""What a kind begins with that counts the captions under a key of data.captions."""
 
 LINE_END = re.compile(r"\r\n|\n|\r")  # not splitlines, which also splits at characters of prose
 FIELDS = ("captions", "caption")
@@ -76,7 +84,7 @@ def captions_of(texts: Sequence[bytes], facts: bytes | None) -> Captions | Skip:
     for content in texts:
         text, note = decode_text(content)
         notes.add(note)
-        own = [line for line in LINE_END.split(text) if line.strip()]
+        own = _lines_of(text)
         if own:
             wholes.append(text)
             lines += own if not lines else [line for line in own if line not in lines]
@@ -90,6 +98,60 @@ def captions_of(texts: Sequence[bytes], facts: bytes | None) -> Captions | Skip:
     if found:
         return Captions(found, notes - {None})
     return Skip("empty_caption" if texts or has_blank else "no_caption")
+
+
+def order_keys(keys: CaptionKeys, rng: np.random.Generator) -> list[str]:
+    """The order in which a sample's captions are looked for under these keys.
+
+    A list is in its order. Of keys with probabilities one is drawn, then one of the others by
+    theirs, and so on; so among the keys that a sample has, each comes first as often as its
+    probability says, and as many numbers are drawn as there are keys.
+    """
+    if not isinstance(keys, dict):
+        return keys
+    names = sorted(keys)  # a recipe that lists them in another order says the same
+    # Exponential variables of these rates: the least is the key's with that probability
+    # (Efraimidis and Spirakis).
+    waits = rng.standard_exponential(len(names)) / [keys[name] for name in names]
+    return [names[index] for index in waits.argsort(kind="stable")]
+
+
+def captions_under(keys: Sequence[str], read: Callable[[str], bytes | None]) -> Captions | Skip:
+    """The captions under the first of these keys that has one which is not blank.
+
+    Args:
+        keys: keys of data.captions, see split_key.
+        read: the content of the sample's member with a suffix; None without such a member.
+
+    Returns:
+        The captions, with a note of the key; or Skip, as captions_of.
+    """
+    notes: set[str | None] = set()
+    is_blank = False
+    for key in keys:
+        member, field = split_key(key)
+        content = read(member)
+        if content is None:
+            continue
+        if member.endswith("json"):
+            fields = (field,) if field else FIELDS
+            found, has_blank = _captions_of_json(content, notes, fields)
+            is_blank |= has_blank
+        else:
+            text, note = decode_text(content)
+            notes.add(note)
+            found = _lines_of(text)
+            is_blank = True
+        if found:
+            notes |= {f"{CHOSEN}{key}"} | ({OTHER_CAPTION_KEY} if key != keys[0] else set())
+            return Captions(found, notes - {None})
+    return Skip("empty_caption" if is_blank else "no_caption")
+
+
+def note_kinds(keys_of_sources: Iterable[CaptionKeys]) -> tuple[str, ...]:
+    """The kinds that are counted about the samples of a run with these keys, by source."""
+    keys = dict.fromkeys(key for keys in keys_of_sources for key in keys)
+    return (*NOTE_KINDS, *(f"{CHOSEN}{key}" for key in keys))
 
 
 def captions_beside(image: Path) -> Captions | Skip:
@@ -160,8 +222,18 @@ def texts_in(value: Any) -> tuple[list[str], set[str]]:
     return usable, notes
 
 
-def _captions_of_json(content: bytes | None, notes: set[str | None]) -> tuple[list[str], bool]:
-    """The usable captions of a json, and whether it holds blank ones; adds to the notes."""
+def _lines_of(text: str) -> list[str]:
+    return [line for line in LINE_END.split(text) if line.strip()]
+
+
+def _captions_of_json(
+    content: bytes | None, notes: set[str | None], names: tuple[str, ...] = FIELDS
+) -> tuple[list[str], bool]:
+    """The usable captions of a json, and whether it holds blank ones; adds to the notes.
+
+    Args:
+        names: the fields that hold captions, the first that holds some counts.
+    """
     if content is None:
         return [], False
     text, note = decode_text(content)
@@ -172,9 +244,9 @@ def _captions_of_json(content: bytes | None, notes: set[str | None]) -> tuple[li
         notes.add(UNREADABLE_JSON)
         return [], False
     if isinstance(values, dict):
-        fields = [values[name] for name in FIELDS if values.get(name) is not None]
+        fields = [values[name] for name in names if values.get(name) is not None]
     else:
-        fields = [values]
+        fields = [values] if names == FIELDS else []
     left_out: set[str] = set()
     for field in fields:
         usable, kinds = texts_in(field)

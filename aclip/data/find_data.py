@@ -9,6 +9,7 @@ from itertools import islice
 import torch.distributed as dist
 
 from aclip.config.arguments import DEMO
+from aclip.config.caption_keys import split_key
 from aclip.config.recipe import Recipe
 from aclip.data.demo import ensure_demo_data
 from aclip.data.members import IMAGE_SUFFIXES, found_in
@@ -44,7 +45,11 @@ def find_data(recipe: Recipe) -> tuple[list[Shard], list[Shard]]:
         train, val = demo.train, val or demo.val
     remote = remote_shards(recipe.data)
 
-    def find(pattern, field: str, text_suffixes: tuple[str, ...] = TEXTS) -> list[Shard]:
+    def members(source: int) -> tuple[str, ...]:
+        keys = recipe.caption_keys[source]
+        return tuple(dict.fromkeys(split_key(key)[0] for key in keys)) or TEXTS
+
+    def find(pattern, field: str, text_suffixes: tuple[str, ...]) -> list[Shard]:
         urls = list_shards(pattern, field)
         if any(map(is_remote, urls)):
             remote.check()
@@ -53,12 +58,12 @@ def find_data(recipe: Recipe) -> tuple[list[Shard], list[Shard]]:
         return shards
 
     if not recipe.data.sources:
-        shards = find(train, "data.train")
+        shards = find(train, "data.train", members(0))
     else:
         shards = [
             replace(shard, source=index)
             for index, source in enumerate(recipe.data.sources)
-            for shard in find(source.shards, f"data.sources.{index}.shards")
+            for shard in find(source.shards, f"data.sources.{index}.shards", members(index))
         ]
     return shards, find(val, "data.val", (*TEXTS, "cls")) if val else []
 

@@ -12,6 +12,7 @@ from aclip.config.sections import DataConfig
 from aclip.data.dealing import count_lanes
 from aclip.data.marks import describe_difference, shard_marks
 from aclip.data.shards.listing import Shard, shard_names
+from aclip.data.word_counts import word_counts_digest
 from aclip.errors import ConfigError
 from aclip.run_folder.layout import SHARDS_FILE
 
@@ -19,6 +20,8 @@ LIST, MARKS = "sha256", "marks"
 ORDER, ORDER_NOW = "order", 2
 """How the samples are dealt, and the way of this version: lanes that take consecutive parts of an
 epoch. Checkpoints that name none dealt whole shards to the lanes."""
+WORD_COUNTS = "word_counts"
+"""The counts of words that shorten the captions, where the recipe reads some."""
 FIELDS = ("train.seed", "data.shuffle_block", "data.lanes")
 
 
@@ -37,15 +40,20 @@ def fingerprint(recipe: Recipe, shards: list[Shard]) -> dict:
     """What the order of samples is made of: with another value of any of these, a continued run
     would repeat samples and leave out others, so that it is refused.
 
-    How a sample is treated may change: views, augmentation, masks, losses; and which samples are
-    skipped (data.min_image_side, data.on_shard_error), since a cursor counts those too.
+    How a sample is treated may change: views, augmentation, masks, losses, captions; and which
+    samples are skipped (data.min_image_side, data.on_shard_error, data.captions), since a cursor
+    counts those too. Files of counts beside the data are no settings that somebody could see to
+    have changed, so they are marked here.
 
     Returns:
         JSON-compatible: the counts, the kind of order, a SHA-256 of list_lines, the marks of
-        shard_marks, and a value for each of FIELDS.
+        shard_marks, a value for each of FIELDS, and where the recipe reads counts of words, a
+        SHA-256 of their files.
     """
     values = (recipe.train.seed, recipe.data.shuffle_block, count_lanes(recipe))
+    by_frequency = recipe.text.reduce == "frequency"
     return {
+        **({WORD_COUNTS: word_counts_digest(recipe, shards)} if by_frequency else {}),
         **count_shards(recipe.data, shards),
         ORDER: ORDER_NOW,
         LIST: _digest(list_lines(shards)),
@@ -122,6 +130,11 @@ def check_continues(recipe: Recipe, shards: list[Shard], then: dict, checkpoint:
                 f"shard {shard.url} is not the one that {checkpoint} was trained on: "
                 f"{describe_difference(mark, before)}; put that one back, {anew}"
             )
+    if now.get(WORD_COUNTS) != then.get(WORD_COUNTS) and {WORD_COUNTS} <= now.keys() & then.keys():
+        raise ConfigError(
+            f"the counts of words (text.word_counts) are not those that {checkpoint} was trained "
+            f"with; put that file back, {anew}"
+        )
     weights_now, weights_then = (_weights(values) for values in (now, then))
     if weights_now != weights_then:
         raise ConfigError(

@@ -28,12 +28,12 @@ from aclip.data.lanes.counts import resolve_workers
 from aclip.data.lanes.mixing import MixedLane, Turns
 from aclip.data.lanes.order import LaneOrder, SourceOrder
 from aclip.data.lanes.stream import LaneStream
+from aclip.data.reduce import build_text
 from aclip.data.samples import SampleMaker
 from aclip.data.shards.listing import Shard
 from aclip.data.shards.tar import ShardError
 from aclip.data.side_stream import SideStream
 from aclip.data.stored_scores import ScoreFiles, ScoreReader
-from aclip.data.tokenizer import build_tokenizer
 from aclip.data.workers import (
     end_when_told_by,
     run_ahead,
@@ -82,7 +82,7 @@ class LaneDataset(IterableDataset):
         self.steps_done = steps_done
         self.scores = scores
         patch_grid(recipe)  # refuses a tower here rather than in a worker
-        self.tokenizer = build_tokenizer(recipe.model.text)
+        self.tokenizer, self.reducer = build_text(recipe, shards)
 
     def __iter__(self) -> Iterator[Part]:
         info = get_worker_info()
@@ -93,7 +93,7 @@ class LaneDataset(IterableDataset):
         if self.recipe.needs_teacher_view:
             teaching = self.recipe.teaching(sum(shard.num_samples for shard in self.shards))
             reader = ScoreReader(teaching, self.shards, self.scores)
-        maker = SampleMaker(self.recipe, self.shards, buffer, reader)
+        maker = SampleMaker(self.recipe, self.shards, buffer, reader, self.reducer)
         orders, turns = deal(self.recipe, self.shards)
         streams = [
             self._lane(maker, orders, turns, index)
@@ -250,8 +250,8 @@ def build_train_loader(
 
     Raises:
         ConfigError: lanes, batch, ranks and workers do not fit, the data are too few to keep scores
-            of, or the cursors belong to other lanes or sources. While iterating: a shard can't be
-            read or a lane holds nothing usable.
+            of, the cursors belong to other lanes or sources, or counts of words can't be read.
+            While iterating: a shard can't be read or a lane holds nothing usable.
     """
     recipe = with_crops(recipe)
     num_samples, batch_size = sum(s.num_samples for s in shards), recipe.train.global_batch_size

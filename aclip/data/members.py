@@ -1,8 +1,9 @@
 """What a sample's members mean: its image and its captions."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from aclip.data.captions import Captions, captions_of
+from aclip.data.captions import Captions, captions_of, captions_under
 from aclip.data.images import suffixes
 from aclip.data.shards.found import LINK, printable
 from aclip.data.shards.listing import Skip
@@ -27,10 +28,13 @@ def read_image_bytes(sample: RawSample) -> bytes | Skip:
     return Skip("no_image")
 
 
-def read_captions(sample: RawSample) -> Captions | Skip:
-    """The captions of a sample's txt and json, see captions_of."""
-    texts = [sample.read("txt")] if _has_text(sample, "txt") else []
-    return captions_of(texts, sample.read("json") if _has_text(sample, "json") else None)
+def read_captions(sample: RawSample, keys: Sequence[str] = ()) -> Captions | Skip:
+    """The captions of a sample's txt and json, see captions_of; with keys those under the first
+    that has some, see captions_under."""
+    if keys:
+        return captions_under(keys, lambda suffix: _read_text(sample, suffix))
+    text = _read_text(sample, "txt")
+    return captions_of([] if text is None else [text], _read_text(sample, "json"))
 
 
 def with_found(skip: Skip, sample: RawSample) -> Skip:
@@ -46,5 +50,7 @@ def found_in(sample: RawSample) -> tuple[str, ...]:
     return tuple(sorted(map(printable, (*sample.members, *links))))
 
 
-def _has_text(sample: RawSample, suffix: str) -> bool:
-    return suffix in sample.members and sample.size(suffix) <= MAX_TEXT_BYTES
+def _read_text(sample: RawSample, suffix: str) -> bytes | None:
+    if suffix in sample.members and sample.size(suffix) <= MAX_TEXT_BYTES:
+        return sample.read(suffix)
+    return None

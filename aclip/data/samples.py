@@ -7,12 +7,14 @@ from PIL import Image
 
 from aclip.config.geometry import patch_grid
 from aclip.config.recipe import Recipe
+from aclip.data.captions import order_keys
 from aclip.data.images.augment import draw_augment_params
 from aclip.data.images.decode import decode_image
 from aclip.data.images.views import Box, crop, cut_ssl_views, draw_boxes, draw_ssl_boxes
 from aclip.data.images.whole_images import PixelBuffer, WholeImage, read_whole_image
 from aclip.data.lanes.order import Place, sample_rng
 from aclip.data.members import read_captions, read_image_bytes, with_found
+from aclip.data.reduce import Reducer
 from aclip.data.shards.listing import Shard, Skip, shard_names
 from aclip.data.shards.tar import RawSample
 from aclip.data.stored_scores import DUE, Found, ScoreReader
@@ -41,7 +43,10 @@ class Sample:
     others: tuple[str | None, ...] = ()
     """Its other captions, data.captions_per_image - 1; None for each that it lacks."""
     notes: frozenset[str] = frozenset()
-    """What is counted about its captions, kinds of NOTE_KINDS."""
+    """What is counted about its captions, kinds of captions.note_kinds."""
+    token_ids: list[list[int]] | None = None
+    """What is kept of the caption and of each of the others, without start and end; None where they
+    are not reduced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,7 @@ class Draws:
     ssl_params: np.ndarray | None
     term_noise: dict[str, np.ndarray]
     others: tuple[str | None, ...]
+    token_ids: list[list[int]] | None
 
 
 class SampleMaker:
@@ -68,6 +74,7 @@ class SampleMaker:
         shards: the whole data set's shards; samples are named by their files.
         buffer: gets the pixels of whole images, in the order of the calls; or None.
         scores: says which samples the teacher scores, see ScoreReader; None for all.
+        reducer: makes captions shorter; None to leave them whole.
     """
 
     def __init__(
@@ -76,12 +83,15 @@ class SampleMaker:
         shards: list[Shard],
         buffer: PixelBuffer | None = None,
         scores: ScoreReader | None = None,
+        reducer: Reducer | None = None,
     ):
         self.recipe = recipe
         self.names = shard_names([shard.url for shard in shards])
         self.sources = [shard.source for shard in shards]
         self.buffer = buffer
         self.scores = scores
+        self.reducer = reducer
+        self.caption_keys = recipe.caption_keys
         self.grid = patch_grid(recipe)
         self.blocks = self.grid // recipe.mask.block_size
         self.resolution = recipe.model.image.resolution
@@ -91,14 +101,14 @@ class SampleMaker:
 
     def make(self, lane: int, place: Place, raw: RawSample) -> Sample | Skip:
         """The sample of `raw`, which stands at that place of a lane."""
-        captions = read_captions(raw)
+        source = self.sources[place.shard]
+        rng = sample_rng(self.recipe.train.seed, lane, place.epoch, place.position, source)
+        captions = read_captions(raw, order_keys(self.caption_keys[source], rng))
         if isinstance(captions, Skip):
             return with_found(captions, raw)
         image = self._decode(raw)
         if isinstance(image, Skip):
             return with_found(image, raw)
-        source = self.sources[place.shard]
-        rng = sample_rng(self.recipe.train.seed, lane, place.epoch, place.position, source)
         draws = self._draw(rng, captions, image.height, image.width)
         has_teacher = self.teacher_resolution is not None
         found = Found(DUE if has_teacher else "")
@@ -118,6 +128,7 @@ class SampleMaker:
             score_place=found.place,
             to_teach=found.to_teach,
             notes=captions.notes,
+            token_ids=draws.token_ids,
         )
         return self._with_pixels(sample, image, draws)
 
@@ -133,7 +144,8 @@ class SampleMaker:
     def _draw(
         self, rng: np.random.Generator, captions: list[str], height: int, width: int
     ) -> Draws:
-        """Draws in an order that is part of what a seed means: add new draws at the end."""
+        """Draws in an order that is part of what a seed means: add new draws at the end. Before
+        these comes the order of the keys of captions, where they have probabilities."""
         recipe, views = self.recipe, self.recipe.views
         caption = captions[rng.integers(len(captions))]
         boxes, around = draw_boxes(rng, height, width, views.student, views.scale)
@@ -153,6 +165,13 @@ class SampleMaker:
             name: rng.random(shape, dtype=np.float32) for name, shape in self.noise_shapes.items()
         }
         others = draw_others(rng, captions, caption, recipe.data.captions_per_image - 1)
+        token_ids = None
+        if self.reducer is not None:
+            # Each has a generator of its own, since how much is drawn depends on the caption.
+            token_ids = [
+                self.reducer.reduce(text or "", np.random.default_rng(rng.integers(2**63)))
+                for text in (caption, *others)
+            ]
         return Draws(
             caption=caption,
             boxes=boxes,
@@ -164,6 +183,7 @@ class SampleMaker:
             ssl_params=ssl_params,
             term_noise=term_noise,
             others=others,
+            token_ids=token_ids,
         )
 
     def _with_pixels(self, sample: Sample, image: Image.Image | WholeImage, draws: Draws) -> Sample:

@@ -21,6 +21,8 @@ MEDIAN_LENGTH, MEAN_LENGTH = 12, 20
 # Samples in a batch from which one sample's share is measured: so many that what a step keeps once
 # for all of them, such as a normalised weight, matters little.
 NUM_MEASURED = 32
+NUM_SPREAD = 1000
+"""Captions over which a mean length is spread."""
 
 
 def caption_lengths(num_captions: int, context_length: int) -> list[int]:
@@ -31,6 +33,21 @@ def caption_lengths(num_captions: int, context_length: int) -> list[int]:
         round(math.exp(normal.inv_cdf((i + 0.5) / num_captions))) for i in range(num_captions)
     )
     return [min(max(length, 3), context_length) for length in lengths]
+
+
+def mean_in_training(recipe: Recipe, mean_length: float) -> float:
+    """The mean length, in tokens, of captions as a training step of the recipe reads them.
+
+    Args:
+        mean_length: of the whole captions. Where the recipe makes captions shorter, their lengths
+            are taken to be spread around it as those of YFCC-15M around theirs.
+    """
+    context_length, most = recipe.model.text.context_length, recipe.caption_tokens
+    if most == context_length:
+        return min(mean_length, context_length)
+    whole = caption_lengths(NUM_SPREAD, context_length)
+    scale = mean_length * len(whole) / sum(whole)
+    return sum(min(max(scale * length, 2), most) for length in whole) / len(whole)
 
 
 def synthetic_tokens(lengths: list[int], num_columns: int) -> Tokens:
@@ -68,9 +85,9 @@ def synthetic_batch(recipe: Recipe, batch_size: int, tokens: Tokens | None = Non
     teacher_side = recipe.teacher.resolution if has_teacher_view else 0
     blocks = grid // recipe.mask.block_size
     shapes = {term.name: term.noise_shape(grid) for term in recipe.terms}
-    context_length = recipe.model.text.context_length
     if tokens is None:
-        lengths = caption_lengths(batch_size * recipe.data.captions_per_image, context_length)
+        number = batch_size * recipe.data.captions_per_image
+        lengths = caption_lengths(number, recipe.caption_tokens)
         tokens = _of_images(recipe, synthetic_tokens(lengths, max(lengths)))
     return Batch(
         student_views=pixels(batch_size, views.student, 3, side, side),

@@ -2,8 +2,10 @@
 
 from functools import cached_property
 
+import torch
+
 from aclip.config.sections import TextTowerConfig
-from aclip.method.tokens import VOCAB_SIZE, Tokens, clip_tokens
+from aclip.method.tokens import END_ID, START_ID, VOCAB_SIZE, Tokens, clip_tokens
 
 MAX_CHARACTERS = 8192
 """How much of a caption is read, more than any context holds: the time to encode one
@@ -47,6 +49,28 @@ class Tokenizer:
         if not captions:
             return clip_tokens(self._simple([""])[:0])
         return clip_tokens(self._simple([text.strip()[:MAX_CHARACTERS] for text in captions]))
+
+    def words(self, caption: str) -> list[str]:
+        """The words of a caption as its cleaning and CLIP's pattern split it: runs of letters,
+        single digits, runs of other signs, and endings such as 's; in lower case."""
+        return self._simple.pat.findall(self._simple.clean_fn(caption.strip()[:MAX_CHARACTERS]))
+
+    def ids(self, caption: str) -> list[int]:
+        """All ids of a caption, without start and end; what stands behind an end token that the
+        text itself spells is left out, as no tower reads it."""
+        ids = self._simple.encode(caption.strip()[:MAX_CHARACTERS])
+        return ids[: ids.index(END_ID)] if END_ID in ids else ids
+
+    def stack(self, captions: list[list[int]]) -> Tokens:
+        """The tokens of captions given by their ids, as `encode` gives them.
+
+        Args:
+            captions: at least one; of each at most context_length - 2 ids, without start and end.
+        """
+        rows = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
+        for row, ids in zip(rows, captions, strict=True):
+            row[: len(ids) + 2] = torch.tensor([START_ID, *ids, END_ID])
+        return clip_tokens(rows)
 
 
 class _WordCache(dict):

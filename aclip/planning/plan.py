@@ -16,7 +16,7 @@ from aclip.config.optimizer import runs_under
 from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
 from aclip.data.stored_scores import HEADER_BYTES, record_bytes
-from aclip.data.synthetic import batch_of_mean_captions
+from aclip.data.synthetic import batch_of_mean_captions, mean_in_training
 from aclip.planning.gpu_memory import Memory, MemoryRow
 from aclip.planning.gpus import NETWORK_BYTES, Gpu
 from aclip.planning.measure_step import Measured
@@ -136,9 +136,8 @@ def plan(given: PlanInput) -> Plan:
     """Plans what `launch/plan.py` was given."""
     arguments, gpu, recipe, ds_config = given.arguments, given.gpu, given.recipe, given.ds_config
     num_ranks, settings = given.num_ranks, given.settings
-    context = recipe.model.text.context_length
-    length = min(arguments.caption_tokens, context)
-    batch = batch_of_mean_captions(recipe, length, context)
+    length = mean_in_training(recipe, arguments.caption_tokens)
+    batch = batch_of_mean_captions(recipe, length, recipe.caption_tokens)
     dtypes = {ds_config.dtype, torch.float32}
     workload = describe_workload(recipe, batch, num_ranks, dtypes, num_samples=arguments.samples)
     held = batch_bytes(recipe, batch, arguments.image_pixels)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from aclip.cli import text_table
 from aclip.config.ds_config import DsConfig
 from aclip.config.recipe import Recipe
-from aclip.data.synthetic import batch_of_mean_captions
+from aclip.data.synthetic import batch_of_mean_captions, mean_in_training
 from aclip.planning.engine_operations import fused_adamw
 from aclip.planning.gpus import Gpu
 from aclip.planning.measure_step import measure_run
@@ -101,13 +101,12 @@ def predict(
     Args:
         name: what the recipe is called.
         ds_config: checked for one rank.
-        caption_tokens: the captions' mean length; they are padded to the context length.
+        caption_tokens: the whole captions' mean length; a step pads them to recipe.caption_tokens.
     """
-    size, context = recipe.train.global_batch_size, recipe.model.text.context_length
-    length = min(caption_tokens, context)
+    size, length = recipe.train.global_batch_size, mean_in_training(recipe, caption_tokens)
     settings, dtype = zero_settings(ds_config, 1), ds_config.dtype
     eager, compiled = recipe_step_times(recipe, dtype, settings, gpu, size, length)
-    few = batch_of_mean_captions(recipe, length, context)
+    few = batch_of_mean_captions(recipe, length, recipe.caption_tokens)
     flops = size * measure_run(recipe, few, modes=("none",)).total_flops
     about_run = dtype.itemsize == 2, teaching_share(recipe), describe_keep_ratio(recipe)
     return [

@@ -140,13 +140,14 @@ def recipe_step_times(
     Args:
         dtype: the dtype of the towers.
         settings: the ZeRO stage and the number of ranks.
-        caption_tokens: the captions' mean length; they are padded to the context length.
+        caption_tokens: the captions' mean length in a step, which pads them to
+            recipe.caption_tokens.
         num_samples: samples of an epoch.
     """
     local_batch_size = recipe.train.global_batch_size // settings.num_ranks
     num_micro_steps = local_batch_size // micro_batch_size
-    context = recipe.model.text.context_length
-    batch = batch_of_mean_captions(recipe, caption_tokens, context, micro_batch_size)
+    columns = recipe.caption_tokens
+    batch = batch_of_mean_captions(recipe, caption_tokens, columns, micro_batch_size)
     kinds = step_kinds(recipe, batch, num_samples)
     traces = [
         trace_step(recipe, k.batch, settings.num_ranks, num_micro_steps, dtype, k.progress)

@@ -32,6 +32,8 @@ OBJECT_MASK = "mask.png"
 OBJECT_COVERAGE = 0.25
 """A patch is the object's when the object covers this share of it."""
 
+DATA_OF_PICTURES = {"crops": "worker", "captions": [], "sources": []}
+
 
 @dataclass(frozen=True)
 class PictureSet:
@@ -236,8 +238,8 @@ def kept_object_share(kept: Tensor, total: Tensor) -> float:
 
 
 def _for_pictures(recipe: Recipe) -> Recipe:
-    """The recipe with a teacher view and a mask, without what only losses read, and with views that
-    are cut on the CPU.
+    """The recipe with a teacher view and a mask, without what only losses read, with views that are
+    cut on the CPU, and with captions as evaluation reads them.
 
     Views and boxes are the run's: it draws a teacher's box even if it has no teacher.
     """
@@ -252,7 +254,7 @@ def _for_pictures(recipe: Recipe) -> Recipe:
         "teacher": recipe.teacher or TeacherConfig(resolution=resolution),
         "views": recipe.views.model_copy(update={"ssl": 0}),
         "loss": recipe.loss.model_copy(update=no_auxiliary_terms()),
-        "data": recipe.data.model_copy(update={"crops": "worker"}),
+        "data": recipe.data.model_copy(update=DATA_OF_PICTURES),
     }
     recipe = recipe.model_copy(update=parts)
     grid = SampleMaker(recipe, [Shard("samples", 0)]).grid

@@ -26,8 +26,8 @@ class StepLine:
         gradient_norm: the norm of the gradient before clipping.
         skipped: samples that could not be used so far, by kind.
         repeated: samples so far that came once more in their epoch, in place of skipped ones.
-        noted: samples so far whose captions' text was guessed or left out in part, by kind; the
-            file holds it where there are any.
+        noted: samples so far whose captions' text was guessed or left out in part, and those of
+            each key of data.captions, by kind; the file holds it where there are any.
         images_per_second: images of all ranks, mean over the last steps.
         data_wait_percent: the part of the host's time that waits for data, over the last steps.
         taught: the share of the samples since the last line that the teacher has scored; None, and

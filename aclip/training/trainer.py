@@ -71,7 +71,7 @@ class Trainer:
         init = recipe.model.init if resume_from is None else ""
         self.stepper = Stepper(recipe, stage.ds_config, device, init)
         self.step = 0
-        self.counts = SampleCounts()
+        self.counts = SampleCounts(recipe.caption_keys)
         self.evaluations: dict[str, dict] = {}
         self.wandb_id = ""
         self._fingerprint = fingerprint(recipe, shards)

@@ -18,6 +18,7 @@ from aclip.data.convert.sources.redcaps import redcaps_source
 from aclip.data.convert.sources.table import table_source
 from aclip.data.convert.sources.yfcc import yfcc_source
 from aclip.data.convert.sources.yfcc_list import write_yfcc_list
+from aclip.data.convert.word_counts import write_word_counts
 from aclip.errors import ConfigError
 from aclip.machine import usable_cores
 
@@ -45,6 +46,10 @@ def _run(arguments: argparse.Namespace) -> None:
     processes = _processes(arguments.processes)
     if arguments.source == "img2dataset":
         print(index_in_place(arguments.folder, processes), flush=True)
+        return
+    if arguments.source == "word-counts":
+        keys = arguments.captions or []
+        print(write_word_counts(arguments.shards, arguments.out, keys, processes), flush=True)
         return
     rule = _image_rule(arguments)
     if arguments.shard_size < 1:
