@@ -16,7 +16,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 class ImageTowerConfig(Section):
     name: str = "vit_base_patch16_224"
-    """Any timm VisionTransformer with a CLS token and learned positions."""
+    """Any timm VisionTransformer or Eva whose patches can be dropped: with registers, learned or
+    rotary positions, and features from a CLS token, an attention pool or a mean."""
     resolution: int = Field(224, gt=0)
     """Side of a student view, pixels; overrides the size in the name."""
     kwargs: dict[str, Any] = {}

@@ -219,6 +219,17 @@ def _check_mask(recipe: Recipe, image: ImageTower) -> None:
         )
     if recipe.teacher is None:
         return
+    if recipe.mask_policy.reads_teacher and not image.has_scores:
+        raise ConfigError(
+            f"mask.policy is {recipe.mask.policy}, but the image tower pools by {image.pooling}, "
+            "so that no query attends to the patches and could score them; take a mask without a "
+            "teacher, or a tower with a CLS token or an attention pool"
+        )
+    if recipe.teacher.score_layers is not None and image.pooling == "map":
+        raise ConfigError(
+            f"teacher.score_layers is {recipe.teacher.score_layers}, but the image tower's scores "
+            "are the attention of the pool behind its last block; remove the key"
+        )
     patch, depth = image.patch_size, len(image.vit.blocks)
     if recipe.teacher.resolution % patch:
         raise ConfigError(

@@ -66,7 +66,8 @@ def load_initial_weights(student: Student, init: str) -> InitReport:
     resized = []
     for name, tensor in converted.items():
         if tensor.shape != parameters[name].shape:
-            tensor = _resize(init, keys[name], name, tensor, parameters[name])
+            num_prefix = student.image.num_prefix_positions
+            tensor = _resize(init, keys[name], name, tensor, parameters[name], num_prefix)
             resized.append(keys[name])
         converted[name] = tensor
     with torch.no_grad():
@@ -129,13 +130,21 @@ def _convert(
     return converted, keys
 
 
-def _resize(init: str, key: str, name: str, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Positions for another grid or a shorter context; other shapes can't be changed."""
+def _resize(
+    init: str, key: str, name: str, tensor: Tensor, parameter: nn.Parameter, num_prefix: int
+) -> Tensor:
+    """Positions for another grid or a shorter context; other shapes can't be changed.
+
+    Args:
+        num_prefix: how many of the image tower's positions are those of no patch.
+    """
     ours, theirs = list(parameter.shape), list(tensor.shape)
     if len(ours) == len(theirs) and ours[-1] == theirs[-1]:
-        if name == IMAGE_POSITIONS and _is_square(theirs[1] - 1):
-            side = round((ours[1] - 1) ** 0.5)
-            return resample_abs_pos_embed(tensor.float(), [side, side])
+        if name == IMAGE_POSITIONS and _is_square(theirs[1] - num_prefix):
+            side = round((ours[1] - num_prefix) ** 0.5)
+            return resample_abs_pos_embed(
+                tensor.float(), [side, side], num_prefix_tokens=num_prefix
+            )
         if name == TEXT_POSITIONS and theirs[0] > ours[0]:
             # A caption that fits the shorter context reads the same rows.
             return tensor[: ours[0]]

@@ -36,7 +36,8 @@ def _write_open_clip(folder: Path, out: Path, weights: CheckpointWeights) -> str
     # open_clip's own files are contiguous, and safetensors takes no transposed view.
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / open_clip.WEIGHTS, {"format": "pt"})
-    config = open_clip.config(weights.recipe, out, weights.state)
+    pooling = weights.student.image.pooling
+    config = open_clip.config(weights.recipe, pooling, out, weights.state)
     (folder / open_clip.CONFIG).write_text(json.dumps(config, indent=2))
     advice = f"load: open_clip.create_model_and_transforms('local-dir:{out.absolute()}')"
     if open_clip.has_portable_name(weights.recipe):
