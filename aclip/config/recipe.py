@@ -18,6 +18,7 @@ from aclip.config.sections import (
     SslColorConfig,
     TeacherConfig,
     TextConfig,
+    TextTowerConfig,
     TrainConfig,
     ViewsConfig,
 )
@@ -193,6 +194,7 @@ class Recipe(OfTerms):
         self._check_views()
         check_with_recipe(self)
         check_captions(self.data, self.text, self.model.text.context_length)
+        self._check_text()
         for part in ("augment", "ssl_augment"):
             low, high = getattr(self, part).blur_sigma
             if low > high:
@@ -205,6 +207,33 @@ class Recipe(OfTerms):
                 f"{len(self.data.sources)} sources; give one of the two, e.g. data.train=[]"
             )
         return self
+
+    def _check_text(self) -> None:
+        text, default = self.model.text, TextTowerConfig()
+        if not text.name:
+            for key in ("pretrained", "pooling"):
+                if getattr(text, key) != getattr(default, key):
+                    raise ValueError(
+                        f"model.text.{key} is {str(getattr(text, key)).lower()}, but model.text."
+                        "name is empty; name a folder, or remove the key"
+                    )
+            return
+        for key in ("width", "heads", "layers"):
+            if getattr(text, key) != getattr(default, key):
+                raise ValueError(
+                    f"model.text.{key} is {getattr(text, key)}, but the model in model.text.name "
+                    f"{text.name} has its own; remove the key"
+                )
+        if text.recompute == "elementwise":
+            raise ValueError(
+                f"model.text.recompute is elementwise, which the model in model.text.name "
+                f"{text.name} can't; take blocks or none"
+            )
+        if self.model.compile:
+            raise ValueError(
+                f"model.compile is true, but model.text.name is {text.name}, whose model is not "
+                "compiled; set model.compile=false"
+            )
 
     def _check_terms(self) -> None:
         if not any(term.aligns for term in self._weighted()):

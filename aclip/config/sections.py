@@ -22,7 +22,8 @@ CaptionKeys = Annotated[
 
 class ImageTowerConfig(Section):
     name: str = "vit_base_patch16_224"
-    """Any timm VisionTransformer with a CLS token and learned positions."""
+    """Any timm VisionTransformer or Eva whose patches can be dropped: with registers, learned or
+    rotary positions, and features from a CLS token, an attention pool or a mean."""
     resolution: int = Field(224, gt=0)
     """Side of a student view, pixels; overrides the size in the name."""
     kwargs: dict[str, Any] = {}
@@ -35,6 +36,16 @@ class ImageTowerConfig(Section):
 
 
 class TextTowerConfig(Section):
+    """CLIP's transformer of these sizes or, with `name`, a model of Hugging Face's."""
+
+    name: str = ""
+    """A local folder with a text model of Hugging Face's and its tokenizer, in place of CLIP's and
+    of width, heads and layers; see aclip/recipes/README.md. Nothing is fetched."""
+    pretrained: bool = True
+    """Whether a tower of a folder starts from the folder's weights; otherwise at random."""
+    pooling: Literal["end", "cls", "mean"] | None = None
+    """What the feature of a folder's tower is: its last token (end), its first one (cls), or the
+    mean of a caption's tokens. Empty for end where the model is causal, else cls."""
     width: int = Field(512, gt=0)
     heads: int = Field(8, gt=0)
     layers: int = Field(12, gt=0)

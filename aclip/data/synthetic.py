@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aclip.config.geometry import patch_grid, teacher_grid
 from aclip.config.recipe import Recipe
+from aclip.config.text_folder import read_text_folder
 from aclip.data.batch import PER_SAMPLE, Batch
 from aclip.data.images.augment import draw_augment_params
 from aclip.data.stored_scores import DUE
@@ -50,15 +51,27 @@ def mean_in_training(recipe: Recipe, mean_length: float) -> float:
     return sum(min(max(scale * length, 2), most) for length in whole) / len(whole)
 
 
-def synthetic_tokens(lengths: list[int], num_columns: int) -> Tokens:
-    """Captions of these lengths, padded to so many columns."""
+def synthetic_tokens(lengths: list[int], num_columns: int, vocab_size: int = 0) -> Tokens:
+    """Captions of these lengths, padded to so many columns.
+
+    Args:
+        vocab_size: how many ids there are, if they are not CLIP's.
+    """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, START_ID, (len(lengths), num_columns), generator=generator)
+    shape = (len(lengths), num_columns)
+    ids = torch.randint(1, vocab_size or START_ID, shape, generator=generator)
     columns = torch.arange(num_columns)
     ends = torch.tensor(lengths).unsqueeze(1) - 1
-    ids = ids.masked_fill(columns == ends, END_ID).masked_fill(columns > ends, 0)
-    ids[:, 0] = START_ID
+    ids = ids.masked_fill(columns > ends, 0)
+    if not vocab_size:
+        ids = ids.masked_fill(columns == ends, END_ID)
+        ids[:, 0] = START_ID
     return Tokens(ids, torch.tensor(lengths))
+
+
+def _vocab_size(recipe: Recipe) -> int:
+    """How many ids a text tower of a folder has; 0 for CLIP's."""
+    return read_text_folder(recipe.model.text).vocab_size if recipe.model.text.name else 0
 
 
 def synthetic_batch(recipe: Recipe, batch_size: int, tokens: Tokens | None = None) -> Batch:
@@ -88,7 +101,7 @@ def synthetic_batch(recipe: Recipe, batch_size: int, tokens: Tokens | None = Non
     if tokens is None:
         number = batch_size * recipe.data.captions_per_image
         lengths = caption_lengths(number, recipe.caption_tokens)
-        tokens = _of_images(recipe, synthetic_tokens(lengths, max(lengths)))
+        tokens = _of_images(recipe, synthetic_tokens(lengths, max(lengths), _vocab_size(recipe)))
     return Batch(
         student_views=pixels(batch_size, views.student, 3, side, side),
         teacher_view=pixels(batch_size, 3, teacher_side, teacher_side)
@@ -144,7 +157,7 @@ def batch_of_mean_captions(
     num_captions = batch_size * recipe.data.captions_per_image
     total = round(num_captions * mean_length)
     lengths = [(total + index) // num_captions for index in range(num_captions)]
-    tokens = _of_images(recipe, synthetic_tokens(lengths, num_columns))
+    tokens = _of_images(recipe, synthetic_tokens(lengths, num_columns, _vocab_size(recipe)))
     if batch_size <= NUM_MEASURED:
         return synthetic_batch(recipe, batch_size, tokens)
     one = synthetic_batch(recipe, 1, tokens)

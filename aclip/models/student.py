@@ -12,6 +12,7 @@ from aclip.method.losses.heads import ExactScalar, LogitScale
 from aclip.method.losses.term import LossTerm, TermPart
 from aclip.method.masks.policy import Selection
 from aclip.method.tokens import Tokens
+from aclip.models.folder_text import FolderTextTower
 from aclip.models.text import TextTower, build_text_tower
 from aclip.models.vit import ImageTower
 
@@ -58,7 +59,7 @@ class Student(nn.Module):
     def __init__(
         self,
         image: ImageTower,
-        text: TextTower,
+        text: TextTower | FolderTextTower,
         embed_dim: int,
         logit_scale: LogitScale,
         terms: tuple[LossTerm, ...] = (),
@@ -195,7 +196,7 @@ def build_student(recipe: Recipe, for_training: bool = True) -> Student:
     """
     model = recipe.model
     torch.manual_seed(recipe.train.seed)
-    if model.text.width % model.text.heads:
+    if not model.text.name and model.text.width % model.text.heads:
         raise ConfigError(
             f"model.text.heads is {model.text.heads}, which does not divide model.text.width "
             f"{model.text.width}; change one of them"
@@ -225,6 +226,17 @@ def _check_mask(recipe: Recipe, image: ImageTower) -> None:
         )
     if recipe.teacher is None:
         return
+    if recipe.mask_policy.reads_teacher and not image.has_scores:
+        raise ConfigError(
+            f"mask.policy is {recipe.mask.policy}, but the image tower pools by {image.pooling}, "
+            "so that no query attends to the patches and could score them; take a mask without a "
+            "teacher, or a tower with a CLS token or an attention pool"
+        )
+    if recipe.teacher.score_layers is not None and image.pooling == "map":
+        raise ConfigError(
+            f"teacher.score_layers is {recipe.teacher.score_layers}, but the image tower's scores "
+            "are the attention of the pool behind its last block; remove the key"
+        )
     patch, depth = image.patch_size, len(image.vit.blocks)
     if recipe.teacher.resolution % patch:
         raise ConfigError(

@@ -1,38 +1,44 @@
-"""The image tower: a timm VisionTransformer driven by our own forward.
+"""The image tower: a timm VisionTransformer or Eva driven by our own forward.
 
-Only kept patches enter the blocks, and the last block computes the CLS row alone: the feature is
-read there, so nothing else of the last block's output is used. B images, P patches, K of them kept,
-N = 1 + P or 1 + K tokens, C width.
+Only kept patches enter the blocks, whatever the tower pools by. Where the feature is the CLS token,
+the last block computes its row alone: nothing else of that block's output is used. B images, P
+patches, K of them kept, S prefix rows (CLS token and registers, where a tower has them), N = S + P
+or S + K rows, C width.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, resample_abs_pos_embed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.layers import resample_abs_pos_embed
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from aclip.config.sections import Recompute
-from aclip.errors import ConfigError
 from aclip.kernels.attentive_pack import attentive_pack
 from aclip.method.masks.policy import Selection
+from aclip.models import attention_pool, vit_block
 from aclip.models.recompute import drops_values, run_block
-from aclip.models.vit_block import cls_only_block, full_block
+from aclip.models.rotary import RotaryPositions, RotaryTable
+from aclip.models.timm_vit import build_vit
 
 
 class ImageTower(nn.Module):
-    """Images to CLS features, over all patches or the kept ones.
+    """Images to features, over all patches or the kept ones.
 
     Args:
-        name: a timm VisionTransformer with a CLS token and learned positions.
+        name: a timm VisionTransformer or Eva; see timm_vit.py.
         resolution: side of the images, pixels.
         kwargs: more keyword arguments of the timm model.
         freeze_patch_embed: the patch embedding gets no gradient.
         recompute: what the backward pass computes again (aclip/models/recompute.py).
         compile: whether torch.compile compiles each kind of block, on its first call.
+
+    Attributes:
+        num_prefix: S, the CLS token and the registers.
+        pooling: what the feature is read from, as timm calls it: "token" (CLS), "map" (attention
+            pool), "avg", "avgmax" or "max". None of them reads a patch that was dropped.
 
     Raises:
         ConfigError: timm doesn't know the name or a keyword, or it is another kind of network.
@@ -48,15 +54,20 @@ class ImageTower(nn.Module):
         compile: bool = False,
     ):
         super().__init__()
-        self.vit = _build_vit(name, resolution, kwargs or {})
+        self.vit = build_vit(name, resolution, kwargs or {})
         self.recompute = recompute
         self.compiled = compile
-        self._full_block = torch.compile(full_block) if compile else full_block
-        self._cls_only_block = torch.compile(cls_only_block) if compile else cls_only_block
+        full, cls_only = vit_block.full_block, vit_block.cls_only_block
+        self._full_block = torch.compile(full) if compile else full
+        self._cls_only_block = torch.compile(cls_only) if compile else cls_only
         self.grid = self.vit.patch_embed.grid_size[0]
         self.patch_size = self.vit.patch_embed.patch_size[0]
         self.width = self.vit.embed_dim
         self.num_heads = self.vit.blocks[0].attn.num_heads
+        self.num_prefix = self.vit.num_prefix_tokens
+        self.pooling = self.vit.global_pool
+        rope = getattr(self.vit, "rope", None)
+        self._rotary = None if rope is None else RotaryTable(rope)
         self._drops_values = drops_values(self.vit)
         if freeze_patch_embed:
             self.vit.patch_embed.requires_grad_(False)
@@ -66,11 +77,37 @@ class ImageTower(nn.Module):
         """The transformer's blocks, from the input on."""
         return list(self.vit.blocks)
 
+    @property
+    def has_scores(self) -> bool:
+        """Whether a single query attends to the patches, so that its attention can score them."""
+        return self.pooling in ("token", "map")
+
+    @property
+    def num_prefix_positions(self) -> int:
+        """How many rows of the learned positions are those of prefix rows."""
+        return 0 if self.vit.no_embed_class else self.num_prefix
+
     def external_parameters(self) -> list[nn.Parameter]:
         """Parameters that are read outside the call of the module that owns them (for ZeRO-3)."""
-        vit, qkv, proj = self.vit, self.vit.blocks[-1].attn.qkv, self.vit.patch_embed.proj
-        parameters = [vit.cls_token, vit.pos_embed, qkv.weight, qkv.bias, proj.weight, proj.bias]
+        vit, proj = self.vit, self.vit.patch_embed.proj
+        parameters = [vit.cls_token, vit.reg_token, vit.pos_embed, proj.weight, proj.bias]
+        *blocks, last = vit.blocks
+        for block in blocks:
+            parameters += vit_block.read_outside(block, cls_only=False)
+        parameters += vit_block.read_outside(last, cls_only=self.pooling == "token")
+        if self.pooling == "map":
+            parameters += attention_pool.read_outside(vit.attn_pool)
+        if self._rotary is not None:
+            parameters += vit.rope.parameters()
         return [parameter for parameter in parameters if parameter is not None]
+
+    def assign(self, state: dict[str, Tensor]) -> None:
+        """Takes weights over, in a tower that was built on the meta device."""
+        self.load_state_dict(state, assign=True)
+        rope = getattr(self.vit, "rope", None)
+        if any(buffer.is_meta for buffer in (() if rope is None else rope.buffers())):
+            # Its frequencies are no weights.
+            rope.to_empty(device="cpu").init_non_persistent_buffers()
 
     def forward(self, pixels: Tensor, selection: Selection | None = None) -> Tensor:
         """Encodes images to features.
@@ -80,143 +117,176 @@ class ImageTower(nn.Module):
             selection: which patches are kept; None for all.
 
         Returns:
-            (M, C), the normalised CLS token.
+            (M, C), normalised: the CLS token, or what the pooling makes of the patches that are
+            there.
         """
-        x, _ = self._embed(pixels, selection)
-        *blocks, last = self.vit.blocks
-        for block in blocks:
-            x = self._run(self._full_block, block, x)
-        return self.vit.norm(self._run(self._cls_only_block, last, x))[:, 0]
+        x, _, rotary = self._embed(pixels, selection)
+        last = len(self.vit.blocks) - 1
+        for index, block in enumerate(self.vit.blocks):
+            x = self._run(self._block_function(index == last), block, x, _of_block(rotary, index))
+        return self._pool(x)[0]
 
     def forward_patches(
         self, pixels: Tensor, selection: Selection | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Encodes images to the features of all tokens that enter the blocks.
+        """Encodes images to the features of all rows that enter the blocks.
 
         Args:
             pixels, selection: the images, as `forward` takes them.
 
         Returns:
-            tokens (M, 1 + K, C), normalised, row 0 the CLS token; and keep_ids (M, K) int64
-            ascending, the patches of the other rows, None when all P are there.
+            rows (M, S + K, C), normalised, the first `num_prefix` the CLS token and registers; and
+            keep_ids (M, K) int64 ascending, the patches of the other rows, None when all P are
+            there.
         """
-        x, keep_ids = self._embed(pixels, selection)
-        for block in self.vit.blocks:
-            x = self._run(self._full_block, block, x)
-        return self.vit.norm(x), keep_ids
+        x, keep_ids, rotary = self._embed(pixels, selection)
+        for index, block in enumerate(self.vit.blocks):
+            x = self._run(self._full_block, block, x, _of_block(rotary, index))
+        return self.vit.fc_norm(self.vit.norm(x)), keep_ids
 
     def forward_with_scores(
         self, pixels: Tensor, score_layers: int | None = None, with_features: bool = True
-    ) -> tuple[Tensor | None, Tensor]:
-        """The attention of the CLS query to every patch, and the features if they are wanted.
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The attention to every patch of the query that the feature is read by, and the features
+        if they are wanted.
 
         Args:
             pixels: (B, 3, T, T) float, normalised; T may differ from the tower's resolution, then
                 the positions are interpolated.
             score_layers: how many blocks, from the first one on, the scores are the mean of; None
-                for all.
-            with_features: whether the features are wanted; without them the blocks behind those
-                of the scores are not run.
+                for all. Only where the feature is the CLS token.
+            with_features: whether the features are wanted; without them nothing runs that only
+                they need.
 
         Returns:
-            features (B, C) or None, and scores (B, g, g) fp32: mean over heads and the first
-            `score_layers` blocks of the CLS row's softmax, g patches per side. No gradient through
-            the scores.
+            features (B, C) or None, and scores (B, g, g) fp32, g patches per side: the CLS row's
+            softmax, mean over heads and the first `score_layers` blocks; or that of the attention
+            pool's query, mean over its heads; None where neither is there. No gradient through the
+            scores.
 
         Source: A-CLIP, arXiv:2212.08653, section 3.2, which takes the scores of all layers.
         """
-        x, _ = self._embed(pixels, None)
-        scores = x.new_zeros(x.shape[0], x.shape[1] - 1, dtype=torch.float32)
+        if not self.has_scores:
+            return (self(pixels) if with_features else None), None
+        x, _, rotary = self._embed(pixels, None)
+        side = pixels.shape[-1] // self.patch_size
         num_blocks = len(self.vit.blocks)
+        if self.pooling == "map":
+            for index, block in enumerate(self.vit.blocks):
+                x = self._full_block("none", block, x, _of_block(rotary, index))
+            features, attention = self._pool(x)
+            scores = attention.detach().mean(1)[:, -(side**2) :]
+            return features if with_features else None, scores.reshape(-1, side, side)
+        scores = x.new_zeros(x.shape[0], x.shape[1] - 1, dtype=torch.float32)
         num_scored = num_blocks if score_layers is None else score_layers
         num_run = num_blocks if with_features else num_scored
         # Not through `_run`: a block that runs again would add its scores again.
         for index, block in enumerate(self.vit.blocks[:num_run]):
-            run = self._full_block if index + 1 < num_run else self._cls_only_block
-            x = run("none", block, x, scores if index < num_scored else None, 1.0 / num_scored)
-        features = self.vit.norm(x)[:, 0] if with_features else None
-        side = pixels.shape[-1] // self.vit.patch_embed.patch_size[0]
-        return features, scores.view(-1, side, side)
+            run = self._block_function(index + 1 == num_run)
+            own = scores if index < num_scored else None
+            x = run("none", block, x, _of_block(rotary, index), own, 1.0 / num_scored)
+        features = self._pool(x)[0] if with_features else None
+        return features, scores[:, -(side**2) :].reshape(-1, side, side)
 
-    def _embed(self, pixels: Tensor, selection: Selection | None) -> tuple[Tensor, Tensor | None]:
-        """What enters the blocks (M, 1 + K, C), and the kept patches (M, K) or None."""
-        tokens = self._embed_patches(pixels)
-        if selection is None:
-            x, keep_ids = self._add_cls_and_positions(tokens), None
+    def _block_function(self, is_last: bool) -> Callable:
+        return self._cls_only_block if is_last and self.pooling == "token" else self._full_block
+
+    def _pool(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The last block's output -> features (M, C), and the pool's attention, if it has a query:
+        (M, heads, rows) fp32, patches behind what else it attends to."""
+        vit, attention = self.vit, None
+        x = vit.norm(x)
+        if self.pooling == "token":
+            x = x[:, 0]
+        elif self.pooling == "map":
+            pools_prefix = type(vit) is Eva or vit.pool_include_prefix
+            x = x if pools_prefix else x[:, self.num_prefix :]
+            x, attention = attention_pool.attention_pool(vit.attn_pool, x)
         else:
-            x, keep_ids = attentive_pack(
-                tokens,
-                self.vit.cls_token.flatten(),
-                self.vit.pos_embed[0],
-                selection.scores,
-                selection.teacher_box,
-                selection.view_boxes,
-                selection.num_kept_blocks,
-                selection.block_size,
-            )
-            keep_ids = keep_ids.flatten(0, 1)
-        return self.vit.norm_pre(self.vit.pos_drop(x)), keep_ids
+            x = vit.pool(x)
+        return vit.fc_norm(x), attention
+
+    def _embed(
+        self, pixels: Tensor, selection: Selection | None
+    ) -> tuple[Tensor, Tensor | None, RotaryPositions | None]:
+        """What enters the blocks (M, S + K, C), the kept patches (M, K) or None, and their rotary
+        positions, where the tower has any."""
+        tokens = self._embed_patches(pixels)
+        side = pixels.shape[-1] // self.patch_size
+        keep_ids = None
+        if selection is None:
+            x = self._add_prefix_and_positions(tokens, side)
+        else:
+            x, keep_ids = self._pack(tokens, selection)
+        rotary = None
+        if self._rotary is not None:
+            embeds = self._rotary.of_grid(side, x.device)
+            rotary = RotaryPositions(embeds, keep_ids)
+        return self.vit.norm_pre(self.vit.pos_drop(x)), keep_ids, rotary
 
     def _embed_patches(self, pixels: Tensor) -> Tensor:
         embed = self.vit.patch_embed
-        side = embed.patch_size[0]
+        side = self.patch_size
         # The convolution's stride is its kernel, so it is one matrix product over the patches.
         patches = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (M, 3, g, p, g, p)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (M, P, 3 * p * p)
         return embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
 
-    def _add_cls_and_positions(self, tokens: Tensor) -> Tensor:
-        positions = self.vit.pos_embed
-        if tokens.shape[1] + 1 != positions.shape[1]:
-            side = round(tokens.shape[1] ** 0.5)
-            positions = resample_abs_pos_embed(positions, [side, side])
-        cls = self.vit.cls_token.expand(len(tokens), -1, -1)
-        return torch.cat([cls, tokens], dim=1) + positions
+    def _add_prefix_and_positions(self, tokens: Tensor, side: int) -> Tensor:
+        positions, prefix = self.vit.pos_embed, self._prefix()
+        if positions is None:
+            return torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
+        num_positions = self.num_prefix_positions
+        if tokens.shape[1] + num_positions != positions.shape[1]:
+            positions = resample_abs_pos_embed(
+                positions, [side, side], num_prefix_tokens=num_positions
+            )
+        if num_positions == self.num_prefix:
+            return torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1) + positions
+        return torch.cat([prefix.expand(len(tokens), -1, -1), tokens + positions], dim=1)
+
+    def _prefix(self) -> Tensor:
+        """(1, S, C): the CLS token and the registers, without positions."""
+        parts = [part for part in (self.vit.cls_token, self.vit.reg_token) if part is not None]
+        if not parts:
+            return self.vit.patch_embed.proj.weight.new_zeros(1, 0, self.width)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _pack(self, tokens: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+        """Kept patches with positions behind the prefix (M, S + K, C), and their ids (M, K)."""
+        first, positions, prefix = self._rows_of_op(tokens)
+        x, keep_ids = attentive_pack(
+            tokens,
+            first,
+            positions,
+            selection.scores,
+            selection.teacher_box,
+            selection.view_boxes,
+            selection.num_kept_blocks,
+            selection.block_size,
+        )
+        if prefix is not None:
+            x = torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return x, keep_ids.flatten(0, 1)
+
+    def _rows_of_op(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The op's first row (C,), its positions (1 + P, C), and the prefix (1, S, C) that takes
+        that row's place; None where the row is the prefix, one token with a position."""
+        positions, num_positions = self.vit.pos_embed, self.num_prefix_positions
+        if positions is not None and self.num_prefix == num_positions == 1:
+            return self._prefix().flatten(), positions[0], None
+        prefix, nothing = self._prefix(), tokens.new_zeros(1, self.width)
+        if positions is None:
+            return nothing[0], nothing.expand(1 + tokens.shape[1], -1), prefix
+        if num_positions:
+            prefix = prefix + positions[:, :num_positions]
+        positions = positions[0, num_positions:]
+        return nothing[0], torch.cat([nothing.to(positions.dtype), positions]), prefix
 
     def _run(self, function: Callable, *args) -> Tensor:
         random = self._drops_values
         return run_block(self.recompute, function, self.recompute, *args, draws_random=random)
 
 
-def _build_vit(name: str, resolution: int, kwargs: dict[str, Any]) -> VisionTransformer:
-    field = "model.image"
-    if not timm.is_model(name):
-        raise ConfigError(
-            f"{field}.name is {name}, which timm does not know; take a VisionTransformer, e.g. "
-            "vit_base_patch16_224"
-        )
-    try:
-        vit = timm.create_model(name, num_classes=0, img_size=resolution, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ConfigError(
-            f"{field} is {name} at {resolution} px with {kwargs}, which timm refuses: {error}; "
-            "change model.image.kwargs or resolution"
-        ) from None
-    problem = _unsupported(vit, resolution)
-    if problem:
-        raise ConfigError(
-            f"{field}.name is {name}, which {problem}; take a VisionTransformer with a CLS token "
-            "and learned positions, e.g. vit_base_patch16_224"
-        )
-    return vit
-
-
-def _unsupported(vit: nn.Module, resolution: int) -> str | None:
-    if type(vit) is not VisionTransformer:
-        return f"is a {type(vit).__name__}"
-    if vit.num_prefix_tokens != 1 or vit.cls_token is None:
-        return f"has {vit.num_prefix_tokens} prefix tokens"
-    if vit.pos_embed is None or vit.no_embed_class:
-        return "has no learned position for its CLS token"
-    if vit.global_pool != "token":
-        return f"pools by {vit.global_pool}"
-    if not all(type(block) is Block and type(block.attn) is Attention for block in vit.blocks):
-        return "has blocks of another kind"
-    if vit.blocks[0].attn.gate is not None:
-        return "has gated attention"
-    if not isinstance(vit.patch_drop, nn.Identity) or vit.head_drop.p:
-        return "drops patches or features, which mask and heads do here"
-    patch_height, patch_width = vit.patch_embed.patch_size
-    if patch_height != patch_width or resolution % patch_height:
-        return f"cuts {resolution} px into patches of {patch_height} x {patch_width} px"
-    return None
+def _of_block(rotary: RotaryPositions | None, index: int) -> Tensor | None:
+    return None if rotary is None else rotary.of_block(index)

@@ -72,10 +72,19 @@ def write_figure(checkpoint: str, images: list[str], out: Path) -> None:
     scores = attention(weights, pictured.images)
     policy = weights.recipe.mask_policy
     shown = policy.name if policy.reads_teacher else ATTENTIVE.name
-    keep_ids = {name: pictured.keep_ids(name, scores) for name in POLICIES if name != "none"}
+    if scores is None:
+        shown = "random" if policy.name == "none" else policy.name
+    drawn = (
+        name
+        for name, each in POLICIES.items()
+        if name != "none" and not (scores is None and each.reads_teacher)
+    )
+    keep_ids = {name: pictured.keep_ids(name, scores) for name in drawn}
     columns = pictured.columns(shown, scores, weights.model)
     overlap = _overlap(pictured, keep_ids)
-    blocks = [*_explanation(weights), *overlap, *_rows(pictured, columns, keep_ids[shown])]
+    first_view = 1 if scores is None else 2  # the views come after image and attention
+    rows = _rows(pictured, columns, keep_ids[shown], first_view)
+    blocks = [*_explanation(weights), *overlap, *rows]
     page = to_html(f"Kept patches of {weights.folder}", blocks)
     for number in range(MAX_SAMPLES):
         with writing(out / SAMPLE):
@@ -92,12 +101,15 @@ def write_figure(checkpoint: str, images: list[str], out: Path) -> None:
 
 
 @torch.inference_mode()
-def attention(weights: CheckpointWeights, images: Tensor) -> Tensor:
-    """What the image tower of a checkpoint attends to: (n, 3, T, T) uint8 -> (n, g, g) fp32."""
+def attention(weights: CheckpointWeights, images: Tensor) -> Tensor | None:
+    """What the image tower of a checkpoint attends to: (n, 3, T, T) uint8 -> (n, g, g) fp32; None
+    for a tower without a query whose attention it could be."""
     tower = weights.student.image.eval()
+    if not tower.has_scores:
+        return None
     prefix = "image."
     state = {n.removeprefix(prefix): t for n, t in weights.state.items() if n.startswith(prefix)}
-    tower.load_state_dict(state, assign=True)
+    tower.assign(state)
     scores, score_layers = [], _score_layers(weights.recipe)
     for chunk in images.split(BATCH_SIZE):
         pixels = augment(chunk, None, weights.recipe.augment, torch.float32)
@@ -161,12 +173,24 @@ def _of_file(path: Path) -> RawSample:
 def _explanation(weights: CheckpointWeights) -> list[Block]:
     score_layers = _score_layers(weights.recipe)
     layers = "layers" if score_layers is None else f"layers 1 to {score_layers}"
-    lines = [
-        weights.recipe.description,
-        f"The heat map is the attention of the {weights.model}'s CLS token to each patch of the "
-        f"image, mean over heads and {layers}; grey patches are dropped.",
-    ]
-    if weights.model == "student":
+    image = weights.student.image
+    lines = [weights.recipe.description]
+    if not image.has_scores:
+        lines.append(
+            f"The {weights.model} pools by {image.pooling}: no query attends to the patches, so "
+            "there is no heat map. Grey patches are dropped."
+        )
+    elif image.pooling == "map":
+        lines.append(
+            f"The heat map is the attention of the {weights.model}'s pooling query to each patch "
+            "of the image, mean over heads; grey patches are dropped."
+        )
+    else:
+        lines.append(
+            f"The heat map is the attention of the {weights.model}'s CLS token to each patch of "
+            f"the image, mean over heads and {layers}; grey patches are dropped."
+        )
+    if weights.model == "student" and image.has_scores:
         lines.append("This run has no teacher, so the attention is the student's.")
     mask = weights.recipe.mask
     lines.append(weights.recipe.mask_policy.explanation)
@@ -205,15 +229,21 @@ def _overlap(pictured: PictureSet, keep_ids: dict[str, Tensor]) -> list[Block]:
     return [Table(("Mask", "object's patches kept"), rows), Text(text)]
 
 
-def _rows(pictured: PictureSet, columns: list[Column], keep_ids: Tensor) -> list[Block]:
-    """The first eight samples: a caption and its pictures each."""
+def _rows(
+    pictured: PictureSet, columns: list[Column], keep_ids: Tensor, first_view: int
+) -> list[Block]:
+    """The first eight samples: a caption and its pictures each.
+
+    Args:
+        first_view: which column is that of the first student view.
+    """
     kept, totals = kept_object_patches(keep_ids, pictured.coverage)
     blocks: list[Block] = []
     for number, caption in enumerate(pictured.captions[:MAX_SAMPLES]):
         labels = [f"{column.title}: {column.subtitle}" for column in columns]
         for view, total in enumerate(totals[number].tolist()):
-            if total:  # the views come after image and attention
-                labels[2 + view] += f", {kept[number, view]} of the object's {total}"
+            if total:
+                labels[first_view + view] += f", {kept[number, view]} of the object's {total}"
         pictures = [
             Picture(label, encode(column.pictures[number]))
             for label, column in zip(labels, columns, strict=True)

@@ -32,8 +32,9 @@ def begin_stage(folder: Path, engine, teacher: Teacher | None, keeps_optimizer: 
     """
     sharded = ShardedState(engine)
     shapes = {name: whole_shape(p) for name, p in sharded.parameters.items()}
+    num_prefix = engine.module.image.num_prefix_positions
     left = load_file(folder / STUDENT)
-    weights = {name: _fitted(name, left[name], shapes[name]) for name in shapes if name in left}
+    weights = {n: _fitted(n, left[n], shapes[n], num_prefix) for n in shapes if n in left}
     for name, tensor in weights.items():
         sharded.load(name, MASTER, tensor)
     if keeps_optimizer:
@@ -42,14 +43,20 @@ def begin_stage(folder: Path, engine, teacher: Teacher | None, keeps_optimizer: 
     if teacher is not None:
         if (folder / TEACHER).is_file():
             averages = load_file(folder / TEACHER).items()
-            weights |= {n: _fitted(n, average, shapes[n]) for n, average in averages if n in shapes}
+            weights |= {
+                n: _fitted(n, average, shapes[n], num_prefix)
+                for n, average in averages
+                if n in shapes
+            }
         teacher.load_state_dict(teacher.state_dict() | weights)
 
 
-def _fitted(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+def _fitted(name: str, tensor: Tensor, shape: torch.Size, num_prefix: int) -> Tensor:
     if tensor.shape == shape:
         return tensor
-    resized = resize_image_positions(tensor, shape) if name == IMAGE_POSITIONS else None
+    resized = None
+    if name == IMAGE_POSITIONS:
+        resized = resize_image_positions(tensor, shape, num_prefix)
     if resized is None:
         raise ConfigError(
             f"{name} is {list(tensor.shape)} in the stage before and {list(shape)} in this one; "

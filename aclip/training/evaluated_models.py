@@ -31,8 +31,9 @@ def evaluated_models(stepper: Stepper) -> dict[str, Towers]:
 
 
 def mask_teacher(stepper: Stepper) -> MaskTeacher | None:
-    """The teacher that a mask is measured with; None where the recipe has no teacher view."""
-    if not stepper.recipe.needs_teacher_view:
+    """The teacher that a mask is measured with; None where the recipe has no teacher view, or its
+    tower no attention to show."""
+    if not stepper.recipe.needs_teacher_view or not stepper.teacher.model.image.has_scores:
         return None
     teacher, device = stepper.teacher, stepper.device
     tokenizer = build_tokenizer(stepper.recipe.model.text)

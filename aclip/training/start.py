@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from aclip.config.geometry import shared_bytes
 from aclip.config.optimizer import check_with_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import stages_of
+from aclip.config.text_folder import read_text_folder
 from aclip.data.find_data import find_data
 from aclip.data.fingerprint import check_progress
 from aclip.data.loader import build_train_loader, with_crops
@@ -83,6 +85,8 @@ def check_start(arguments: argparse.Namespace) -> Start:
         return take_folder(run_folder, arguments.resume, recipe, ds_configs[0], allowed)
 
     beginning = Beginning(**decided_by_rank_0(take, "beginning"))
+    if recipe.model.text.name:
+        _check_text_folder(recipe)
     recipes = stages_of(with_crops(recipe, beginning.crops))[beginning.stage - 1 :]
     for each in recipes:
         if each.keeps_scores and num_ranks > 1:
@@ -123,6 +127,20 @@ def _check_data(recipe: Recipe, rank: int, num_ranks: int) -> tuple[list[Shard],
         needed = ranks_here * shared_bytes(recipe, recipe.train.global_batch_size // num_ranks)
         check_shared_memory(needed, f"the data workers of {ranks_here} ranks")
     return shards, val_shards
+
+
+def _check_text_folder(recipe: Recipe) -> None:
+    """Refuses a text tower's folder that differs from rank 0's: each rank reads its own node's.
+
+    Raises:
+        ConfigError: as said, or see read_text_folder.
+    """
+    of_rank_0 = decided_by_rank_0(lambda: read_text_folder(recipe.model.text).digest(), "text")
+    if read_text_folder(recipe.model.text).digest() != of_rank_0:
+        raise ConfigError(
+            f"model.text.name is {recipe.model.text.name}, which holds other files on "
+            f"{socket.gethostname()} than on rank 0's node; copy that folder there"
+        )
 
 
 def _read_recipe(arguments: argparse.Namespace) -> Recipe:

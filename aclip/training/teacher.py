@@ -18,9 +18,10 @@ CHUNK_ELEMENTS = 1 << 25
 
 @dataclass
 class TeacherOutput:
-    """scores (B, g, g) fp32 attention per patch of the teacher view, features (B, C) or None."""
+    """scores (B, g, g) fp32 attention per patch of the teacher view, features (B, C); each of them
+    None where the tower has or the caller wants none."""
 
-    scores: Tensor
+    scores: Tensor | None
     features: Tensor | None
 
 
@@ -58,8 +59,8 @@ class Teacher:
     @torch.no_grad()
     def encode_patches(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, R, R) normalised -> features of all patches (B, P, C)."""
-        tokens, _ = self.model.image.forward_patches(pixels)
-        return tokens[:, 1:]
+        rows, _ = self.model.image.forward_patches(pixels)
+        return rows[:, self.model.image.num_prefix :]
 
     @torch.no_grad()
     def targets(

@@ -67,7 +67,8 @@ def load_initial_weights(student: Student, init: str) -> InitReport:
     resized = []
     for name, tensor in converted.items():
         if tensor.shape != parameters[name].shape:
-            tensor = _resize(init, keys[name], name, tensor, parameters[name])
+            num_prefix = student.image.num_prefix_positions
+            tensor = _resize(init, keys[name], name, tensor, parameters[name], num_prefix)
             resized.append(keys[name])
         converted[name] = tensor
     with torch.no_grad():
@@ -141,11 +142,17 @@ def _convert(
     return converted, keys
 
 
-def _resize(init: str, key: str, name: str, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Positions for another grid or a shorter context; other shapes can't be changed."""
+def _resize(
+    init: str, key: str, name: str, tensor: Tensor, parameter: nn.Parameter, num_prefix: int
+) -> Tensor:
+    """Positions for another grid or a shorter context; other shapes can't be changed.
+
+    Args:
+        num_prefix: how many of the image tower's positions are those of no patch.
+    """
     ours, theirs = list(parameter.shape), list(tensor.shape)
     if name == IMAGE_POSITIONS:
-        resized = resize_image_positions(tensor, parameter.shape)
+        resized = resize_image_positions(tensor, parameter.shape, num_prefix)
         if resized is not None:
             return resized
     if name == TEXT_POSITIONS and theirs[0] > ours[0] and theirs[1:] == ours[1:]:
@@ -157,15 +164,20 @@ def _resize(init: str, key: str, name: str, tensor: Tensor, parameter: nn.Parame
     )
 
 
-def resize_image_positions(tensor: Tensor, shape: torch.Size) -> Tensor | None:
-    """Positions (1, 1 + g * g, C) of the CLS token and a grid for another grid, fp32, bicubic; None
-    if they are not such, or of another width."""
+def resize_image_positions(tensor: Tensor, shape: torch.Size, num_prefix: int) -> Tensor | None:
+    """Positions (1, p + g * g, C) for another grid, fp32, bicubic; None if they are not such, or of
+    another width.
+
+    Args:
+        shape: (1, p + h * h, C).
+        num_prefix: p, how many of the positions are those of no patch.
+    """
     if tensor.ndim != len(shape) or tensor.shape[-1] != shape[-1]:
         return None
-    if not _is_square(tensor.shape[1] - 1):
+    if not _is_square(tensor.shape[1] - num_prefix):
         return None
-    side = round((shape[1] - 1) ** 0.5)
-    return resample_abs_pos_embed(tensor.float(), [side, side])
+    side = round((shape[1] - num_prefix) ** 0.5)
+    return resample_abs_pos_embed(tensor.float(), [side, side], num_prefix_tokens=num_prefix)
 
 
 def _is_square(number: int) -> bool:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from aclip.models.student import Student
@@ -33,7 +34,7 @@ def tower_facts(student: Student) -> TowerFacts:
     return TowerFacts(image.image_heads, student.text.num_heads, image.image_activation)
 
 
-def vit_facts(vit: VisionTransformer) -> TowerFacts:
+def vit_facts(vit: VisionTransformer | Eva) -> TowerFacts:
     """What no shape tells of an image tower of timm's.
 
     Raises:

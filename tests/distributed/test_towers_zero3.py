@@ -60,6 +60,32 @@ def train_all_ways(folder, stage, overrides=()):
     return losses, run.weights()
 
 
+SIZES = "patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2"
+OTHER_TOWERS = [
+    pytest.param(
+        "vit_small_patch16_rope_mixed_224",
+        "num_reg_tokens: 1, global_pool: map, init_values: 0.5",
+        id="rotary, registers, attention pool",
+    ),
+    pytest.param("eva02_tiny_patch14_224", "global_pool: token", id="EVA-02, CLS token"),
+]
+
+
+@pytest.mark.parametrize("name, kwargs", OTHER_TOWERS)
+def test_other_image_towers_on_two_ranks_equal_one_process(run_distributed, tmp_path, name, kwargs):
+    overrides = [
+        f"model.image.name={name}",
+        f"model.image.kwargs={{{SIZES}, {kwargs}}}",
+    ]
+    ((expected_losses, expected),) = run_distributed(train_all_ways, 1, tmp_path, 0, overrides)
+    ranks = run_distributed(train_all_ways, 2, tmp_path, 3, overrides)
+    mean = torch.tensor([losses for losses, _ in ranks]).mean(0)
+    torch.testing.assert_close(mean, torch.tensor(expected_losses), rtol=1e-5, atol=1e-6)
+    for name, weight in expected.items():
+        if not name.endswith(("k_proj.bias", "qkv.bias", "kv.bias")):
+            assert (ranks[0][1][name] - weight).abs().max() <= 1e-3, name
+
+
 def test_zero3_on_two_ranks_equals_one_process(run_distributed, tmp_path):
     ((expected_losses, expected),) = run_distributed(train_all_ways, 1, tmp_path, 0)
     for recompute in ("none", "elementwise", "blocks"):

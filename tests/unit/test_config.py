@@ -67,6 +67,12 @@ def test_paper_recipe_has_the_published_settings(name, policy, views, teacher, s
     assert (train.global_batch_size, train.epochs, train.warmup_epochs) == (4096, 25, 1)
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_clip_slip_and_the_demo_train_the_patch_embedding_and_others_freeze_it(name):
+    trains = name == "demo" or name.startswith(("clip_", "slip_", "siglip_"))
+    assert load_recipe(name).model.image.freeze_patch_embed == (not trains)
+
+
 def test_dump_writes_every_default_out():
     values = yaml.safe_load(dump_recipe(load_recipe("demo")))
     assert set(values) == set(Recipe.model_fields)

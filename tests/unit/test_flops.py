@@ -182,6 +182,17 @@ def test_captions_have_any_mean_length(caption):
     expect(measured(caption=caption).flops["text"], text(caption), 2 * text(caption))
 
 
+def test_an_attention_pool_is_one_query_behind_whole_blocks():
+    kwargs = f"{{patch_size: 8, embed_dim: {WIDTH}, depth: {DEPTH}, num_heads: {HEADS}, "
+    overrides = ["mask.policy=random", "teacher=null"]
+    pooled = f"model.image.kwargs={kwargs}class_token: false, global_pool: map}}"
+    view = DEPTH * block(KEPT, WIDTH) + one_query_block(KEPT, WIDTH, HEADS)
+    # The pool's query is one for all images.
+    query = product(1, WIDTH, WIDTH)
+    image = measured([*overrides, pooled]).flops["image"]
+    assert image.forward == pytest.approx(2 * (EMBEDDING + view - query), rel=1e-3)
+
+
 def test_a_sample_costs_the_same_on_any_number_of_ranks():
     overrides = ["loss.simclr=1", "loss.byol=2"]
     one, four = measured(overrides), measured(overrides, num_ranks=4)

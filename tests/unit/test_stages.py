@@ -132,6 +132,6 @@ def test_a_checkpoint_at_the_end_of_a_stage_begins_the_next():
 
 def test_positions_are_resized_as_timm_does():
     positions = torch.randn(1, 1 + 16, 8, generator=torch.Generator().manual_seed(0))
-    resized = resize_image_positions(positions, torch.Size((1, 1 + 49, 8)))
+    resized = resize_image_positions(positions, torch.Size((1, 1 + 49, 8)), num_prefix=1)
     torch.testing.assert_close(resized, resample_abs_pos_embed(positions, [7, 7]))
-    assert resize_image_positions(positions, torch.Size((1, 50, 6))) is None
+    assert resize_image_positions(positions, torch.Size((1, 50, 6)), num_prefix=1) is None

@@ -216,8 +216,6 @@ def test_mask_that_does_not_fit_the_image_tower_is_refused(override, sentence):
     [
         ("resnet50", {}, "ResNet"),
         ("no_such_model", {}, "does not know"),
-        ("vit_small_patch16_224", {"class_token": False, "global_pool": "avg"}, "prefix tokens"),
-        ("vit_small_patch16_224", {"reg_tokens": 4}, "prefix tokens"),
         ("vit_small_patch16_224", {"no_such_argument": 4}, "no_such_argument"),
         ("vit_small_patch16_224", {"patch_size": 7}, "patches of 7"),
         ("vit_small_patch16_224", {"patch_drop_rate": 0.5}, "drops patches"),

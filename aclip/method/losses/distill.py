@@ -164,7 +164,8 @@ class PatchDecoder(nn.Module):
         """Predicts the masked patches.
 
         Args:
-            tokens: (B, 1 + K, C), the image tower's normalised CLS token and kept patches.
+            tokens: (B, S + K, C), the image tower's normalised prefix rows (CLS token, registers)
+                and kept patches.
             keep_ids: (B, K) int64, the patch of each kept token.
             masked_ids: (B, M) int64, the patches to predict.
 
@@ -172,7 +173,8 @@ class PatchDecoder(nn.Module):
             (B, M, D), what the head makes of each masked patch.
         """
         # Attention knows no order: the mask tokens follow the kept ones, each with its position.
-        visible = tokens + self.positions[F.pad(keep_ids + 1, (1, 0))]
+        num_prefix = tokens.shape[1] - keep_ids.shape[1]
+        visible = tokens + self.positions[F.pad(keep_ids + 1, (num_prefix, 0))]
         masked = self.mask_token + self.positions[masked_ids + 1]
         x = self.blocks(torch.cat([visible, masked], dim=1))
         return self.head(self.norm(x[:, tokens.shape[1] :]))

@@ -67,6 +67,12 @@ class Mlm(LossTerm):
                 f"loss.mlm is {recipe.loss.mlm:g} with data.captions_per_image {number}, but it "
                 "masks one caption of an image; set data.captions_per_image to 1 or loss.mlm to 0"
             )
+        if recipe.model.text.name:
+            raise ValueError(
+                f"loss.mlm is {recipe.loss.mlm:g}, which predicts the words of CLIP's vocabulary, "
+                f"but model.text.name is {recipe.model.text.name}, a tower with another; set "
+                "loss.mlm to 0"
+            )
 
     def parts(self, student: nn.Module) -> dict[str, TermPart]:
         width = student.text.width

@@ -44,7 +44,13 @@ _BLOCK_KEY = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 
 def unsupported(student: Student) -> str | None:
     """Why ViTModel can't hold the image tower, in words that end a sentence; None if it can."""
-    vit = student.image.vit
+    vit, image = student.image.vit, student.image
+    if image.pooling != "token" or image.num_prefix != 1 or vit.no_embed_class:
+        return (
+            "has no CLS token with a position, or does not pool by it, as Hugging Face's ViT does"
+        )
+    if getattr(vit, "rope", None) is not None:
+        return "has rotary positions, which Hugging Face's ViT has not"
     names = {name for name, _ in vit.named_parameters()}
     unknown = sorted(name for name in names if _convert_vit(name, None) is None)
     if unknown:

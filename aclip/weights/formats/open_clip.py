@@ -74,10 +74,11 @@ def has_portable_name(recipe: Recipe) -> bool:
     return default.patch_embed.img_size == (image.resolution, image.resolution)
 
 
-def config(recipe: Recipe, folder: Path, state: dict[str, Tensor]) -> dict[str, Any]:
+def config(recipe: Recipe, pooling: str, folder: Path, state: dict[str, Tensor]) -> dict[str, Any]:
     """open_clip_config.json of a recipe's model.
 
     Args:
+        pooling: the image tower's, as timm calls it.
         state: the model's tensors by aclip's names.
         folder: where the export will stand. A tower without a portable name is read by timm from
             the config.json in there, see `timm_config`.
@@ -95,7 +96,7 @@ def config(recipe: Recipe, folder: Path, state: dict[str, Tensor]) -> dict[str, 
                 "image_size": model.image.resolution,
                 "timm_model_name": name,
                 "timm_model_pretrained": False,
-                "timm_pool": "token",
+                "timm_pool": pooling,
                 "timm_proj": "linear",
                 "timm_proj_bias": False,
             },
@@ -165,8 +166,6 @@ def facts_of_config(values: dict[str, Any]) -> TowerFacts:
     if not name:
         heads = vision.get("width", 768) // vision.get("head_width", _HEAD_WIDTH)
         return TowerFacts(heads, text_heads, "QuickGELU")
-    if vision.get("timm_pool", "avg") not in ("token", ""):
-        raise ValueError(f"pools patches by {vision.get('timm_pool', 'avg')}, not by the CLS token")
     try:
         with torch.device("meta"):
             vit = timm.create_model(name, num_classes=0)
@@ -174,6 +173,9 @@ def facts_of_config(values: dict[str, Any]) -> TowerFacts:
     except (RuntimeError, ValueError, OSError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"names the timm model {name}, which can't be built ({reason})") from None
+    pooling = vision.get("timm_pool", "avg")
+    if pooling not in (vit.global_pool, ""):
+        raise ValueError(f"pools patches by {pooling}, not by {vit.global_pool} as timm's {name}")
     return replace(image, text_heads=text_heads)
 
 

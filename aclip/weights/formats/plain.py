@@ -14,7 +14,7 @@ WEIGHTS = PLAIN_WEIGHTS
 
 def is_plain(state: dict[str, Tensor]) -> bool:
     """Whether the keys are aclip's own."""
-    return "image.vit.cls_token" in state
+    return "image.vit.patch_embed.proj.weight" in state
 
 
 def is_of_model(key: str) -> bool:
