@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
-from aclip.config.caption_keys import check_captions
-from aclip.config.optimizer import OptimizerConfig, check_with_recipe
+from aclip.config.combinations import check_combination
+from aclip.config.optimizer import OptimizerConfig
 from aclip.config.sections import (
     AugmentConfig,
     CaptionKeys,
@@ -18,7 +18,6 @@ from aclip.config.sections import (
     SslColorConfig,
     TeacherConfig,
     TextConfig,
-    TextTowerConfig,
     TrainConfig,
     ViewsConfig,
 )
@@ -104,7 +103,7 @@ class Recipe(OfTerms):
     @property
     def terms(self) -> tuple[LossTerm, ...]:
         """The terms of the loss that have a weight, in the order of TERMS."""
-        return tuple(term(self) for term in self._weighted())
+        return tuple(term(self) for term in self.weighted_terms)
 
     @property
     def caption_tokens(self) -> int:
@@ -182,164 +181,12 @@ class Recipe(OfTerms):
         the run keeps no average of the weights."""
         return self.teacher.momentum if self.teacher is not None else self.train.average or None
 
-    def _weighted(self) -> list[type[LossTerm]]:
+    @property
+    def weighted_terms(self) -> list[type[LossTerm]]:
+        """The classes of `terms`."""
         return [term for term in TERMS if getattr(self.loss, term.name) > 0]
 
     @model_validator(mode="after")
     def _check_combination(self) -> "Recipe":
-        self._check_terms()
-        self._check_mask()
-        self._check_teacher()
-        self._check_reuse()
-        self._check_views()
-        check_with_recipe(self)
-        check_captions(self.data, self.text, self.model.text.context_length)
-        self._check_text()
-        for part in ("augment", "ssl_augment"):
-            low, high = getattr(self, part).blur_sigma
-            if low > high:
-                raise ValueError(
-                    f"{part}.blur_sigma is [{low:g}, {high:g}]; give the lower one first"
-                )
-        if self.data.train and self.data.sources:
-            raise ValueError(
-                f"data.train is {self.data.train} and data.sources holds "
-                f"{len(self.data.sources)} sources; give one of the two, e.g. data.train=[]"
-            )
+        check_combination(self)
         return self
-
-    def _check_text(self) -> None:
-        text, default = self.model.text, TextTowerConfig()
-        if not text.name:
-            for key in ("pretrained", "pooling"):
-                if getattr(text, key) != getattr(default, key):
-                    raise ValueError(
-                        f"model.text.{key} is {str(getattr(text, key)).lower()}, but model.text."
-                        "name is empty; name a folder, or remove the key"
-                    )
-            return
-        for key in ("width", "heads", "layers"):
-            if getattr(text, key) != getattr(default, key):
-                raise ValueError(
-                    f"model.text.{key} is {getattr(text, key)}, but the model in model.text.name "
-                    f"{text.name} has its own; remove the key"
-                )
-        if text.recompute == "elementwise":
-            raise ValueError(
-                f"model.text.recompute is elementwise, which the model in model.text.name "
-                f"{text.name} can't; take blocks or none"
-            )
-        if self.model.compile:
-            raise ValueError(
-                f"model.compile is true, but model.text.name is {text.name}, whose model is not "
-                "compiled; set model.compile=false"
-            )
-
-    def _check_terms(self) -> None:
-        if not any(term.aligns for term in self._weighted()):
-            weights = " and ".join(f"loss.{term.name} is 0" for term in TERMS if term.aligns)
-            raise ValueError(
-                f"{weights}, so that nothing brings images and captions together; give "
-                "loss.contrastive a weight"
-            )
-        for term in self._weighted():
-            term.check(self)
-
-    def _check_mask(self) -> None:
-        for name in ("warmup", "temperature"):
-            value = getattr(self.mask, name)
-            if value and not self.mask_policy.reads_teacher:
-                raise ValueError(
-                    f"mask.{name} is {value:g}, but mask.policy {self.mask.policy} does not go by "
-                    f"the teacher's scores; set mask.{name}=0, or mask.policy to attentive or "
-                    "inverse"
-                )
-        readers = {key: policy.name for policy in POLICIES.values() for key in policy.keys}
-        for key, reader in readers.items():
-            value, default = getattr(self.mask, key), MaskConfig.model_fields[key].default
-            if value != default and reader != self.mask.policy:
-                raise ValueError(
-                    f"mask.{key} is {value:g}, but mask.policy {self.mask.policy} does not read "
-                    f"it; leave it out, or set mask.policy to {reader}"
-                )
-        end = self.mask.keep_ratio_end
-        if end is not None and self.mask.policy == "none":
-            raise ValueError(
-                f"mask.keep_ratio_end is {end:g}, but mask.policy none keeps every patch; set it "
-                "to null, or take another mask.policy"
-            )
-
-    def _check_teacher(self) -> None:
-        readers = [f"mask.policy {self.mask.policy}"] if self.mask_policy.reads_teacher else []
-        readers += [
-            f"loss.{term.name} {term.weight:g}"
-            for term in self.terms
-            if term.reads_teacher_view or term.reads_teacher_patches
-        ]
-        if readers and self.teacher is None:
-            raise ValueError(
-                f"teacher is empty, but {' and '.join(readers)} needs one; set "
-                "teacher.resolution, or mask.policy to none or random and such losses to 0"
-            )
-        if self.teacher is None:
-            return
-        if self.train.average:
-            raise ValueError(
-                f"train.average is {self.train.average:g}, but the teacher is such an average "
-                f"already, with teacher.momentum {self.teacher.momentum:g}; set train.average=0"
-            )
-        resolution = self.teacher.resolution
-        if not readers:
-            raise ValueError(
-                f"teacher.resolution is {resolution}, but neither mask.policy {self.mask.policy} "
-                "nor a loss uses a teacher; set teacher=null"
-            )
-        if not self.needs_teacher_view and resolution != self.model.image.resolution:
-            raise ValueError(
-                f"teacher.resolution is {resolution}, but {' and '.join(readers)} alone lets the "
-                "teacher read the student's view; set it to model.image.resolution "
-                f"{self.model.image.resolution}"
-            )
-        score_layers = self.teacher.score_layers
-        if score_layers is not None and not self.mask_policy.reads_teacher:
-            raise ValueError(
-                f"teacher.score_layers is {score_layers}, but mask.policy {self.mask.policy} reads "
-                "no scores; remove the key"
-            )
-
-    def _check_reuse(self) -> None:
-        if not self.keeps_scores:
-            return
-        reuse = f"teacher.reuse is {self.teacher.reuse}"
-        if not self.mask_policy.reads_teacher:
-            raise ValueError(
-                f"{reuse}, but mask.policy {self.mask.policy} reads no scores of the teacher that "
-                "could be kept; set teacher.reuse to 1, or mask.policy to attentive or inverse"
-            )
-        for term in self.terms:
-            if term.reads_teacher_view or term.reads_teacher_patches:
-                raise ValueError(
-                    f"{reuse}, but loss.{term.name} {term.weight:g} needs the teacher in every "
-                    f"step; set teacher.reuse to 1, or loss.{term.name} to 0"
-                )
-        if self.data.sources:
-            raise ValueError(
-                f"{reuse}, but data.sources holds {len(self.data.sources)} sources, whose samples "
-                "do not come once an epoch each; set teacher.reuse to 1, or give one data set as "
-                "data.train"
-            )
-
-    def _check_views(self) -> None:
-        views = self.views
-        if views.ssl and not any(term.reads_ssl_views for term in self._weighted()):
-            raise ValueError(
-                f"views.ssl is {views.ssl} with loss.simclr 0, so that no loss reads these views; "
-                "set views.ssl to 0 or give loss.simclr a weight"
-            )
-        for name in ("scale", "ssl_scale"):
-            low, high = getattr(views, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(
-                    f"views.{name} is [{low:g}, {high:g}]; give two shares of the area with "
-                    "0 < low <= high <= 1"
-                )

@@ -12,15 +12,17 @@ from aclip.errors import ConfigError
 from aclip.run_folder.checkpoint_folder import STUDENT, TEACHER
 from aclip.training import checkpoint
 from aclip.training.teacher import Teacher
+from aclip.training.term_state import load_terms
 from aclip.weights.initial_weights import IMAGE_POSITIONS, resize_image_positions
 
 
 def begin_stage(folder: Path, engine, teacher: Teacher | None, keeps_optimizer: bool) -> None:
     """Writes a checkpoint of the stage before into a freshly built engine. A collective.
 
-    Image positions are resized for another resolution. A part that only this stage has, such as the
-    head of a loss, begins anew, and one that only the stage before has is left behind. A teacher
-    that the stage before does not have begins as the student is.
+    What a loss term counts over the steps goes on, and image positions are resized for another
+    resolution. A part that only this stage has, such as the head of a loss, begins anew, and one
+    that only the stage before has is left behind. A teacher that the stage before does not have
+    begins as the student is.
 
     Args:
         folder: the checkpoint, from any ZeRO stage and number of ranks.
@@ -49,6 +51,7 @@ def begin_stage(folder: Path, engine, teacher: Teacher | None, keeps_optimizer: 
                 if n in shapes
             }
         teacher.load_state_dict(teacher.state_dict() | weights)
+    load_terms(folder, engine.module.terms, may_begin=True)
 
 
 def _fitted(name: str, tensor: Tensor, shape: torch.Size, num_prefix: int) -> Tensor:

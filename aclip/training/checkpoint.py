@@ -38,6 +38,7 @@ from aclip.run_folder.checkpoint_folder import (
 )
 from aclip.training.random_state import get_random_state, set_random_state
 from aclip.training.teacher import Teacher
+from aclip.training.term_state import load_terms, state_of_terms
 from aclip.weights.names import LOGIT_SCALE
 
 FAMILY, NUMBERS = "family", "numbers"
@@ -100,7 +101,7 @@ def gather(engine, teacher: Teacher | None, state: dict[str, Any], buffers: Host
     files = {OPTIMIZER: optimizer, RNG: _gather_rng()}
     if teacher is not None and rank() == 0:
         files[TEACHER] = host_copies(teacher.state_dict(), buffers)
-    counted = _state_of_terms(engine)
+    counted = state_of_terms(engine.module.terms)
     if counted:
         files[TERMS] = {name: value.cpu().clone() for name, value in counted.items()}
     return Content(
@@ -195,7 +196,7 @@ def load(folder: Path, engine, teacher: Teacher | None, step: int) -> None:
     load_optimizer(folder, sharded, sharded.parameters.keys(), step)
     if teacher is not None:
         teacher.load_state_dict(load_file(folder / TEACHER))
-    _load_terms(folder, engine)
+    load_terms(folder, engine.module.terms)
     _load_rng(folder)
 
 
@@ -234,30 +235,6 @@ def load_optimizer(
         for kind in kinds.get(name, kinds.get(LOGIT_SCALE, ())):
             sharded.load(name, kind, torch.zeros(whole_shape(sharded.parameters[name])))
     sharded.load_scalars(scalars | json.loads(described[NUMBERS]))
-
-
-def _state_of_terms(engine) -> dict[str, Tensor]:
-    """What the loss terms count from step to step, as TERM/NAME."""
-    return {
-        f"{term.name}/{name}": value
-        for term in engine.module.terms
-        for name, value in term.state_dict().items()
-    }
-
-
-def _load_terms(folder: Path, engine) -> None:
-    needed = _state_of_terms(engine).keys()
-    saved = load_file(folder / TERMS) if (folder / TERMS).is_file() else {}
-    missing = sorted(needed - saved.keys())
-    if missing:
-        raise ConfigError(
-            f"--resume loads {folder}, which does not hold {missing[0]} of the loss's terms; use "
-            "the recipe of that run, or --resume none with another --output"
-        )
-    for term in engine.module.terms:
-        prefix = f"{term.name}/"
-        own = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
-        term.load_state_dict(own)
 
 
 def _check_shapes(folder: Path, engine) -> None:

@@ -55,6 +55,15 @@ class Words(LossTerm):
         self._num_steps = 0
         self._shares = torch.zeros(VOCAB_SIZE, dtype=torch.float64)
 
+    @classmethod
+    def check(cls, recipe) -> None:
+        if recipe.model.text.name:
+            raise ValueError(
+                f"loss.words is {recipe.loss.words:g}, which counts the tokens of CLIP's "
+                f"vocabulary, but model.text.name is {recipe.model.text.name}, a tower with "
+                "another; set loss.words to 0"
+            )
+
     def parts(self, student: nn.Module) -> dict[str, TermPart]:
         return {"words_head": TermPart(WordsHead(student.image.width, VOCAB_SIZE))}
 
