@@ -136,9 +136,7 @@ def measure_step(
             name: resized(part, local_size).requires_grad_(part.requires_grad)
             for name, part in features.items()
         }
-        num_captions = inputs.num_captions(batch)
-        if num_captions is not None:
-            num_captions = resized(num_captions, local_size)
+        num_captions = resized(inputs.num_captions(batch), local_size)
         output = StudentOutput.of(student("project", joined), num_captions)
         heads = meter.held
         meter.begin(TEACHER, local_size)
@@ -207,13 +205,12 @@ def _encode(
 
 def of_batch(taught: Taught, num_rows: int) -> Taught:
     """The same tensors with another number of samples."""
-    values = {part.name: getattr(taught, part.name) for part in fields(taught)}
-    return Taught(**{n: None if v is None else resized(v, num_rows) for n, v in values.items()})
+    return Taught(*(resized(getattr(taught, part.name), num_rows) for part in fields(taught)))
 
 
-def resized(tensor: Tensor, num_rows: int) -> Tensor:
-    """A tensor with another number of rows."""
-    return tensor.new_empty(num_rows, *tensor.shape[1:])
+def resized(tensor: Tensor | None, num_rows: int) -> Tensor | None:
+    """A tensor with another number of rows; None stays None."""
+    return None if tensor is None else tensor.new_empty(num_rows, *tensor.shape[1:])
 
 
 @contextmanager

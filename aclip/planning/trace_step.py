@@ -100,9 +100,7 @@ def trace_step(
             for name, part in features.items()
         }
         log.begin(LOSSES)
-        num_captions = inputs.num_captions(batch)
-        if num_captions is not None:
-            num_captions = resized(num_captions, local_size)
+        num_captions = resized(inputs.num_captions(batch), local_size)
         output = StudentOutput.of(student("project", whole), num_captions)
         targets = {}
         if teacher is not None:

@@ -68,9 +68,10 @@ def test_paper_recipe_has_the_published_settings(name, policy, views, teacher, s
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_clip_slip_and_the_demo_train_the_patch_embedding_and_others_freeze_it(name):
-    trains = name == "demo" or name.startswith(("clip_", "slip_", "siglip_"))
-    assert load_recipe(name).model.image.freeze_patch_embed == (not trains)
+def test_recipes_of_the_paper_s_code_freeze_the_patch_embedding_and_others_train_it(name):
+    masks = ("attentive_", "random_", "inverse_", "gaussian_")
+    freezes = name.startswith(("aclip_", "maskclip_", "lit_", *masks))
+    assert load_recipe(name).model.image.freeze_patch_embed == freezes
 
 
 def test_dump_writes_every_default_out():

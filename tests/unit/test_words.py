@@ -1,5 +1,6 @@
 """Caption-word classification against the rule of SuperClass, written out caption by caption."""
 
+import argparse
 import math
 
 import pytest
@@ -8,12 +9,14 @@ import torch
 from aclip.config.recipe_file import load_recipe
 from aclip.data.synthetic import batch_of_mean_captions, synthetic_batch
 from aclip.errors import ConfigError
+from aclip.evaluation.load_model import load_model
 from aclip.method.losses import words
 from aclip.method.losses.words import WordsHead
 from aclip.method.tokens import END_ID, START_ID, VOCAB_SIZE, Tokens
 from aclip.models.student import build_student
 from aclip.planning.measure_step import measure_step
 from aclip.training.step_inputs import StepInputs
+from aclip.weights.export import export
 
 CPU = torch.device("cpu")
 WORDS = ["mask.policy=none", "teacher=null", "loss.words=1"]
@@ -173,6 +176,16 @@ def test_the_head_exists_in_training_alone():
     assert not hasattr(build_student(load_recipe("demo", WORDS[:2])), "words_head")
     plain = build_student(load_recipe("demo", WORDS[:2])).state_dict()
     assert all(torch.equal(student.state_dict()[name], value) for name, value in plain.items())
+
+
+def test_export_leaves_the_head_out(write_run, tmp_path):
+    run, student, _ = write_run(load_recipe("demo", WORDS))
+    assert hasattr(student, "words_head")
+    arguments = {"checkpoint": str(run), "out": str(tmp_path / "out"), "model": "student"}
+    export(argparse.Namespace(**arguments, format="safetensors"))
+    model = load_model(str(tmp_path / "out")).student
+    assert not any("words" in name for name in model.state_dict())
+    assert torch.equal(model.image_projection.weight, student.image_projection.weight)
 
 
 def test_words_alone_bring_no_images_and_captions_together():

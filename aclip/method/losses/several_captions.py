@@ -2,6 +2,9 @@
 
 B images of this rank and M of all ranks, V views, E embedding, N captions of an image at most.
 Image i has k_i captions, from 1 to N: the first k_i of its N places. The others count nowhere.
+
+Rows have several positives, and columns may be empty, so that these are computed in plain torch, by
+chunks; the ops of aclip.kernels know one positive a row.
 """
 
 from dataclasses import dataclass

@@ -25,8 +25,9 @@ gradient."""
 class Keys(Section):
     words: Weight = 0.0
     """Weight of caption-word classification (SuperClass, SuperCLIP): a linear head of the image
-    feature on the vocabulary, whose target is the caption's distinct tokens, rare ones more. It is
-    an auxiliary loss, since it trains no text tower."""
+    feature on the vocabulary, whose target is the caption's distinct tokens, rare ones more. The
+    head has 49,408 weights for each channel of the tower, and exists in training alone. It is an
+    auxiliary loss, since it trains no text tower."""
 
 
 @dataclass(frozen=True)
