@@ -111,10 +111,12 @@ def _kinds_by_blocks(recipe: Recipe, batch: Batch, num_samples: float) -> Iterat
 def _fewer_nodes(counts: Counter[int]) -> dict[int, float]:
     """At most three of the numbers, with weights by which the sum of any polynomial of degree 2 is
     that of all numbers, each as often as it is counted (the weights that Lagrange's form gives)."""
-    numbers = sorted(counts)
-    if len(numbers) <= 3:
+    if len(counts) <= 3:
         return dict(counts)
-    nodes = numbers[0], numbers[len(numbers) // 2], numbers[-1]
+    least, *inner, most = sorted(counts)
+    mean = sum(number * often for number, often in counts.items()) / counts.total()
+    # With the mean between the ends no weight is negative.
+    nodes = least, min(inner, key=lambda number: abs(number - mean)), most
 
     def basis(node: int, number: int) -> float:
         return prod((number - other) / (node - other) for other in nodes if other != node)

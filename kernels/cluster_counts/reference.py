@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+VIEWS_AT_A_TIME = 64
+"""Whose patches are in memory in fp32, several times over."""
+
 
 def cluster_counts_reference(
     views: Tensor, anchors: Tensor, patch_size: int, threshold: float
@@ -36,6 +39,11 @@ def anchor_similarity(views: Tensor, anchors: Tensor, patch_size: int) -> Tensor
 
     Source: arXiv:2405.08815, section 3.
     """
+    parts = zip(views.split(VIEWS_AT_A_TIME), anchors.split(VIEWS_AT_A_TIME), strict=True)
+    return torch.cat([_similarity(*part, patch_size) for part in parts])
+
+
+def _similarity(views: Tensor, anchors: Tensor, patch_size: int) -> Tensor:
     patches = views.float().unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
     patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (M, P, 3 * p * p)
     # Equal values are exactly 0 from here on, whatever the rounding of their mean would be.

@@ -18,6 +18,7 @@ from aclip.kernels.cls_attention_scores import (
     cls_attention_scores,
     cls_attention_scores_reference,
 )
+from aclip.kernels.cluster_counts import anchor_similarity, cluster_counts
 from aclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_reference
 from aclip.kernels.cut_views import cut_views, cut_views_reference
 from aclip.kernels.sigmoid_loss import sigmoid_loss, sigmoid_loss_reference
@@ -61,6 +62,18 @@ def test_cls_attention_scores_equal_their_reference_at_vit_b_16():
     cls_attention_scores(qkv[:, 0, 0], qkv[:, :, 1], actual, 1 / 12)
     cls_attention_scores_reference(qkv[:, 0, 0], qkv[:, :, 1], expected, 1 / 12)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_cluster_counts_equal_their_reference_at_224_pixels():
+    smooth = torch.randn(64, 3, 28, 28, device="cuda")
+    views = torch.nn.functional.interpolate(smooth, size=224, mode="bilinear").bfloat16()
+    anchors = torch.rand(64, 196, device="cuda").argsort(1)[:, :6].contiguous()
+    similarity = anchor_similarity(views, anchors, 16)
+    expected = (similarity > 0.3).sum(1)
+    near = ((similarity - 0.3).abs() < 1e-5).any(1)  # rounding may decide there
+    assert near.float().mean() < 0.01 and expected.amax() > 1
+    counts = cluster_counts(views, anchors, 16, 0.3)
+    assert torch.equal(counts[~near].long(), expected[~near])
 
 
 def test_augmented_views_equal_their_reference_at_224_pixels():

@@ -106,6 +106,24 @@ def test_the_average_step_is_that_of_all_steps():
     )
 
 
+@pytest.mark.parametrize("epochs, warmup, shape", [(3, 0.3, "cosine"), (4, 0.9, "linear")])
+def test_shares_are_exact_for_numbers_and_their_squares_and_none_is_negative(epochs, warmup, shape):
+    recipe = load_recipe(
+        "demo",
+        [*TINY, "teacher.resolution=64", "loss.simclr=0", "loss.byol=0", "mask.block_size=1"]
+        + [f"train.epochs={epochs}", f"mask.warmup={warmup}", "teacher.reuse=2"]
+        + [*TO_ALL, f"mask.keep_ratio_shape={shape}"],
+    )
+    kinds = step_kinds(recipe, synthetic_batch(recipe, 4), num_samples=4 * 50)
+    steps = [kept_blocks(recipe.mask, 8, step / (50 * epochs)) for step in range(50 * epochs)]
+    assert 4 <= len(kinds) <= 6 < len(set(steps))
+    for power in (0, 1, 2):
+        average = sum(kind.share * kind.num_kept_blocks**power for kind in kinds)
+        assert average == pytest.approx(sum(kept**power for kept in steps) / len(steps))
+    assert min(kind.share for kind in kinds) >= 0
+    assert kinds[0].num_kept_blocks == max(kind.num_kept_blocks for kind in kinds)
+
+
 def test_kinds_of_step_join_the_teachers_rest_and_the_blocks():
     recipe = load_recipe(
         "demo",

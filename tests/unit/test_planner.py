@@ -228,6 +228,12 @@ def test_a_plan_averages_over_the_run_and_says_so(plan):
     assert of_run.gpu_hours < every_step.gpu_hours
     sentence = "the teacher scores its view in 75% of the steps"
     assert sentence in report([of_run]) and sentence not in report([every_step])
+    assert "Averages" not in report([every_step])
+    growing = "a view keeps 25% of its blocks at first and 100% at the end"
+    assert f"Averages over the run: {growing}. So are" in report(
+        [replace(every_step, keep_ratio=growing)]
+    )
+    assert f"{growing}, and {sentence}. So are" in report([replace(of_run, keep_ratio=growing)])
 
 
 def test_a_plan_says_what_kept_scores_take_on_the_disk(plan):

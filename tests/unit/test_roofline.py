@@ -233,6 +233,9 @@ def test_a_prediction_says_that_it_is_an_average_over_a_run():
     *_, last = report([every_step, of_run]).splitlines()
     assert last == "own: the average over a run, in 26% of whose steps the teacher runs."
     assert "average" not in report([every_step])
+    growing = Prediction("growing", False, 32, time, flops=50, gpu=TOY, keep_ratio="a view grows")
+    *_, last = report([every_step, growing]).splitlines()
+    assert last == "growing: the average over a run, in which a view grows."
 
 
 def test_a_compiled_step_has_the_same_flops_and_fewer_launches_and_bytes():

@@ -18,7 +18,6 @@ from aclip.method.masks.policy import MaskPolicy, Selection, ViewsToMask
 
 FAR_OFF = 0.1
 """Clusters that hold this share of the patches more or less than are dropped ask for a warning."""
-VIEWS_AT_A_TIME = 64
 
 
 def select_cluster(views: ViewsToMask) -> Selection:
@@ -58,16 +57,8 @@ def inspect_cluster(views: ViewsToMask) -> tuple[dict[str, float], str]:
         clustered, the share of the patches that lies in a cluster; and a sentence with the
         threshold at which as many would as are dropped, if it is far from that.
     """
-    closest = torch.cat(
-        [
-            anchor_similarity(pixels, anchors, pixels.shape[-1] // views.grid).amax(1)
-            for pixels, anchors in zip(
-                views.pixels.flatten(0, 1).split(VIEWS_AT_A_TIME),
-                anchor_patches(views).flatten(0, 1).split(VIEWS_AT_A_TIME),
-                strict=True,
-            )
-        ]
-    )
+    pixels, anchors = views.pixels.flatten(0, 1), anchor_patches(views).flatten(0, 1)
+    closest = anchor_similarity(pixels, anchors, pixels.shape[-1] // views.grid).amax(1)
     clustered = (closest > views.cluster_threshold).float().mean().item()
     kept = views.num_kept_blocks / (views.grid // views.block_size) ** 2
     warning = ""
