@@ -97,21 +97,17 @@ class Batch:
 PIXELS = ("student_views", "teacher_view", "ssl_views", "whole_images")
 OF_ALL = ("cursors", "skipped", "repeated", "noted")
 PER_SAMPLE = tuple(part.name for part in fields(Batch) if part.name not in OF_ALL)
-STACKED = tuple(
-    part.name
-    for part in fields(Sample)
-    if part.name
-    not in (
-        "key",
-        "caption",
-        "others",
-        "token_ids",
-        "term_noise",
-        "whole_image",
-        "notes",
-        "to_teach",
-    )
+OTHERWISE = (
+    "key",
+    "caption",
+    "others",
+    "token_ids",
+    "term_noise",
+    "whole_image",
+    "notes",
+    "to_teach",
 )
+STACKED = tuple(part.name for part in fields(Sample) if part.name not in OTHERWISE)
 MAY_BE_ZEROS = ("teacher_view", "stored_scores")
 """What some samples of a batch may have and others not, for which zeros stand."""
 

@@ -33,6 +33,7 @@ OBJECT_COVERAGE = 0.25
 """A patch is the object's when the object covers this share of it."""
 
 DATA_OF_PICTURES = {"crops": "worker", "captions": [], "sources": []}
+"""Keys of data for pictures: views are cut on the CPU, and captions read as evaluation does."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from aclip.data.convert.sources.redcaps import redcaps_source
 from aclip.data.convert.sources.table import table_source
 from aclip.data.convert.sources.yfcc import yfcc_source
 from aclip.data.convert.sources.yfcc_list import write_yfcc_list
-from aclip.data.convert.word_counts import write_word_counts
 from aclip.errors import ConfigError
 from aclip.machine import usable_cores
 
@@ -48,6 +47,9 @@ def _run(arguments: argparse.Namespace) -> None:
         print(index_in_place(arguments.folder, processes), flush=True)
         return
     if arguments.source == "word-counts":
+        # Imported here: the tokenizer's packages take seconds, which other commands do not need.
+        from aclip.data.convert.word_counts import write_word_counts
+
         keys = arguments.captions or []
         print(write_word_counts(arguments.shards, arguments.out, keys, processes), flush=True)
         return
