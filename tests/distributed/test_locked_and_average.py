@@ -87,11 +87,15 @@ def test_average_and_locked_tower_are_what_they_say_on_any_ranks_and_across_a_re
         assert apart.float().mean() < 0.01 or name.endswith("k_proj.bias"), name
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
-def test_a_locked_tower_trains_under_the_other_stages(run_distributed, shards, tmp_path, stage):
+@pytest.mark.parametrize("stage, name", [("1", "muon"), ("2", "adamw"), ("3_offload", "lion")])
+def test_a_locked_tower_trains_under_the_other_stages(
+    run_distributed, shards, tmp_path, stage, name
+):
     losses = []
-    for name, ranks, options in (("one", 1, {}), ("two", 2, {"stage": stage, "micro_batch": 4})):
-        options["overrides"] = [*CLIP, *LENGTH, "optimizer.image={lr_scale: 0}"]
-        run_distributed(train_in(tmp_path / name, shards, **options), ranks)
-        losses.append(read_losses(tmp_path / name))
+    split = {"stage": stage, "micro_batch": 8 if stage == "3_offload" else 4}
+    for ranks, options in ((1, {}), (2, split)):
+        run = tmp_path / str(ranks)
+        overrides = [*CLIP, *LENGTH, "optimizer.image={lr_scale: 0}", f"optimizer.name={name}"]
+        run_distributed(train_in(run, shards, overrides=overrides, **options), ranks)
+        losses.append(read_losses(run))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -136,6 +136,16 @@ def test_timm_file_starts_the_image_tower_alone(suffix, tmp_path):
     assert all(torch.equal(ours[name], fresh[name]) for name in report.random)
 
 
+def test_a_locked_tower_that_gets_no_weights_is_refused(tmp_path):
+    path = tmp_path / "vit.pth"
+    torch.save(timm.create_model(DEMO[0], num_classes=0, **DEMO[1]).state_dict(), path)
+    image = build_student(load_recipe("demo", ["optimizer.image={lr_scale: 0}"]))
+    load_initial_weights(image, f"timm:{path}")
+    text = build_student(load_recipe("demo", ["optimizer.text={lr_scale: 0}"]))
+    with pytest.raises(ConfigError, match=r"has no text\..* but the recipe locks it"):
+        load_initial_weights(text, f"timm:{path}")
+
+
 @pytest.mark.parametrize("output_format", ["open_clip", "safetensors", "run"])
 def test_own_exports_and_runs_come_back_exactly(output_format, write_run, tmp_path):
     recipe = load_recipe("demo", ["loss.byol=2"])
