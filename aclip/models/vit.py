@@ -103,11 +103,10 @@ class ImageTower(nn.Module):
 
     def assign(self, state: dict[str, Tensor]) -> None:
         """Takes weights over, in a tower that was built on the meta device."""
+        if self._rotary is not None:
+            # Some of its numbers are no weights.
+            self.vit.rope.to_empty(device="cpu").init_non_persistent_buffers()
         self.load_state_dict(state, assign=True)
-        rope = getattr(self.vit, "rope", None)
-        if any(buffer.is_meta for buffer in (() if rope is None else rope.buffers())):
-            # Its frequencies are no weights.
-            rope.to_empty(device="cpu").init_non_persistent_buffers()
 
     def forward(self, pixels: Tensor, selection: Selection | None = None) -> Tensor:
         """Encodes images to features.

@@ -49,7 +49,7 @@ class Words(LossTerm):
     """The frequencies that weigh the targets are counted over the steps of the run, once a step on
     the global batch, and before they are used, as the released code counts them."""
 
-    name, keys = "words", Keys
+    name, keys, trains = "words", Keys, ("image",)
 
     def __init__(self, recipe):
         super().__init__(recipe)
