@@ -15,6 +15,7 @@ from aclip.config.sections import (
     OptimizerConfig,
     SslColorConfig,
     TeacherConfig,
+    TextTowerConfig,
     TrainConfig,
     ViewsConfig,
 )
@@ -144,6 +145,7 @@ class Recipe(OfTerms):
         self._check_teacher()
         self._check_reuse()
         self._check_views()
+        self._check_text()
         for part in ("augment", "ssl_augment"):
             low, high = getattr(self, part).blur_sigma
             if low > high:
@@ -156,6 +158,33 @@ class Recipe(OfTerms):
                 f"{len(self.data.sources)} sources; give one of the two, e.g. data.train=[]"
             )
         return self
+
+    def _check_text(self) -> None:
+        text, default = self.model.text, TextTowerConfig()
+        if not text.name:
+            for key in ("pretrained", "pooling"):
+                if getattr(text, key) != getattr(default, key):
+                    raise ValueError(
+                        f"model.text.{key} is {str(getattr(text, key)).lower()}, but model.text."
+                        "name is empty; name a folder, or remove the key"
+                    )
+            return
+        for key in ("width", "heads", "layers"):
+            if getattr(text, key) != getattr(default, key):
+                raise ValueError(
+                    f"model.text.{key} is {getattr(text, key)}, but the model in model.text.name "
+                    f"{text.name} has its own; remove the key"
+                )
+        if text.recompute == "elementwise":
+            raise ValueError(
+                f"model.text.recompute is elementwise, which the model in model.text.name "
+                f"{text.name} can't; take blocks or none"
+            )
+        if self.model.compile:
+            raise ValueError(
+                f"model.compile is true, but model.text.name is {text.name}, whose model is not "
+                "compiled; set model.compile=false"
+            )
 
     def _check_terms(self) -> None:
         if not any(term.aligns for term in self._weighted()):

@@ -30,6 +30,16 @@ class ImageTowerConfig(Section):
 
 
 class TextTowerConfig(Section):
+    """CLIP's transformer of these sizes or, with `name`, a model of Hugging Face's."""
+
+    name: str = ""
+    """A local folder with a text model of Hugging Face's and its tokenizer, in place of CLIP's and
+    of width, heads and layers; see aclip/recipes/README.md. Nothing is fetched."""
+    pretrained: bool = True
+    """Whether a tower of a folder starts from the folder's weights; otherwise at random."""
+    pooling: Literal["end", "cls", "mean"] | None = None
+    """What the feature of a folder's tower is: its last token (end), its first one (cls), or the
+    mean of a caption's tokens. Empty for end where the model is causal, else cls."""
     width: int = Field(512, gt=0)
     heads: int = Field(8, gt=0)
     layers: int = Field(12, gt=0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aclip.config.geometry import patch_grid, teacher_grid
 from aclip.config.recipe import Recipe
+from aclip.config.text_folder import read_text_folder
 from aclip.data.batch import PER_SAMPLE, Batch
 from aclip.data.images.augment import draw_augment_params
 from aclip.data.stored_scores import DUE
@@ -33,15 +34,27 @@ def caption_lengths(num_captions: int, context_length: int) -> list[int]:
     return [min(max(length, 3), context_length) for length in lengths]
 
 
-def synthetic_tokens(lengths: list[int], num_columns: int) -> Tokens:
-    """Captions of these lengths, padded to so many columns."""
+def synthetic_tokens(lengths: list[int], num_columns: int, vocab_size: int = 0) -> Tokens:
+    """Captions of these lengths, padded to so many columns.
+
+    Args:
+        vocab_size: how many ids there are, if they are not CLIP's.
+    """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, START_ID, (len(lengths), num_columns), generator=generator)
+    shape = (len(lengths), num_columns)
+    ids = torch.randint(1, vocab_size or START_ID, shape, generator=generator)
     columns = torch.arange(num_columns)
     ends = torch.tensor(lengths).unsqueeze(1) - 1
-    ids = ids.masked_fill(columns == ends, END_ID).masked_fill(columns > ends, 0)
-    ids[:, 0] = START_ID
+    ids = ids.masked_fill(columns > ends, 0)
+    if not vocab_size:
+        ids = ids.masked_fill(columns == ends, END_ID)
+        ids[:, 0] = START_ID
     return Tokens(ids, torch.tensor(lengths))
+
+
+def _vocab_size(recipe: Recipe) -> int:
+    """How many ids a text tower of a folder has; 0 for CLIP's."""
+    return read_text_folder(recipe.model.text).vocab_size if recipe.model.text.name else 0
 
 
 def synthetic_batch(recipe: Recipe, batch_size: int, tokens: Tokens | None = None) -> Batch:
@@ -71,7 +84,7 @@ def synthetic_batch(recipe: Recipe, batch_size: int, tokens: Tokens | None = Non
     context_length = recipe.model.text.context_length
     if tokens is None:
         lengths = caption_lengths(batch_size, context_length)
-        tokens = synthetic_tokens(lengths, max(lengths))
+        tokens = synthetic_tokens(lengths, max(lengths), _vocab_size(recipe))
     return Batch(
         student_views=pixels(batch_size, views.student, 3, side, side),
         teacher_view=pixels(batch_size, 3, teacher_side, teacher_side)
@@ -118,7 +131,7 @@ def batch_of_mean_captions(
     """
     total = round(batch_size * mean_length)
     lengths = [(total + index) // batch_size for index in range(batch_size)]
-    tokens = synthetic_tokens(lengths, num_columns)
+    tokens = synthetic_tokens(lengths, num_columns, _vocab_size(recipe))
     if batch_size <= NUM_MEASURED:
         return synthetic_batch(recipe, batch_size, tokens)
     one = synthetic_batch(recipe, 1, tokens)

@@ -72,5 +72,11 @@ class _WordCache(dict):
 
 
 def build_tokenizer(config: TextTowerConfig) -> Tokenizer:
-    """The tokenizer of a text tower; see models.text.build_text_tower."""
+    """The tokenizer of a text tower, or a FolderTokenizer, which offers the same; see
+    models.text.build_text_tower."""
+    if config.name:
+        # Here, because that module reads MAX_CHARACTERS.
+        from aclip.data.folder_tokenizer import FolderTokenizer
+
+        return FolderTokenizer(config)
     return Tokenizer(config.context_length)

@@ -44,7 +44,7 @@ class ClassCache:
             if name.startswith(TEXT_SIDE):
                 digest.update(f"{name} {list(parameter.shape)}".encode())
                 digest.update(parameter.detach().float().cpu().contiguous().numpy())
-        digest.update(f"{student.text.num_heads} {student.text.context_length}".encode())
+        digest.update(student.text.identity.encode())
         self._weights = digest.hexdigest()
 
     def embed(

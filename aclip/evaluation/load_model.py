@@ -9,12 +9,13 @@ from PIL import Image
 
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe, recipe_of_values
+from aclip.config.text_folder import with_recorded_text
 from aclip.data.tokenizer import build_tokenizer
 from aclip.errors import ConfigError
 from aclip.evaluation.towers import Towers
 from aclip.method.losses.terms import no_auxiliary_terms
 from aclip.models.student import Student, build_student
-from aclip.run_folder.layout import RECIPE_FILE
+from aclip.run_folder.layout import RECIPE_FILE, TEXT_FOLDER
 from aclip.weights.checkpoint_weights import load_checkpoint_weights
 from aclip.weights.first_look import LOCAL_DIR, Found, find_weights, refusal
 from aclip.weights.formats import dual_encoder, open_clip, slip
@@ -121,7 +122,8 @@ def _recipe_of(found: Found, recipe_name: str | None) -> tuple[Recipe, str]:
         return _towers_alone(values, path), scale
     beside = path.parent / RECIPE_FILE
     if path.suffix == ".safetensors" and beside.is_file():
-        return load_recipe(str(beside)), "bilinear"
+        recipe = with_recorded_text(load_recipe(str(beside)), path.parent / TEXT_FOLDER)
+        return recipe, "bilinear"
     weights = open_found(found)
     if not slip.is_released(weights.tensors):
         raise ValueError(

@@ -12,6 +12,7 @@ from aclip.method.losses.heads import ExactScalar, LogitScale
 from aclip.method.losses.term import LossTerm, TermPart
 from aclip.method.masks.policy import Selection
 from aclip.method.tokens import Tokens
+from aclip.models.folder_text import FolderTextTower
 from aclip.models.text import TextTower, build_text_tower
 from aclip.models.vit import ImageTower
 
@@ -58,7 +59,7 @@ class Student(nn.Module):
     def __init__(
         self,
         image: ImageTower,
-        text: TextTower,
+        text: TextTower | FolderTextTower,
         embed_dim: int,
         logit_scale: LogitScale,
         terms: tuple[LossTerm, ...] = (),
@@ -191,7 +192,7 @@ def build_student(recipe: Recipe, for_training: bool = True) -> Student:
     """
     model = recipe.model
     torch.manual_seed(recipe.train.seed)
-    if model.text.width % model.text.heads:
+    if not model.text.name and model.text.width % model.text.heads:
         raise ConfigError(
             f"model.text.heads is {model.text.heads}, which does not divide model.text.width "
             f"{model.text.width}; change one of them"

@@ -7,7 +7,6 @@ end token's row alone. B captions, L tokens of the longest, T real tokens of all
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,39 +16,20 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from aclip.config.sections import Recompute, TextTowerConfig
 from aclip.method.tokens import END_ID, START_ID, VOCAB_SIZE, Tokens
+from aclip.models.folder_text import FolderTextTower
 from aclip.models.one_query_attention import one_query_attention
+from aclip.models.packing import Packing, packing_of
 from aclip.models.recompute import applied, run_block
 
 QUICK_GELU = 1.702
-
-
-@dataclass(frozen=True)
-class _Packing:
-    """Which of the B x L positions the T packed rows are."""
-
-    real_ids: Tensor
-    """(T,) int64, row * L + column of each."""
-    shape: tuple[int, int]
-    """(B, L)."""
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """(T, W) -> (B, L, W), zero at padding: causal attention to it must stay finite."""
-        padded = packed.new_zeros(self.shape[0] * self.shape[1], packed.shape[1])
-        # Not index_copy_, whose backward pass would keep `packed`; in place, as nothing reads the
-        # zeros before.
-        return padded.index_put_((self.real_ids,), packed).view(*self.shape, -1)
-
-    def pack(self, padded: Tensor) -> Tensor:
-        """(B, L, W) -> (T, W)."""
-        return padded.flatten(0, 1).index_select(0, self.real_ids)
 
 
 class TextTower(nn.Module):
     """Captions to features at the end token.
 
     A text tower of another kind offers what is public here: `width`, `num_heads`,
-    `context_length`, `external_parameters`, `forward` and, for masked language modelling,
-    `forward_tokens`. It reads Tokens and decides where in them its feature lies.
+    `context_length`, `identity`, `external_parameters`, `forward` and, for masked language
+    modelling, `forward_tokens`. It reads Tokens and decides where in them its feature lies.
 
     Args:
         width, heads, layers: the size of the transformer.
@@ -84,6 +64,8 @@ class TextTower(nn.Module):
         self.width = width
         self.num_heads = heads
         self.context_length = context_length
+        # What no weight tells of how captions are read.
+        self.identity = f"{heads} {context_length}"
         self.recompute = recompute
         # Each batch has its own number of tokens, so sizes must not be compiled in.
         self._packed_layer, self._end_only_layer = (
@@ -102,7 +84,7 @@ class TextTower(nn.Module):
 
         On a GPU, tokens that are not `located` make the step wait for the device.
         """
-        packing = _packing(tokens)
+        packing = packing_of(tokens)
         x = self._embed(tokens, packing)
         *layers, last = self.transformer.encoder.layers
         for layer in layers:
@@ -123,7 +105,7 @@ class TextTower(nn.Module):
         Returns:
             (B, L, W), normalised; zero at padding.
         """
-        packing = _packing(tokens)
+        packing = packing_of(tokens)
         x = self._embed(tokens, packing, masked, mask_token)
         for layer in self.transformer.encoder.layers:
             x = self._run(self._packed_layer, layer, x, packing)
@@ -132,7 +114,7 @@ class TextTower(nn.Module):
     def _embed(
         self,
         tokens: Tokens,
-        packing: _Packing,
+        packing: Packing,
         masked: Tensor | None = None,
         mask_token: Tensor | None = None,
     ) -> Tensor:
@@ -147,17 +129,16 @@ class TextTower(nn.Module):
         return run_block(self.recompute, function, self.recompute, *args)
 
 
-def build_text_tower(config: TextTowerConfig, compile: bool = False) -> TextTower:
+def build_text_tower(config: TextTowerConfig, compile: bool = False) -> TextTower | FolderTextTower:
     """The text tower that a recipe asks for; data.tokenizer.build_tokenizer gives its tokenizer."""
-    return TextTower(**config.model_dump(), compile=compile)
-
-
-def _packing(tokens: Tokens) -> _Packing:
-    return _Packing(tokens.located().real_ids, tuple(tokens.ids.shape))
+    if config.name:
+        return FolderTextTower(config)
+    of_folders = {"name", "pretrained", "pooling"}
+    return TextTower(**config.model_dump(exclude=of_folders), compile=compile)
 
 
 def _packed_layer(
-    recompute: Recompute, layer: CLIPEncoderLayer, x: Tensor, packing: _Packing
+    recompute: Recompute, layer: CLIPEncoderLayer, x: Tensor, packing: Packing
 ) -> Tensor:
     """A whole layer on packed tokens: (T, W) -> (T, W)."""
     attn = layer.self_attn
@@ -174,7 +155,7 @@ def _end_only_layer(
     recompute: Recompute,
     layer: CLIPEncoderLayer,
     x: Tensor,
-    packing: _Packing,
+    packing: Packing,
     end_columns: Tensor,
 ) -> Tensor:
     """The end tokens' rows of a layer's output: (T, W) -> (B, W)."""

@@ -96,6 +96,13 @@ class ImageTower(nn.Module):
             parameters += vit.rope.parameters()
         return [parameter for parameter in parameters if parameter is not None]
 
+    def assign(self, state: dict[str, Tensor]) -> None:
+        """Takes weights over, in a tower that was built on the meta device."""
+        if self._rotary is not None:
+            # Some of its numbers are no weights.
+            self.vit.rope.to_empty(device="cpu").init_non_persistent_buffers()
+        self.load_state_dict(state, assign=True)
+
     def forward(self, pixels: Tensor, selection: Selection | None = None) -> Tensor:
         """Encodes images to features.
 

@@ -108,7 +108,7 @@ def attention(weights: CheckpointWeights, images: Tensor) -> Tensor | None:
         return None
     prefix = "image."
     state = {n.removeprefix(prefix): t for n, t in weights.state.items() if n.startswith(prefix)}
-    tower.load_state_dict(state, assign=True)
+    tower.assign(state)
     scores, score_layers = [], _score_layers(weights.recipe)
     for chunk in images.split(BATCH_SIZE):
         pixels = augment(chunk, None, weights.recipe.augment, torch.float32)

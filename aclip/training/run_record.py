@@ -9,6 +9,7 @@ from pathlib import Path
 
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import dump_recipe
+from aclip.config.text_folder import record_text_folder
 from aclip.data.fingerprint import list_lines
 from aclip.data.shards.listing import Shard
 from aclip.distributed import world_size
@@ -20,6 +21,7 @@ from aclip.run_folder.layout import (
     RECIPE_FILE,
     SHARDS_FILE,
     START_FILE,
+    TEXT_FOLDER,
     later_record,
     later_records,
     latest_record,
@@ -70,6 +72,8 @@ def record_run(
         _remove(run_folder / INIT_REPORT_FILE)
     if init_report is not None:
         write_whole(run_folder / INIT_REPORT_FILE, json.dumps(init_report.to_dict(), indent=2))
+    if recipe.model.text.name:
+        record_text_folder(recipe.model.text, run_folder / TEXT_FOLDER)
     # The same at every start that continues: other shards are refused.
     write_whole(run_folder / SHARDS_FILE, json.dumps(list_lines(shards), indent=0))
 

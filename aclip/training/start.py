@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from aclip.config.arguments import run_folder as choose_run_folder
 from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.geometry import shared_bytes
 from aclip.config.recipe import Recipe
+from aclip.config.text_folder import read_text_folder
 from aclip.data.find_data import find_data
 from aclip.data.fingerprint import check_progress
 from aclip.data.loader import build_train_loader, with_crops
@@ -80,6 +82,8 @@ def check_start(arguments: argparse.Namespace) -> Start:
         return take_folder(run_folder, arguments.resume, recipe, ds_config, arguments.allow_changes)
 
     beginning = Beginning(**decided_by_rank_0(take, "beginning"))
+    if recipe.model.text.name:
+        _check_text_folder(recipe)
     if recipe.keeps_scores and num_ranks > 1:
         check_shared(run_folder, recipe)
     if beginning.checkpoint is None:
@@ -101,6 +105,20 @@ def check_start(arguments: argparse.Namespace) -> Start:
         if progress is not None:  # else it is damaged, which is said when all of it is verified
             check_progress(recipe, shards, progress, start.resume_from)
     return start
+
+
+def _check_text_folder(recipe: Recipe) -> None:
+    """Refuses a text tower's folder that differs from rank 0's: each rank reads its own node's.
+
+    Raises:
+        ConfigError: as said, or see read_text_folder.
+    """
+    of_rank_0 = decided_by_rank_0(lambda: read_text_folder(recipe.model.text).digest(), "text")
+    if read_text_folder(recipe.model.text).digest() != of_rank_0:
+        raise ConfigError(
+            f"model.text.name is {recipe.model.text.name}, which holds other files on "
+            f"{socket.gethostname()} than on rank 0's node; copy that folder there"
+        )
 
 
 def _read_recipe(arguments: argparse.Namespace) -> Recipe:

@@ -17,6 +17,7 @@ from aclip.config.continuing import (
 from aclip.config.ds_config import DsConfig
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
+from aclip.config.text_folder import text_changes
 from aclip.distributed import decided_by_rank_0, say
 from aclip.errors import ConfigError, NotWritten
 from aclip.files import check_writable, write_whole
@@ -33,6 +34,7 @@ from aclip.run_folder.layout import (
     SHARED_FILE,
     START_FILE,
     TENSORBOARD_FOLDER,
+    TEXT_FOLDER,
     latest_record,
     record_before,
 )
@@ -142,6 +144,7 @@ def check_changes(
     try:
         then = load_recipe(str(recorded))
         changes = recipe_changes(then, recipe)
+        changes += text_changes(recipe.model.text, run_folder / TEXT_FOLDER)
         recorded = record_before(run_folder, DS_CONFIG_FILE, progress["samples"])
         changes += ds_config_changes(_read_object(recorded), ds_config.values)
     except (OSError, ValueError) as error:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
+from aclip.config.text_folder import with_recorded_text
 from aclip.errors import ConfigError
 from aclip.models.student import Student, build_student
 from aclip.run_folder.checkpoint_folder import STUDENT, TEACHER, verify
-from aclip.run_folder.layout import RECIPE_FILE, latest_record
+from aclip.run_folder.layout import RECIPE_FILE, TEXT_FOLDER, latest_record
 from aclip.weights.first_look import find_checkpoint
 
 
@@ -67,7 +68,7 @@ def _recipe_of(folder: Path) -> Recipe:
             f"checkpoint {folder} is not in the folder of its run, whose recipe.yaml is needed; "
             f"put that file at {path}"
         )
-    return load_recipe(str(path))
+    return with_recorded_text(load_recipe(str(path)), path.parent / TEXT_FOLDER)
 
 
 def _check_shapes(folder: Path, student: Student, state: dict[str, Tensor]) -> None:

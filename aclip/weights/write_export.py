@@ -6,8 +6,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from aclip.config.recipe_file import dump_recipe
+from aclip.config.text_folder import record_text_folder
 from aclip.errors import ConfigError
-from aclip.run_folder.layout import RECIPE_FILE
+from aclip.run_folder.layout import RECIPE_FILE, TEXT_FOLDER
 from aclip.weights.checkpoint_weights import CheckpointWeights
 from aclip.weights.formats import open_clip, plain
 from aclip.weights.names import tower_facts
@@ -23,6 +24,12 @@ def write_export(folder: Path, out: Path, output_format: str, weights: Checkpoin
         ConfigError: the format can't hold the towers.
         NotWritten: the disk is full.
     """
+    text = weights.recipe.model.text
+    if text.name and output_format != "safetensors":
+        raise ConfigError(
+            f"--format is {output_format}, which holds CLIP's own text tower, but the run's is of "
+            f"model.text.name; take --format safetensors"
+        )
     write = {
         "open_clip": _write_open_clip,
         "huggingface": _write_huggingface,
@@ -71,5 +78,7 @@ def _write_huggingface(folder: Path, out: Path, weights: CheckpointWeights) -> s
 def _write_plain(folder: Path, out: Path, weights: CheckpointWeights) -> str:
     plain.write(folder / plain.WEIGHTS, weights.state, tower_facts(weights.student))
     (folder / RECIPE_FILE).write_text(dump_recipe(weights.recipe))
+    if weights.recipe.model.text.name:
+        record_text_folder(weights.recipe.model.text, folder / TEXT_FOLDER)
     file = out / plain.WEIGHTS
     return f"load: safetensors.torch.load_file('{file}'), or launch/pretrain.py --init {file}"

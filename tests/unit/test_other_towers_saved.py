@@ -31,6 +31,7 @@ TOWERS = {
     ),
     "pool": ("vit_tiny_patch16_224", "class_token: false, global_pool: map", ATTENTIVE),
     "rotary": ("vit_small_patch16_rope_mixed_224", "", ATTENTIVE),
+    "rotary of a table": ("eva02_tiny_patch14_224", "global_pool: token", ATTENTIVE),
 }
 HUGGING_FACE = {
     "registers": "has no CLS token with a position, or does not pool by it",
@@ -38,6 +39,7 @@ HUGGING_FACE = {
     "mean, not normalised after": "does not pool by it",
     "pool": "has no CLS token with a position",
     "rotary": "has rotary positions, which Hugging Face's ViT has not",
+    "rotary of a table": "has rotary positions, which Hugging Face's ViT has not",
 }
 DRAWN = {
     "registers": "'s CLS token to each patch",
@@ -45,6 +47,7 @@ DRAWN = {
     "mean, not normalised after": "pools by avg: no query attends",
     "pool": "teacher's pooling query to each patch of the image, mean over heads;",
     "rotary": "'s CLS token to each patch",
+    "rotary of a table": "'s CLS token to each patch",
 }
 
 

@@ -58,6 +58,15 @@ class Mlm(LossTerm):
         self.config: MlmConfig = recipe.mlm
         self.context_length = recipe.model.text.context_length
 
+    @classmethod
+    def check(cls, recipe) -> None:
+        if recipe.model.text.name:
+            raise ValueError(
+                f"loss.mlm is {recipe.loss.mlm:g}, which predicts the words of CLIP's vocabulary, "
+                f"but model.text.name is {recipe.model.text.name}, a tower with another; set "
+                "loss.mlm to 0"
+            )
+
     def parts(self, student: nn.Module) -> dict[str, TermPart]:
         width = student.text.width
         mask_token = trunc_normal(width)
