@@ -28,7 +28,7 @@ from aclip.training.metrics.wandb_tracker import WandbTracker
 
 RATE_WINDOW = 20
 """Progress lines that the remaining time is estimated from."""
-HEADLINES = ("_top1", "_r1", "object_patches_kept", "attention_kept")
+HEADLINES = ("_top1", "_r1", "object_patches_kept", "attention_kept", "clustered")
 """How the names of the metrics end that are printed; metrics.jsonl and the report have all."""
 
 
