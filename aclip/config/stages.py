@@ -17,6 +17,8 @@ from aclip.errors import ConfigError
 FIXED = (
     "model.image.name",
     "model.image.kwargs",
+    "model.text.name",
+    "model.text.pooling",
     "model.text.width",
     "model.text.heads",
     "model.text.layers",
