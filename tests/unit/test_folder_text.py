@@ -12,12 +12,13 @@ from transformers import AutoModel, AutoTokenizer
 from aclip.config.recipe_file import dump_recipe, load_recipe, recipe_of_values
 from aclip.config.sections import TextTowerConfig
 from aclip.config.text_folder import read_text_folder, record_text_folder, text_changes
-from aclip.data.synthetic import synthetic_batch
+from aclip.data.synthetic import batch_of_mean_captions, synthetic_batch
 from aclip.data.tokenizer import build_tokenizer
 from aclip.errors import ConfigError
 from aclip.method.tokens import Tokens
 from aclip.models.student import build_student
 from aclip.models.text import build_text_tower
+from aclip.planning.measure_step import MODES, measure_step
 
 CONTEXT = 10
 CAPTIONS = ["a photo of a red circle", "", "dog", "two green square 1 2 3 4 5 6 7 8 9 0 a photo"]
@@ -164,6 +165,23 @@ def test_plans_and_benchmarks_read_ids_of_the_models_own_vocabulary(folders):
         student = build_student(recipe)
     assert student.text_projection.weight.shape == (8, 16)
     assert recipe_of_values(yaml.safe_load(dump_recipe(recipe)), "a dump") == recipe
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_plan_counts_the_tokens_that_are_there(folders, kind):
+    caption, rows = 6, CONTEXT
+    recipe = recipe_of(folders[kind])
+    step = measure_step(recipe, batch_of_mean_captions(recipe, caption, rows), modes=MODES)
+    # The models of text_folders.py: width 16, inner width 32, two layers; Llama has one head of
+    # keys and values of two, and a third product in its MLP.
+    keys, inner = (16, 2) if kind == "bert" else (8, 3)
+    linears = 2 * caption * (16 * 16 + 2 * 16 * keys + 16 * 16 + inner * 16 * 32)
+    layer = linears + 2 * (2 * rows * rows * 16)
+    text = step.flops["text"]
+    assert text.forward == pytest.approx(2 * layer, rel=0.01)
+    assert text.backward == pytest.approx(2 * text.forward, rel=0.01)
+    kept = {mode: encoding.kept for mode, encoding in step.encoding.items()}
+    assert kept["blocks"] < kept["none"]
 
 
 def test_what_was_recorded_tells_whether_the_folder_has_changed(tmp_path):
