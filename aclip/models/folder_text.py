@@ -55,6 +55,8 @@ def _packed_attention(
         for part in (query, key, value)
     ]
     q, k, v = (part.transpose(1, 2) for part in heads)  # (B, H or h, L, d)
+    if k.shape[1] != q.shape[1]:
+        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -62,7 +64,6 @@ def _packed_attention(
         attn_mask=captions.keys,
         is_causal=captions.keys is None,
         scale=scaling,
-        enable_gqa=k.shape[1] != q.shape[1],
     )
     packed = packing.pack(out.transpose(1, 2).flatten(2))
     return packed.unflatten(1, (query.shape[1], -1)).unsqueeze(0), None
@@ -111,9 +112,9 @@ class FolderTextTower(nn.Module):
     def recompute(self, recompute: str) -> None:
         self._recompute = recompute
         if recompute == "blocks":
-            self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
+            self.transformer.activation_checkpointing_enable({"use_reentrant": False})
         else:
-            self.transformer.gradient_checkpointing_disable()
+            self.transformer.activation_checkpointing_disable()
 
     def _apply(self, fn, recurse: bool = True):
         """Moves the module as ever, but keeps tables such as rotary frequencies in their dtype: in
