@@ -18,7 +18,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         default=["masks"],
         help="masks (the table of masks), systems (CLIP, SLIP, MaskCLIP, A-CLIP, A-CLIP-eff), "
-        "rows by name, or a YAML file of your own rows",
+        "rows by name, or a YAML file of your own rows and, behind it, names of some of them",
     )
     parser.add_argument(
         "--recipe",

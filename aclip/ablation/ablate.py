@@ -142,9 +142,12 @@ def _choose_rows(arguments: argparse.Namespace) -> list[Row]:
     """The rows that --rows names, whose keys and the user's are apart."""
     names = arguments.rows
     is_file = [Path(name).suffix in SUFFIXES for name in names]
-    if any(is_file) and len(names) > 1:
-        raise ConfigError(f"--rows names {' '.join(names)}; give one file of rows alone")
-    rows = read_rows(names[0]) if all(is_file) else choose_rows(names)
+    if any(is_file[1:]):
+        raise ConfigError(
+            f"--rows names {' '.join(names)}; give one file of rows first, and names of its rows "
+            "behind it"
+        )
+    rows = read_rows(names[0], names[1:]) if is_file[0] else choose_rows(names)
     for override in arguments.overrides:
         key = override.partition("=")[0]
         if key in DECIDED_HERE | decided_by(rows):

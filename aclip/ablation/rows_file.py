@@ -4,6 +4,7 @@ random: {label: "random, {keep} %", overrides: [mask.policy=random, teacher=null
 attentive: {label: "attentive, {keep} %", overrides: [mask.policy=attentive], against: random}
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -27,11 +28,15 @@ class RowValues(Section):
     drops_patches: bool = True
 
 
-def read_rows(path: str) -> list[Row]:
+def read_rows(path: str, chosen: Sequence[str] = ()) -> list[Row]:
     """The rows of a file, in its order.
 
+    Args:
+        chosen: names of the rows to take; none for all.
+
     Raises:
-        ConfigError: the file can't be read, is not YAML, or a row in it is wrong.
+        ConfigError: the file can't be read, is not YAML, a row in it is wrong, or there is no row
+            of a chosen name.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -52,6 +57,17 @@ def read_rows(path: str) -> list[Row]:
             raise ConfigError(
                 f"{row.name} in {path} is against {row.against}, which is no other row of the "
                 f"file; {way_out}"
+            )
+    unknown = sorted(set(chosen) - names)
+    if unknown:
+        raise ConfigError(
+            f"--rows names {unknown[0]}, but {path} has the rows {', '.join(sorted(names))}"
+        )
+    rows = [row for row in rows if not chosen or row.name in chosen]
+    for row in rows:
+        if row.against and chosen and row.against not in chosen:
+            raise ConfigError(
+                f"--rows names {row.name}, which {path} compares with {row.against}; name that too"
             )
     return rows
 

@@ -97,10 +97,13 @@ def test_keys_of_rows_and_of_the_command_line_are_apart(write_rows, text, overri
         _choose_rows(arguments)
 
 
-def test_a_file_of_rows_comes_alone(write_rows):
-    arguments = argparse.Namespace(rows=[write_rows(ROWS), "masks"], overrides=[])
-    with pytest.raises(ConfigError, match="give one file of rows alone"):
-        _choose_rows(arguments)
+def test_a_file_of_rows_comes_first_and_alone(write_rows):
+    for rows, words in (
+        (["masks", write_rows(ROWS)], "give one file of rows first"),
+        ([write_rows(ROWS), "masks"], "names masks, but .* has the rows cold, warm, whole"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            _choose_rows(argparse.Namespace(rows=rows, overrides=[]))
 
 
 def test_braces_of_a_row_are_yamls_and_not_a_place_to_fill_in(write_rows):
@@ -109,3 +112,13 @@ def test_braces_of_a_row_are_yamls_and_not_a_place_to_fill_in(write_rows):
     )
     (case,) = make_cases(read_rows(write_rows(text)), "demo", [], [0.5])
     assert case.label == "{a} of 50 %" and case.recipe.model.text.width == 32
+
+
+def test_some_rows_of_a_file_can_be_chosen_with_those_that_they_are_compared_with(write_rows):
+    path = write_rows("a: {overrides: []}\nb: {overrides: [], against: a}\nc: {overrides: []}")
+    assert [row.name for row in read_rows(path, ["c", "a"])] == ["a", "c"]
+    assert [row.name for row in read_rows(path, ["b", "a"])] == ["a", "b"]
+    with pytest.raises(ConfigError, match="names d, but .* has the rows a, b, c"):
+        read_rows(path, ["a", "d"])
+    with pytest.raises(ConfigError, match="names b, which .* compares with a; name that too"):
+        read_rows(path, ["b", "c"])
