@@ -73,7 +73,7 @@ def test_what_a_step_computes_is_what_torch_counts(run_distributed, tmp_path):
                 stepper = make_stepper(tmp_path, recipe, 0)
                 batch = synthetic_batch(recipe, BATCH)
                 measured = measure_step(recipe, batch, modes=("none",)).total_flops
-                # Torch has no formula for the fused attention of CPUs; test_flops.py has one by hand.
+                # Torch has no formula for a CPU's fused attention; test_flops.py has one by hand.
                 with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
                     stepper.step(batch, RATE, recipe.average_momentum)
                 found[f"{name} {number}"] = counter.get_total_flops() / (BATCH * measured)
