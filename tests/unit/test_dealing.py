@@ -147,7 +147,7 @@ def run(monkeypatch):
     monkeypatch.setattr(stream, "read_shard", read_shard)
     monkeypatch.setattr(loader, "SampleMaker", Maker)
     monkeypatch.setattr(loader, "collate", collate)
-    monkeypatch.setattr(loader, "build_tokenizer", lambda config: None)
+    monkeypatch.setattr(loader, "build_text", lambda recipe, shards: (None, None))
 
     def run(setting: Setting, ranks: int, workers: int, count: int, cursors=None) -> list[Step]:
         shard_indices.clear()

@@ -25,6 +25,7 @@ SCRIPTS = sorted(path.stem for path in LAUNCH.glob("*.py"))
 OF_RECIPE = {"train", "val", "init", "overrides", "set"}
 """Values of the recipe, in which `~` is replaced where they are read."""
 TEXT = {
+    "captions",  # keys of them
     "arguments",  # pretrain.py's
     "caption_column",
     "image_column",

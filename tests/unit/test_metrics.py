@@ -235,7 +235,7 @@ def test_the_evaluation_line_is_short_and_says_what_could_not_be_used(
 
 def test_the_remaining_time_follows_the_last_lines_only(tmp_path, capsys):
     clock = Clock()
-    logger = MetricsLogger(tmp_path, 10_000, clock=clock)
+    logger = MetricsLogger(tmp_path, 10_000, 100, clock=clock)
     for step in range(1, 61):
         clock.now += 100.0 if step <= 30 else 1.0  # it became faster
         logger.log(StepLine(step * 100, step, {"loss": 1.0}))

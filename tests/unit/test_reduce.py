@@ -190,7 +190,7 @@ def test_a_reduction_changes_no_other_draw_and_is_drawn_anew_each_epoch(make_sam
         reduced, batch = make_samples(overrides, 6)
         budget = int(overrides[1][-1])
         assert batch.tokens.lengths.tolist() == [budget] * 6 and batch.captions == [LONG] * 6
-        assert len({tuple(sample.token_ids) for sample in reduced}) > 2
+        assert len({str(sample.token_ids) for sample in reduced}) > 2
         for one, other in zip(plain, reduced, strict=True):
             np.testing.assert_array_equal(one.student_boxes, other.student_boxes)
             np.testing.assert_array_equal(one.augment_params, other.augment_params)
