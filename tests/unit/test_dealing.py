@@ -128,7 +128,7 @@ def run(monkeypatch):
             yield shard.num_samples, Skip("not_in_index")
 
     class Maker:
-        def __init__(self, recipe, shards, buffer, scores):
+        def __init__(self, recipe, shards, buffer, scores, reducer):
             self.seed, self.shards = recipe.train.seed, shards
 
         def make(self, lane, place, raw):
