@@ -163,10 +163,10 @@ def check_changes(
     if not recorded.is_file():
         say(f"{recorded} is missing, so nobody knows whether the settings are those of the run")
         return False
+    changes_of_text = list(text_changes(recipe.model.text, run_folder / TEXT_FOLDER))
     try:
         then = load_recipe(str(recorded))
-        changes = recipe_changes(then, recipe)
-        changes += text_changes(recipe.model.text, run_folder / TEXT_FOLDER)
+        changes = recipe_changes(then, recipe) + changes_of_text
         recorded = record_before(run_folder, DS_CONFIG_FILE, progress["samples"])
         changes += ds_config_changes(_read_object(recorded), ds_config.values)
     except (OSError, ValueError) as error:
