@@ -26,6 +26,8 @@ FIXED = (
     "model.embed_dim",
 )
 """Keys that shape the towers, whose weights go on; positions are resized for another resolution."""
+OF_RUN = ("train.hang_timeout", "train.upload_to", "train.wandb")
+"""Keys that hold for the whole run, whose first start checks them or reads them once."""
 READ_WITH = {
     "optimizer.name": ("betas", "eps"),
     "text.reduce": ("word_counts", "threshold"),
@@ -61,13 +63,14 @@ def values_of_next_stage(values: dict[str, Any]) -> dict[str, Any]:
             "train: {epochs: ...} or train: {samples: ...}"
         )
     merged = _merge(values | {"model": values["model"] | {"init": ""}}, changes)
-    for key in FIXED:
+    for key in (*FIXED, *OF_RUN):
         before, after = _value(values, key), _value(merged, key)
         is_section = isinstance(_value(merged, key.rpartition(".")[0]), dict)
         if before != after and is_section:  # the section itself is checked like all values
+            reason = "it holds for the whole run" if key in OF_RUN else "the towers stay the same"
             raise ConfigError(
-                f"a stage in stages changes {key} from {before!r} to {after!r}, but all stages "
-                "train the same towers; remove the key"
+                f"a stage in stages changes {key} from {before!r} to {after!r}, but {reason}; "
+                "remove the key"
             )
     name, before = (_value(each, "optimizer.name") for each in (merged, values))
     if name != before and _value(merged, "optimizer.keep_state"):

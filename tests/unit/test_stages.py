@@ -91,6 +91,14 @@ def test_one_value_of_a_stage_can_be_given_on_the_command_line():
         ("{train: {epochs: 1}, model: {text: {name: /a}}}", "model.text.name from '' to '/a'"),
         ("{train: {epochs: 1}, optimizer: null}", "optimizer is None, but input should be"),
         ("{train: {epochs: 1}, text: 5}", "text is 5, but input should be"),
+        (
+            "{train: {epochs: 1, wandb: p}}",
+            "train.wandb from '' to 'p', but it holds for the whole",
+        ),
+        (
+            "{train: {epochs: 1, hang_timeout: 9}}",
+            "train.hang_timeout from 600.0 to 9, but it holds",
+        ),
         ("{train: {epochs: 1}, stages: []}", "gives stages, but it goes on with the weights"),
         ("{train: {epochs: 1}, model: {init: a.pt}}", "gives model.init, but it goes on"),
         ("{train: {epochs: 1}, model: {embed_dim: 8}}", "model.embed_dim from 96 to 8"),

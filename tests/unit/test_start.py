@@ -63,6 +63,16 @@ def test_a_run_says_at_its_start_what_an_epoch_leaves_to_the_next(capsys):
     ]
 
 
+def test_a_run_that_went_on_without_a_validation_set_ends_without_a_table(tmp_path, capsys):
+    from aclip.training.pretrain import print_results
+
+    evaluations = {"before": {"student": {"zero_shot_top1": 0.1}}}
+    print_results(tmp_path, 8, evaluations)
+    assert capsys.readouterr().out == f"the run is complete: {tmp_path}\n"
+    print_results(tmp_path, 8, evaluations | {"end": {"student": {"zero_shot_top1": 0.5}}})
+    assert "50.0%" in capsys.readouterr().out
+
+
 def test_each_stage_says_where_its_learning_rate_only_rises(capsys):
     from aclip.training.start import check_warmup
 
