@@ -178,7 +178,8 @@ def make_cases(
         overrides: what the user changes of it, in all rows.
 
     Raises:
-        ConfigError: the base has no teacher, or a row can't be made of it; see load_recipe.
+        ConfigError: the base has no teacher, or a row has stages or can't be made of it; see
+            load_recipe.
     """
     base_recipe = load_recipe(base, overrides)
     if base_recipe.teacher is None:
@@ -197,5 +198,11 @@ def make_cases(
             changes = [*overrides, *of_row]
             if keep_ratio is not None:
                 changes.append(f"mask.keep_ratio={keep_ratio:g}")
-            cases.append(Case(row, keep_ratio, tuple(changes), load_recipe(base, changes)))
+            recipe = load_recipe(base, changes)
+            if recipe.stages:
+                raise ConfigError(
+                    f"stages holds {len(recipe.stages)} more for row {row.name}, but rows are "
+                    "compared at the quarters of one schedule; add stages=[]"
+                )
+            cases.append(Case(row, keep_ratio, tuple(changes), recipe))
     return cases

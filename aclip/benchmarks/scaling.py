@@ -104,6 +104,8 @@ def benchmark_scaling(arguments: argparse.Namespace) -> int:
         print(
             f"Timed were steps in which the teacher scores its view; in a run {share:.0%} are such."
         )
+    if num_more := len(read[0][0].stages):
+        print(f"Timed were steps of the first stage; the run has {num_more} more.")
     keep_ratio = describe_keep_ratio(read[0][0])
     if keep_ratio:
         print(f"Timed were steps of a run's end: {keep_ratio}. The plan is for those of the most.")

@@ -54,6 +54,12 @@ def _check_text(recipe) -> None:
             f"but model.text.name is {text.name}, a tower with another; remove the key, or lower "
             "model.text.context_length"
         )
+    if recipe.text.reduce != "truncate":
+        raise ValueError(
+            f"text.reduce is {recipe.text.reduce}, which picks tokens of CLIP's vocabulary, but "
+            f"model.text.name is {text.name}, a tower with another; remove the key, so that longer "
+            "captions are cut at model.text.context_length"
+        )
     if text.recompute == "elementwise":
         raise ValueError(
             f"model.text.recompute is elementwise, which the model in model.text.name "

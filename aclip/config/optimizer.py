@@ -71,7 +71,7 @@ def check_with_recipe(recipe) -> None:
     Raises:
         ValueError: one sentence with the field, the value and what to do.
     """
-    optimizer, train = recipe.optimizer, recipe.train
+    optimizer = recipe.optimizer
     cooldown = f"optimizer.cooldown is {optimizer.cooldown:g}"
     if optimizer.cooldown and optimizer.schedule != "constant":
         raise ValueError(
@@ -83,12 +83,8 @@ def check_with_recipe(recipe) -> None:
             f"optimizer.cooldown_shape is {optimizer.cooldown_shape}, but there is no cool-down; "
             "set optimizer.cooldown above 0, or remove the key"
         )
-    warmup = train.warmup_epochs / train.epochs
-    if optimizer.cooldown and warmup + optimizer.cooldown > 1:
-        raise ValueError(
-            f"{cooldown}, but the warm-up already takes {warmup:.0%} of the run "
-            f"(train.warmup_epochs {train.warmup_epochs:g}); lower one of them"
-        )
+    if recipe.train.samples is None:  # else it takes the data to know how many epochs these are
+        check_cooldown(recipe, recipe.train.epochs)
     for tower in optimizer.locked_towers:
         if getattr(optimizer, tower).layer_decay != 1:
             raise ValueError(
@@ -102,6 +98,23 @@ def check_with_recipe(recipe) -> None:
                 f"{locked} is 0, so that loss.{term.name} {term.weight:g} would train nothing but "
                 f"its own heads; set loss.{term.name} to 0, or {locked} above 0"
             )
+
+
+def check_cooldown(recipe, epochs: float) -> None:
+    """Refuses a cool-down that begins before the warm-up is over.
+
+    Args:
+        epochs: the length of the run, or of its stage.
+
+    Raises:
+        ValueError: one sentence with the field, the value and what to do.
+    """
+    cooldown, warmup = recipe.optimizer.cooldown, recipe.train.warmup_epochs / epochs
+    if cooldown and warmup + cooldown > 1:
+        raise ValueError(
+            f"optimizer.cooldown is {cooldown:g}, but the warm-up already takes {warmup:.0%} of "
+            f"the run (train.warmup_epochs {recipe.train.warmup_epochs:g}); lower one of them"
+        )
 
 
 def runs_under(optimizer: OptimizerConfig, stage: int, offloads: bool) -> bool:

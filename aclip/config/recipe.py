@@ -39,7 +39,7 @@ class MaskConfig(Section):
     keep_ratio: float = Field(0.5, gt=0, le=1)
     """Share of the blocks that is kept, rounded up: 0.5 of 49 is 25."""
     keep_ratio_end: float | None = Field(None, gt=0, le=1)
-    """Where keep_ratio has gone to when the run ends; empty for a constant one."""
+    """Where keep_ratio has gone to when the run, or its stage, ends; empty for a constant one."""
     keep_ratio_shape: KeepRatioShape = "linear"
     """How it goes there with the samples seen: linear, or on half a wave of a cosine."""
     block_size: int = Field(2, ge=1)

@@ -96,7 +96,7 @@ class _WordCache(dict):
 
 
 def build_tokenizer(config: TextTowerConfig) -> Tokenizer:
-    """The tokenizer of a text tower, or a FolderTokenizer, which offers the same; see
+    """The tokenizer of a text tower, or a FolderTokenizer, whose `encode` gives the same; see
     models.text.build_text_tower."""
     if config.name:
         # Here, because that module reads MAX_CHARACTERS.

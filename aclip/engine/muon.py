@@ -32,13 +32,16 @@ class Muon(torch.optim.AdamW):
     Args:
         groups: parameter groups with `orthogonal`, whose parameters are matrices where it is true.
         settings: AdamW's.
+
+    Attributes:
+        matrices: the model's parameters that it orthogonalises.
     """
 
     def __init__(self, groups: list[dict], **settings):
         super().__init__(groups, **settings)
-        self._matrices = [p for g in self.param_groups if g["orthogonal"] for p in g["params"]]
+        self.matrices = [p for g in self.param_groups if g["orthogonal"] for p in g["params"]]
         self._sharded = None
-        self._by_flat: dict[Tensor, list[nn.Parameter]] = {p: [p] for p in self._matrices}
+        self._by_flat: dict[Tensor, list[nn.Parameter]] = {p: [p] for p in self.matrices}
 
     def put_together_from(self, sharded) -> None:
         """Says where ZeRO keeps the matrices.
@@ -48,7 +51,7 @@ class Muon(torch.optim.AdamW):
         """
         self._sharded = sharded
         self._by_flat = {}
-        for parameter in self._matrices:
+        for parameter in self.matrices:
             self._by_flat.setdefault(sharded.flat(parameter), []).append(parameter)
 
     @torch.no_grad()

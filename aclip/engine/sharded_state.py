@@ -150,6 +150,11 @@ class ShardedState:
             return {MASTER: None}
         return {MASTER: self.flat(parameter).data, **self._split_state(name)[0]}
 
+    def orthogonal(self) -> set[str]:
+        """The parameters that Muon orthogonalises, of which it keeps other tensors."""
+        matrices = set(getattr(self._optimizer, "matrices", ()))
+        return {name for name, parameter in self.parameters.items() if parameter in matrices}
+
     def _trainable(self) -> list[str]:
         return [name for name, p in self.parameters.items() if p.requires_grad]
 

@@ -99,6 +99,7 @@ class FolderTextTower(nn.Module):
         self.context_length = config.context_length
         self.pooling = config.pooling or ("end" if folder.is_causal else "cls")
         self.identity = f"{self.pooling} {self.context_length} {folder.digest()}"
+        self.pretrained = config.pretrained
         self.recompute = config.recompute
         self._is_causal = folder.is_causal
         self._first_position = folder.first_position

@@ -30,7 +30,7 @@ class TextTower(nn.Module):
     A text tower of another kind offers what is public here: `width`, `num_heads`,
     `context_length`, `blocks`, `identity`, `external_parameters`, `forward` and, for masked
     language modelling, `forward_tokens`. It reads Tokens and decides where in them its feature
-    lies.
+    lies. Whether it starts from weights of its own is its `pretrained`.
 
     Args:
         width, heads, layers: the size of the transformer.
@@ -38,6 +38,8 @@ class TextTower(nn.Module):
         recompute: what the backward pass computes again (aclip/models/recompute.py).
         compile: whether torch.compile compiles each kind of layer, on its first call.
     """
+
+    pretrained = False
 
     def __init__(
         self,

@@ -230,9 +230,12 @@ def load_optimizer(
             kinds.setdefault(name, []).append(kind)
             if name in names:
                 sharded.load(name, kind, file.get_tensor(key))
+    # What is new in a stage, or was locked before it, has what the optimizer keeps of its like.
+    matrices = sharded.orthogonal()
+    of_matrix = next((kinds[name] for name in sorted(matrices & kinds.keys())), ())
     for name in sharded.parameters.keys() - (kinds.keys() & names):
-        # What is new in a stage is updated as the logit scale is: the blocks' matrices never are.
-        for kind in kinds.get(name, kinds.get(LOGIT_SCALE, ())):
+        of_like = of_matrix if name in matrices else kinds.get(LOGIT_SCALE, ())
+        for kind in kinds.get(name, of_like):
             sharded.load(name, kind, torch.zeros(whole_shape(sharded.parameters[name])))
     sharded.load_scalars(scalars | json.loads(described[NUMBERS]))
 

@@ -40,7 +40,7 @@ def print_results(run_folder: Path, samples: int, evaluations: dict[str, dict]) 
         samples: samples that the run has seen.
         evaluations: the run's evaluations, as the trainer keeps them.
     """
-    if evaluations:
+    if "end" in evaluations:  # which a run lacks that went on without a validation set
         say(results_table(evaluations))
     say(f"the run is complete: {run_folder}")
     figure = picture_path(run_folder, samples)

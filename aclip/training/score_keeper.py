@@ -12,7 +12,14 @@ from torch import Tensor
 
 from aclip.config.geometry import teacher_grid
 from aclip.config.recipe import Recipe
-from aclip.data.stored_scores import DAMAGED, MISSING, TO_TEACH, ScoreFiles, ScoreWriter
+from aclip.data.stored_scores import (
+    DAMAGED,
+    EVERY_EPOCH,
+    MISSING,
+    TO_TEACH,
+    ScoreFiles,
+    ScoreWriter,
+)
 from aclip.distributed import from_rank_0, gather_objects, rank, say
 from aclip.errors import NotWritten
 from aclip.method.teaching import Teaching
@@ -178,8 +185,16 @@ class ScoreKeeper:
         of_stage = [samples - self._first_sample for samples in saved]
         following = [step + 1, *(n // batch_size + 1 for n in of_stage if n >= 0)]
         needed = {self._teaching.generation(self._teaching.epoch(each)) for each in following}
+        self._forget_all_but(needed - {None})
+
+    def end_stage(self) -> None:
+        """Removes the stage's files, which no later stage reads; behind its last checkpoint."""
+        if self.files is not None and rank() == 0:
+            self._forget_all_but({EVERY_EPOCH})
+
+    def _forget_all_but(self, needed: set[int]) -> None:
         try:
-            self.files.forget(needed - {None})
+            self.files.forget(needed)
         except OSError as error:
             say(f"older scores can't be removed ({error}); the run goes on")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import secrets
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from aclip.config.arguments import DEMO, read_recipe
 from aclip.config.arguments import run_folder as choose_run_folder
 from aclip.config.ds_config import read_ds_config
 from aclip.config.geometry import shared_bytes
-from aclip.config.optimizer import check_with_ds_config
+from aclip.config.optimizer import check_cooldown, check_with_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import stages_of
 from aclip.config.text_folder import read_text_folder
@@ -21,11 +22,13 @@ from aclip.data.shards.listing import Shard
 from aclip.distributed import decided_by_rank_0, default_to_one_rank, say
 from aclip.errors import ConfigError
 from aclip.evaluation.sets.validation_check import check_validation
+from aclip.files import write_whole
 from aclip.machine import check_gpus, check_shared_memory
 from aclip.run_folder.checkpoint_folder import read_progress
+from aclip.run_folder.layout import SHARED_FILE
 from aclip.training.metrics.wandb_tracker import check_wandb
 from aclip.training.stage import Stage, stage_places
-from aclip.training.take_folder import Beginning, check_shared, take_folder
+from aclip.training.take_folder import Beginning, take_folder
 from aclip.weights.first_look import check_init
 
 
@@ -94,7 +97,11 @@ def check_start(arguments: argparse.Namespace) -> Start:
     if beginning.checkpoint is None:
         check_init(recipe.model.init)
         check_locked(recipe)
-    _give_hints(recipe)
+    if recipe.data.train == DEMO:
+        say(
+            "This is the demo: a small model on built-in captioned scenes. For your own data: "
+            "--recipe aclip_vitb16 --train '/path/*.tar'"
+        )
     data = [_check_data(each, rank, num_ranks) for each in recipes]
     sizes = [sum(shard.num_samples for shard in shards) for shards, _ in data]
     stages = [
@@ -107,12 +114,42 @@ def check_start(arguments: argparse.Namespace) -> Start:
             strict=True,
         )
     ]
+    for stage in stages:
+        check_warmup(stage)
     start = Start(run_folder, beginning, stages)
     if start.resume_from is not None and not beginning.begins_stage:
         progress = read_progress(start.resume_from)
         if progress is not None:  # else it is damaged, which is said when all of it is verified
             check_progress(recipes[0], stages[0].shards, progress, start.resume_from)
     return start
+
+
+def check_shared(run_folder: Path, recipe: Recipe) -> None:
+    """Refuses a run folder that is another one on this rank than on rank 0, where the teacher's
+    scores are kept: what a rank writes, others read. Rank 0 owns the folder already.
+
+    Raises:
+        ConfigError: as said.
+    """
+    path = run_folder / SHARED_FILE
+
+    def mark() -> str:
+        token = secrets.token_hex(8)
+        write_whole(path, token)
+        return token
+
+    token = decided_by_rank_0(mark, "shared")
+    try:
+        differs = "" if path.read_text() == token else "holds another word"
+    except OSError as error:
+        differs = f"can't be read: {error.strerror}"
+    if differs:
+        raise ConfigError(
+            f"--output is {run_folder}, which rank {os.environ['RANK']} on {socket.gethostname()} "
+            f"does not share with rank 0 (its {path.name} {differs}), but teacher.reuse is "
+            f"{recipe.teacher.reuse}, for which all ranks keep scores there; give a folder that "
+            "all nodes share, or set teacher.reuse to 1"
+        )
 
 
 def _check_data(recipe: Recipe, rank: int, num_ranks: int) -> tuple[list[Shard], list[Shard]]:
@@ -156,22 +193,32 @@ def _read_recipe(arguments: argparse.Namespace) -> Recipe:
 def check_locked(recipe: Recipe) -> None:
     """Refuses a new run whose locked tower would keep random weights."""
     for tower in recipe.optimizer.locked_towers:
-        if not recipe.model.init:
+        own = recipe.model.text
+        starts_in_folder = tower == "text" and own.name and own.pretrained
+        if not recipe.model.init and not starts_in_folder:
             raise ConfigError(
                 f"optimizer.{tower}.lr_scale is 0, but no --init gives the {tower} tower the "
                 "weights that it keeps; give one, or a scale above 0"
             )
 
 
-def _give_hints(recipe: Recipe) -> None:
-    if recipe.data.train == DEMO:
+def check_warmup(stage: Stage) -> None:
+    """Says so where a stage is not longer than its warm-up.
+
+    Raises:
+        ConfigError: its cool-down begins before the warm-up is over.
+    """
+    train, size = stage.recipe.train, sum(shard.num_samples for shard in stage.shards)
+    epochs, length = train.epochs, f"train.epochs {train.epochs:g}"
+    if train.samples is not None:
+        epochs, length = train.samples / size, f"train.samples {train.samples:,}"
+    try:
+        check_cooldown(stage.recipe, epochs)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if train.warmup_epochs >= epochs:
+        number = f" in stage {stage.place.number}" if stage.place.number > 1 else ""
         say(
-            "This is the demo: a small model on built-in captioned scenes. For your own data: "
-            "--recipe aclip_vitb16 --train '/path/*.tar'"
-        )
-    train = recipe.train
-    if train.samples is None and train.warmup_epochs >= train.epochs:
-        say(
-            f"train.warmup_epochs is {train.warmup_epochs:g} and train.epochs {train.epochs:g}, so "
-            f"the learning rate only rises; set it lower, e.g. to {train.epochs / 25:g}"
+            f"train.warmup_epochs is {train.warmup_epochs:g} and {length}{number}, so "
+            f"the learning rate only rises; set it lower, e.g. to {epochs / 25:g}"
         )

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aclip.distributed import world_size
+from aclip.distributed import gather_objects, world_size
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -133,6 +133,11 @@ class StepWatch:
         """The signals of settled steps that any rank received, each given once."""
         taken, self._signals = self._signals, set()
         return taken
+
+    def is_told_to_stop(self) -> bool:
+        """Whether any rank has received SIGTERM since the last step that told of it. A collective,
+        for where no step follows."""
+        return any(gather_objects(signal.SIGTERM in self._received | self._signals))
 
     def _describe(self, terms: dict[str, float]) -> str:
         everyone = [self._keys]

@@ -2,8 +2,6 @@
 
 import json
 import os
-import secrets
-import socket
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -18,9 +16,9 @@ from aclip.config.ds_config import DsConfig
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe, stages_of
 from aclip.config.text_folder import text_changes
-from aclip.distributed import decided_by_rank_0, say
+from aclip.distributed import say
 from aclip.errors import ConfigError, NotWritten
-from aclip.files import check_writable, write_whole
+from aclip.files import check_writable
 from aclip.lock import PATIENCE_VARIABLE, claim
 from aclip.run_folder import checkpoint_folder
 from aclip.run_folder.layout import (
@@ -30,7 +28,6 @@ from aclip.run_folder.layout import (
     PICTURES_FOLDER,
     RECIPE_FILE,
     SCORES_FOLDER,
-    SHARED_FILE,
     START_FILE,
     TENSORBOARD_FOLDER,
     TEXT_FOLDER,
@@ -107,7 +104,10 @@ def take_folder(
             stages = stages_of(recipe.model_copy(update={"data": data}))
         is_done = check_changes(run_folder, beginning, stages[number - 1], ds_config, allow_changes)
     if progress is not None:
-        beginning = replace(beginning, **stage_to_begin(progress, is_done, len(stages)))
+        found = stage_to_begin(progress, is_done, len(stages))
+        if beginning.is_first:  # the checkpoint is another run's: this folder holds nothing yet
+            found |= {"is_complete": False}
+        beginning = replace(beginning, **found)
     return asdict(beginning)
 
 
@@ -163,10 +163,10 @@ def check_changes(
     if not recorded.is_file():
         say(f"{recorded} is missing, so nobody knows whether the settings are those of the run")
         return False
+    changes_of_text = list(text_changes(recipe.model.text, run_folder / TEXT_FOLDER))
     try:
         then = load_recipe(str(recorded))
-        changes = recipe_changes(then, recipe)
-        changes += text_changes(recipe.model.text, run_folder / TEXT_FOLDER)
+        changes = recipe_changes(then, recipe) + changes_of_text
         recorded = record_before(run_folder, DS_CONFIG_FILE, progress["samples"])
         changes += ds_config_changes(_read_object(recorded), ds_config.values)
     except (OSError, ValueError) as error:
@@ -180,9 +180,12 @@ def check_changes(
     size = progress["data"]["samples"]
     steps, steps_then = recipe.num_steps(size), then.num_steps(size)
     is_complete = progress["step"] >= steps_then
-    counts = [each for each in changes if key_of(each) not in MAY_CHANGE | NEVER_CHANGE]
+    is_over = is_complete and progress["step"] >= steps
+    # Where a stage is over, its data are not compared with the checkpoint's any more.
+    free = MAY_CHANGE if is_over and recipe.stages else MAY_CHANGE | NEVER_CHANGE
+    counts = [each for each in changes if key_of(each) not in free]
     listed = ", ".join(each for each in changes if key_of(each) not in MAY_CHANGE)
-    if counts and is_complete and progress["step"] >= steps and not recipe.stages:
+    if counts and is_over and not recipe.stages:
         raise ConfigError(
             f"--output is {run_folder}, which holds a complete run with other settings (then -> "
             f"now): {listed}; nothing would be trained with these, so give another --output, or "
@@ -201,37 +204,9 @@ def check_changes(
         )
     if counts:
         say(f"the run continues with other settings (then -> now): {listed}")
-    elif changes and is_complete:
+    elif changes and is_complete and not recipe.stages:
         say(f"the run is complete, so these have no effect (then -> now): {', '.join(changes)}")
-    return is_complete and progress["step"] >= steps
-
-
-def check_shared(run_folder: Path, recipe: Recipe) -> None:
-    """Refuses a run folder that is another one on this rank than on rank 0, where the teacher's
-    scores are kept: what a rank writes, others read. Rank 0 owns the folder already.
-
-    Raises:
-        ConfigError: as said.
-    """
-    path = run_folder / SHARED_FILE
-
-    def mark() -> str:
-        token = secrets.token_hex(8)
-        write_whole(path, token)
-        return token
-
-    token = decided_by_rank_0(mark, "shared")
-    try:
-        differs = "" if path.read_text() == token else "holds another word"
-    except OSError as error:
-        differs = f"can't be read: {error.strerror}"
-    if differs:
-        raise ConfigError(
-            f"--output is {run_folder}, which rank {os.environ['RANK']} on {socket.gethostname()} "
-            f"does not share with rank 0 (its {path.name} {differs}), but teacher.reuse is "
-            f"{recipe.teacher.reuse}, for which all ranks keep scores there; give a folder that "
-            "all nodes share, or set teacher.reuse to 1"
-        )
+    return is_over
 
 
 def _recorded_crops(run_folder: Path, beginning: Beginning) -> str | None:

@@ -58,11 +58,9 @@ class Trainer:
         watchdog: Watchdog | None = None,
     ):
         recipe, shards, place = stage.recipe, stage.shards, stage.place
-        self.recipe = recipe
-        self.place = place
+        self.recipe, self.place = recipe, place
         self.watchdog = watchdog or Watchdog(recipe.train.hang_timeout)
-        self.device = device
-        self.evaluator = evaluator
+        self.device, self.evaluator = device, evaluator
         self.run_folder = run_folder
         self.checkpoints = run_folder / CHECKPOINTS_FOLDER
         self.schedule = RunSchedule(recipe, sum(shard.num_samples for shard in shards))
@@ -85,8 +83,7 @@ class Trainer:
         self._saver = Saver(
             self.checkpoints, self.stepper.engine, self.stepper.teacher, recipe.train, saved
         )
-        self._timer = StepTimer()
-        self.watch = StepWatch()
+        self._timer, self.watch = StepTimer(), StepWatch()
         self._host_bound = HostBound(recipe, stage.ds_config.stage)
         self.loader = build_train_loader(
             recipe, shards, rank(), world_size(), cursors, self.step, self._scores.files
@@ -116,7 +113,7 @@ class Trainer:
         return f"{self.samples} samples"
 
     def train(self) -> bool:
-        """Trains to the end; returns False when a signal stopped the run after a checkpoint."""
+        """Trains to the stage's end; returns False where a signal stopped the run."""
         with self.watch.listening():
             if self.samples == 0:
                 self._evaluate("before")
@@ -148,7 +145,10 @@ class Trainer:
                 self._save(required=True, uploads=self.evaluator is None)
                 self._evaluate(end)
             self._save(required=True)
-            return True
+            if self.place.is_last:
+                return True
+            self._scores.end_stage()
+            return not self.watch.is_told_to_stop()
 
     def close(self) -> None:
         """Ends the log files and waits for a checkpoint and an upload that are under way."""

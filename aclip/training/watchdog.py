@@ -99,7 +99,8 @@ class Watchdog:
 
     def enter(self, phase: str, step: int) -> None:
         """Reports progress: this rank begins `phase` of `step`."""
-        self._batches += phase == LOADING
+        # The first step behind a start may compile, also that of a run's later stage.
+        self._batches = 0 if phase == STARTING else self._batches + (phase == LOADING)
         slow = phase in SLOW_PHASES or self._batches < 2
         limit = self.slow_limit if slow else self._timeout
         self._state = (phase, step, time.monotonic(), limit)

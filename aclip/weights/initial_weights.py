@@ -86,8 +86,9 @@ def load_initial_weights(student: Student, init: str) -> InitReport:
 
 
 def _check_locked(init: str, student: Student, converted: dict[str, Tensor]) -> None:
+    random = [tower for tower in TOWERS if tower != "text" or not student.text.pretrained]
     for name, parameter in student.named_parameters():
-        is_locked = name.partition(".")[0] in TOWERS and not parameter.requires_grad
+        is_locked = name.partition(".")[0] in random and not parameter.requires_grad
         if is_locked and name not in converted:
             raise ConfigError(
                 f"--init is {init}, which has no {name}, but the recipe locks it, so that it would "

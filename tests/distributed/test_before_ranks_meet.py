@@ -12,7 +12,7 @@ from aclip.cli import EXIT_BAD_INPUT, EXIT_NOT_SAVED, run_reporting_errors
 from aclip.config.recipe_file import load_recipe
 from aclip.distributed import decided_by_rank_0
 from aclip.errors import ConfigError, NotWritten, PortInUse
-from aclip.training.take_folder import check_shared
+from aclip.training.start import check_shared
 
 pytestmark = pytest.mark.distributed
 LIMIT = 30.0

@@ -22,6 +22,7 @@ from aclip.training.watchdog import (
     COMPUTING,
     LOADING,
     SAVING,
+    STARTING,
     Standing,
     Watchdog,
     stalled_ranks,
@@ -153,6 +154,10 @@ def test_start_first_step_and_checkpoint_may_take_longer():
             watchdog.enter(COMPUTING, step)
             time.sleep(seconds)
         watchdog.enter(SAVING, 2)
+        time.sleep(1.2)
+        watchdog.enter(STARTING, 2)  # the next stage, whose first step may compile
+        watchdog.enter(LOADING, 3)
+        watchdog.enter(COMPUTING, 3)
         time.sleep(1.2)
         watchdog.stop()
         time.sleep(1.2)

@@ -16,7 +16,7 @@ from aclip.config.recipe_file import load_recipe
 from aclip.data.shards.listing import Shard, index_shards
 from aclip.engine.process_group import init_distributed
 from aclip.run_folder import checkpoint_folder
-from aclip.training.stage import Stage
+from aclip.training.stage import FIRST_STAGE, Stage
 from aclip.training.trainer import Trainer
 
 NUM_SHARDS, SHARD_SIZE, BATCH = 4, 20, 16
@@ -96,11 +96,15 @@ def run_trainer(
     on_step=None,
     notes=None,
     evaluator=None,
+    place=FIRST_STAGE,
 ):
     """Runs a trainer on this rank to its end; called inside run_distributed.
 
     Args:
         notes: folder of the test's own files, where they don't belong into `run`.
+
+    Returns:
+        Whether the run goes on behind this stage.
     """
     notes = notes or run
     device = init_distributed()
@@ -118,14 +122,15 @@ def run_trainer(
     recipe = load_recipe("demo", [*RECIPE, *overrides])
     ds_config = read_ds_config(str(path), BATCH, ranks)
     resume_from = checkpoint_folder.find(run / "checkpoints", "auto")
-    stage = Stage(recipe, ds_config, shards, val_shards=[])
+    stage = Stage(recipe, ds_config, shards, val_shards=[], place=place)
     trainer = Recorder(stage, run, resume_from, device, evaluator=evaluator)
     trainer.record = notes / f"record-{os.environ['RANK']}-of-{ranks}.jsonl"
     trainer.kill_at, trainer.on_step = kill_at, on_step
     if stop_at is not None:
         trainer.num_steps = stop_at
-    trainer.train()
+    goes_on = trainer.train()
     trainer.close()
+    return goes_on
 
 
 def read_losses(run: Path) -> list[float]:

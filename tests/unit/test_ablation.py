@@ -96,6 +96,11 @@ def test_rows_keep_the_papers_order_and_a_wrong_name_says_which_there_are():
 def test_a_base_without_teacher_and_a_wrong_ratio_are_refused():
     with pytest.raises(ConfigError, match="clip_vitb16, which has no teacher"):
         make_cases(choose_rows(["clip"]), "clip_vitb16", [], [0.5])
+    stages = ["stages=[{train: {epochs: 1}}]"]
+    with pytest.raises(
+        ConfigError, match=r"stages holds 1 more for row attentive_1x, .*stages=\[\]"
+    ):
+        make_cases(choose_rows(["attentive_1x"]), "demo", stages, [0.5])
     with pytest.raises(ConfigError, match="mask.keep_ratio is 1.5"):
         cases_of("random_1x", keep_ratios=[1.5])
 

@@ -139,6 +139,27 @@ def test_complete_run_is_not_given_other_settings(run, capsys):
         start(again, overrides=["train.epochs=0.5"], allow_changes=True)
 
 
+def test_between_two_stages_the_order_of_samples_counts_too(run, capsys):
+    """Nothing else compares it there: the next stage has an order of its own."""
+    stages = ["stages=[{train: {epochs: 1}}]"]
+    start(run, overrides=stages, saves=[8])
+    assert start(run, overrides=[*stages, "train.seed=5"]) == at(8), "which is compared later on"
+    between = run.with_name("between")
+    start(between, overrides=stages, saves=[SIZE])
+    with pytest.raises(ConfigError, match=r"train.seed 0 -> 5"):
+        start(between, overrides=[*stages, "train.seed=5"])
+    capsys.readouterr()
+    assert start(between, overrides=[*stages, "data.val=/new.tar"]) == at(SIZE)
+    assert capsys.readouterr().out == "", "the next stage is evaluated on it"
+
+
+def test_a_run_that_begins_at_the_end_of_another_is_recorded(run):
+    start(run, saves=[SIZE])
+    begun = run.with_name("begun")
+    assert start(begun, str(run)) == at(SIZE)
+    assert (begun / "recipe.yaml").is_file() and (begun / "start.json").is_file()
+
+
 def test_weights_that_would_not_be_read_are_refused_or_said(run, capsys):
     start(run, saves=[8])
     init = ["model.init=timm:x"]

@@ -129,5 +129,7 @@ def test_losses_and_compilation_of_clips_own_tower_are_refused():
     text = "model.text={name: /x}"
     with pytest.raises(ConfigError, match="loss.mlm is 1, .* but model.text.name is /x"):
         load_recipe("demo", [text, "loss.mlm=1"])
+    with pytest.raises(ConfigError, match="text.reduce is block, .* but model.text.name is /x"):
+        load_recipe("demo", [text, "text.reduce=block"])
     with pytest.raises(ConfigError, match="model.compile is true, but model.text.name is /x"):
         load_recipe("demo", [text, "model.compile=true"])

@@ -102,3 +102,6 @@ def test_a_run_goes_on_with_the_same_folder_alone(tmp_path):
     assert start(tmp_path / "run", overrides=text) == at(12)  # what goes on is recorded
     with pytest.raises(ConfigError, match="model.text.pretrained true -> false"):
         start(tmp_path / "run", overrides=[*text, "model.text.pretrained=false"])
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="^model.text.name is .*, which is no folder here"):
+        start(tmp_path / "run", overrides=text)

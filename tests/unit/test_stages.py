@@ -46,6 +46,21 @@ def test_what_a_run_records_of_a_stage_reads_back_as_that_stage_and_the_rest(tmp
         assert stages_of(load_recipe(str(path))) == every[number:]
 
 
+@pytest.mark.parametrize("key, value", [("text.threshold", "1e-7"), ("text.word_counts", "a.json")])
+def test_what_frequency_reads_ends_with_it(key, value):
+    """So that the overrides that clipf_vitb16 names hold for its stage of short captions alone."""
+    first, second = stages(f"{key}={value}", name="clipf_vitb16")
+    name = key.partition(".")[2]
+    assert getattr(first.text, name) == {"1e-7": 1e-7}.get(value, value)
+    assert (second.text.threshold, second.text.word_counts) == (1e-6, "")
+
+
+def test_probabilities_of_captions_are_given_whole():
+    given = "data.captions={long.txt: 0.7, txt: 0.3}"
+    _, second = stages(given, "stages=[{data: {captions: {txt: 1}}, train: {epochs: 1}}]")
+    assert second.data.captions == {"txt": 1}
+
+
 def test_a_later_stage_reads_no_initial_weights():
     first, second = stages("model.init=weights.pt", f"stages=[{TUNE}]")
     assert (first.model.init, second.model.init) == ("weights.pt", "")
@@ -70,6 +85,20 @@ def test_one_value_of_a_stage_can_be_given_on_the_command_line():
         ("{train: {epochs: 1}, mask: {polcy: none}}", "mask.polcy is not a key .*mask.policy"),
         ("{train: {epochs: 1}, mask: {policy: none}}", "teacher.resolution is 64, but neither"),
         ("{train: {epochs: -1}}", "train.epochs is -1"),
+        ("{train: 5}", "does not say how long it is"),
+        ("{train: {epochs: 1}, model: null}", "model is None, but input should be"),
+        ("{train: {epochs: 1}, model: {text: 3}}", "model.text is 3, but input should be"),
+        ("{train: {epochs: 1}, model: {text: {name: /a}}}", "model.text.name from '' to '/a'"),
+        ("{train: {epochs: 1}, optimizer: null}", "optimizer is None, but input should be"),
+        ("{train: {epochs: 1}, text: 5}", "text is 5, but input should be"),
+        (
+            "{train: {epochs: 1, wandb: p}}",
+            "train.wandb from '' to 'p', but it holds for the whole",
+        ),
+        (
+            "{train: {epochs: 1, hang_timeout: 9}}",
+            "train.hang_timeout from 600.0 to 9, but it holds",
+        ),
         ("{train: {epochs: 1}, stages: []}", "gives stages, but it goes on with the weights"),
         ("{train: {epochs: 1}, model: {init: a.pt}}", "gives model.init, but it goes on"),
         ("{train: {epochs: 1}, model: {embed_dim: 8}}", "model.embed_dim from 96 to 8"),

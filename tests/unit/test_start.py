@@ -12,7 +12,7 @@ from aclip.config.recipe_file import load_recipe
 from aclip.data.shards.listing import Shard
 from aclip.distributed import default_to_one_rank
 from aclip.errors import ConfigError
-from aclip.training.stage import Stage
+from aclip.training.stage import Stage, StagePlace
 
 CODE = """
 import sys
@@ -63,6 +63,33 @@ def test_a_run_says_at_its_start_what_an_epoch_leaves_to_the_next(capsys):
     ]
 
 
+def test_a_run_that_went_on_without_a_validation_set_ends_without_a_table(tmp_path, capsys):
+    from aclip.training.pretrain import print_results
+
+    evaluations = {"before": {"student": {"zero_shot_top1": 0.1}}}
+    print_results(tmp_path, 8, evaluations)
+    assert capsys.readouterr().out == f"the run is complete: {tmp_path}\n"
+    print_results(tmp_path, 8, evaluations | {"end": {"student": {"zero_shot_top1": 0.5}}})
+    assert "50.0%" in capsys.readouterr().out
+
+
+def test_each_stage_says_where_its_learning_rate_only_rises(capsys):
+    from aclip.training.start import check_warmup
+
+    def check(*overrides, number=1):
+        recipe = load_recipe("demo", ["train.warmup_epochs=1", *overrides])
+        check_warmup(Stage(recipe, None, [Shard("a.tar", 1000)], [], StagePlace(number)))
+        return capsys.readouterr().out
+
+    assert check("train.epochs=2") == check("train.samples=1001", number=2) == ""
+    assert "is 1 and train.epochs 0.5 in stage 2, so" in check("train.epochs=0.5", number=2)
+    assert "is 1 and train.samples 500, so" in check("train.samples=500")
+    late = ["optimizer.schedule=constant", "optimizer.cooldown=0.6", "train.epochs=1"]
+    assert check(*late, "train.samples=2500") == "", "which are two epochs and a half"
+    with pytest.raises(ConfigError, match="cooldown is 0.6, but the warm-up already takes 50%"):
+        check(*late, "train.samples=2000")
+
+
 @pytest.fixture
 def no_rank(monkeypatch):
     """An environment that names no rank, and gets none that outlives the test."""
@@ -102,4 +129,9 @@ def test_a_locked_tower_needs_weights_to_start_from():
     with pytest.raises(ConfigError, match=r"optimizer.text.lr_scale is 0, but no --init gives"):
         check_locked(load_recipe("clip_vitb16", overrides))
     check_locked(load_recipe("clip_vitb16", [*overrides, "model.init=weights.pt"]))
+    folder = "model.text={name: /bert, width: 512}"
+    check_locked(load_recipe("clip_vitb16", [*overrides, folder]))  # has weights of its own
+    with pytest.raises(ConfigError, match=r"optimizer.text.lr_scale is 0, but no --init gives"):
+        random = "model.text.pretrained=false"
+        check_locked(load_recipe("clip_vitb16", [*overrides, folder, random]))
     check_locked(load_recipe("clip_vitb16"))
