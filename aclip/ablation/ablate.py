@@ -108,9 +108,11 @@ def _make_runs(arguments: argparse.Namespace) -> list[Run]:
     steps = recipe.num_steps(dataset_size)
     if steps < LEAST_STEPS:
         enough = math.ceil(100 * LEAST_STEPS * train.global_batch_size / dataset_size) / 100
+        length = "epochs" if train.samples is None else "samples"
         raise ConfigError(
-            f"the run has {steps} steps, but the rows are compared after {LEAST_STEPS} steps at "
-            f"the least; raise train.epochs to {enough:g} or more"
+            f"train.{length} is {getattr(train, length):g}, which is {steps} steps, but the rows "
+            f"are compared after {LEAST_STEPS} steps at the least; raise train.epochs to "
+            f"{enough:g} or more"
         )
     every = math.ceil(steps / QUARTERS) * train.global_batch_size
     schedule = [

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from aclip.config.ds_config import DsConfig
+from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.errors import ConfigError
 from aclip.section import Section
 
@@ -146,3 +146,22 @@ def check_with_ds_config(optimizer: OptimizerConfig, ds_config: DsConfig) -> Non
         f"zero_optimization.offload_optimizer is set in {ds_config.path}; take stage 1, 2 or 3 "
         "without it"
     )
+
+
+def read_ds_configs(path: str, stages: list, num_ranks: int) -> list[DsConfig]:
+    """The ds_config as each stage of a run takes it.
+
+    Args:
+        stages: the stages' recipes.
+
+    Raises:
+        ConfigError: see read_ds_config; or an optimizer can't run with it. Says in which stage.
+    """
+    found = []
+    for number, recipe in enumerate(stages, start=1):
+        try:
+            found.append(read_ds_config(path, recipe.train.global_batch_size, num_ranks))
+            check_with_ds_config(recipe.optimizer, found[-1])
+        except ConfigError as error:
+            raise ConfigError(f"stage {number}: {error}" if number > 1 else str(error)) from None
+    return found

@@ -5,8 +5,8 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from aclip.config.ds_config import DsConfig, read_ds_config
-from aclip.config.optimizer import check_with_ds_config
+from aclip.config.ds_config import DsConfig
+from aclip.config.optimizer import read_ds_configs
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe, stages_of
 from aclip.errors import ConfigError
@@ -45,13 +45,12 @@ def read_input(arguments: argparse.Namespace) -> list[PlanInput]:
     gpu = find_gpu(arguments.gpu)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     num_ranks = arguments.nodes * arguments.gpus_per_node
-    given = []
-    for stage in stages_of(recipe):
-        ds_config = read_ds_config(arguments.ds_config, stage.train.global_batch_size, num_ranks)
-        check_with_ds_config(stage.optimizer, ds_config)
-        settings = zero_settings(ds_config, num_ranks)
-        given.append(PlanInput(arguments, gpu, stage, ds_config, settings))
-    return given
+    stages = stages_of(recipe)
+    ds_configs = read_ds_configs(arguments.ds_config, stages, num_ranks)
+    return [
+        PlanInput(arguments, gpu, stage, ds_config, zero_settings(ds_config, num_ranks))
+        for stage, ds_config in zip(stages, ds_configs, strict=True)
+    ]
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:

@@ -44,15 +44,17 @@ def _show(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def recipe_blocks(recipes: dict[str, str]) -> list[Block]:
+def recipe_blocks(recipes: dict[str, tuple[str, str]]) -> list[Block]:
     """A run's recipe, or where those of several runs differ.
 
     Args:
-        recipes: YAML by the run's name.
+        recipes: by the run's name, as YAML: of its last stage, which is shown, and of the first
+            with all that follow, which is compared.
     """
     if len(recipes) == 1:
-        return [Heading("Recipe"), Code(*recipes.values())]
-    values = [dict(flatten(yaml.safe_load(text))) for text in recipes.values()]
+        ((last, _),) = recipes.values()
+        return [Heading("Recipe"), Code(last)]
+    values = [dict(flatten(yaml.safe_load(first))) for _, first in recipes.values()]
     keys = dict.fromkeys(key for recipe in values for key in recipe)
     rows = [
         (key.replace("/", "."), *(str(recipe.get(key, "")) for recipe in values))

@@ -76,6 +76,7 @@ class RunRecord:
         name: how pages call the run.
         steps, evaluations: lines of metrics.jsonl.
         recipe: the resolved recipe as YAML, of the last stage.
+        first_recipe: that of the first stage, with those that follow.
         changes: from where on it was which one, by the samples seen before.
         pictures: the pictures of kept patches, by samples seen.
     """
@@ -84,6 +85,7 @@ class RunRecord:
     steps: list[StepLine]
     evaluations: list[EvaluationLine]
     recipe: str
+    first_recipe: str
     changes: dict[int, str]
     pictures: dict[int, Path]
 
@@ -128,7 +130,7 @@ def write_report(folders: list[Path], out: Path) -> None:
     blocks += [
         Heading("Latest values"),
         _latest(runs),
-        *recipe_blocks({run.name: run.recipe for run in runs}),
+        *recipe_blocks({run.name: (run.recipe, run.first_recipe) for run in runs}),
     ]
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs"
     for chart in charts:
@@ -144,7 +146,7 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def _check_run(folder: Path) -> None:
-    for path in (folder / METRICS_FILE, latest_record(folder, RECIPE_FILE)):
+    for path in (folder / METRICS_FILE, folder / RECIPE_FILE):
         if not path.is_file():
             found = f"holds no {path.name}"
             if not folder.is_dir():
@@ -157,7 +159,6 @@ def _check_run(folder: Path) -> None:
 
 def _read(folder: Path, name: str) -> RunRecord:
     _check_run(folder)
-    recipe = latest_record(folder, RECIPE_FILE)
     metrics = read_metrics(folder)
     # A run that began anew leaves pictures whose evaluations metrics.jsonl holds no more.
     paths = {line.samples: picture_path(folder, line.samples) for line in metrics.evaluations}
@@ -165,7 +166,8 @@ def _read(folder: Path, name: str) -> RunRecord:
         name,
         metrics.steps,
         metrics.evaluations,
-        recipe.read_text(),
+        latest_record(folder, RECIPE_FILE).read_text(),
+        (folder / RECIPE_FILE).read_text(),
         recipe_changes_at(folder),
         {samples: path for samples, path in paths.items() if path.is_file()},
     )

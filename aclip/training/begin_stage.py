@@ -22,7 +22,7 @@ def begin_stage(folder: Path, engine, teacher: Teacher | None, keeps_optimizer: 
     What a loss term counts over the steps goes on, and image positions are resized for another
     resolution. A part that only this stage has, such as the head of a loss, begins anew, and one
     that only the stage before has is left behind. A teacher that the stage before does not have
-    begins as the student is.
+    begins as the student is, and so does what the stage does not train.
 
     Args:
         folder: the checkpoint, from any ZeRO stage and number of ranks.
@@ -48,7 +48,7 @@ def begin_stage(folder: Path, engine, teacher: Teacher | None, keeps_optimizer: 
             weights |= {
                 n: _fitted(n, average, shapes[n], num_prefix)
                 for n, average in averages
-                if n in shapes
+                if n in shapes and sharded.parameters[n].requires_grad
             }
         teacher.load_state_dict(teacher.state_dict() | weights)
     load_terms(folder, engine.module.terms, may_begin=True)

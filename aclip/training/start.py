@@ -9,9 +9,8 @@ from pathlib import Path
 
 from aclip.config.arguments import DEMO, read_recipe
 from aclip.config.arguments import run_folder as choose_run_folder
-from aclip.config.ds_config import read_ds_config
 from aclip.config.geometry import shared_bytes
-from aclip.config.optimizer import check_cooldown, check_with_ds_config
+from aclip.config.optimizer import check_cooldown, read_ds_configs
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import stages_of
 from aclip.config.text_folder import read_text_folder
@@ -75,11 +74,7 @@ def check_start(arguments: argparse.Namespace) -> Start:
     check_gpus()
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     recipe = _read_recipe(arguments)
-    stages, ds_configs = stages_of(recipe), []
-    for stage in stages:
-        size = stage.train.global_batch_size
-        ds_configs.append(read_ds_config(arguments.ds_config, size, num_ranks))
-        check_with_ds_config(stage.optimizer, ds_configs[-1])
+    ds_configs = read_ds_configs(arguments.ds_config, stages_of(recipe), num_ranks)
     check_wandb(recipe.train.wandb, is_writer=rank == 0)
     run_folder = choose_run_folder(arguments)
 
