@@ -90,26 +90,7 @@ def test_killed_in_any_stage_or_at_the_change_equals_uninterrupted(launcher, arg
         for step, (samples, loss) in expected.items():
             assert actual[step] == (samples, pytest.approx(loss, rel=1e-4))
         _assert_same_weights(whole, folder)
-
-
-def test_models_of_both_stages_can_be_evaluated(launcher, arguments, tmp_path):
-    """Each with the grid that it was trained with; a complete run prints its table once more."""
-    run = tmp_path / "run"
-    first = launcher.run(*arguments, "--output", str(run), ranks=1, launcher=False)
-    assert first.status == 0, first.output
-    again = launcher.run(*arguments, "--output", str(run), ranks=1, launcher=False)
-    assert again.status == 0 and "building the towers" not in again.output
-    for at in (CHANGE, END):
-        checkpoint = run / "checkpoints" / f"samples-{at:012d}"
-        words = [str(checkpoint), "--out", str(tmp_path / str(at)), "--format", "safetensors"]
-        done = launcher.run(*words, script="export.py", ranks=1, launcher=False)
-        assert done.status == 0, done.output
-    other = launcher.run(
-        *arguments, "--output", str(run), "stages.0.mask.policy=random", ranks=1, launcher=False
-    )
-    assert other.status == 2 and 'mask.policy "none" -> "random"' in other.output
-    shorter = launcher.run(*arguments, "--output", str(run), "stages=[]", ranks=1, launcher=False)
-    assert shorter.status == 2 and "of stage 2 of its run" in shorter.output
+    _assert_both_can_be_used(launcher, arguments, whole)
 
 
 def _steps(run: Path) -> dict[int, tuple[int, float]]:
@@ -126,6 +107,24 @@ def _cut_off_after(whole: Path, folder: Path, samples: int) -> None:
     (folder / "checkpoints" / "latest").write_text(f"samples-{samples:012d}")
     if samples < CHANGE:
         (folder / f"recipe-samples-{CHANGE:012d}.yaml").unlink()
+
+
+def _assert_both_can_be_used(launcher, arguments: list[str], run: Path) -> None:
+    """Each with the grid that it was trained with; a complete run prints its table once more, and
+    takes no other stages."""
+    again = launcher.run(*arguments, "--output", str(run), ranks=1, launcher=False)
+    assert again.status == 0 and "building the towers" not in again.output
+    for at in (CHANGE, END):
+        checkpoint = run / "checkpoints" / f"samples-{at:012d}"
+        words = [str(checkpoint), "--out", str(run / f"export-{at}"), "--format", "safetensors"]
+        done = launcher.run(*words, script="export.py", ranks=1, launcher=False)
+        assert done.status == 0, done.output
+    other = launcher.run(
+        *arguments, "--output", str(run), "stages.0.mask.policy=random", ranks=1, launcher=False
+    )
+    assert other.status == 2 and 'mask.policy "none" -> "random"' in other.output
+    shorter = launcher.run(*arguments, "--output", str(run), "stages=[]", ranks=1, launcher=False)
+    assert shorter.status == 2 and "of stage 2 of its run" in shorter.output
 
 
 def _assert_same_weights(whole: Path, folder: Path) -> None:
