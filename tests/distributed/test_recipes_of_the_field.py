@@ -21,14 +21,13 @@ TINY = [
     "model.text={width: 16, heads: 2, layers: 1, context_length: 32}",
     "model.embed_dim=12",
 ]
-CHEAP_TEACHER = ["teacher.resolution=32", "teacher.score_layers=1"]
 BATCH, STEPS, RATE = 8, 8, 3e-3
 
 
 def stages(name):
     """The recipe's stages with small towers and one batch size."""
     recipe = load_recipe(f"{name}_vitb16")
-    overrides = [*TINY, *(CHEAP_TEACHER if recipe.teacher else [])]
+    overrides = [*TINY, *(["teacher.resolution=32"] if recipe.teacher else [])]
     every = stages_of(load_recipe(f"{name}_vitb16", overrides))
     sized = {"global_batch_size": BATCH}
     return [
