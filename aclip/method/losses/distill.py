@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from aclip.distributed import world_size
 from aclip.method.losses.term import (
-    LossTerm,
-    StudentOutput,
+    SampleTerm,
     Taught,
     TermContext,
     TermPart,
@@ -62,7 +61,7 @@ class DistillInput:
     targets: Tensor
 
 
-class Distill(LossTerm):
+class Distill(SampleTerm):
     name, keys, section = "distill", Keys, DistillConfig
     trains = ("image",)
 
@@ -131,13 +130,6 @@ class Distill(LossTerm):
             return reconstruct(predictions, own.targets)
         similarities = student.codewords(predictions)
         return distill(similarities, own.targets, self.config.student_temperature)
-
-    def project(self, student: nn.Module, features: dict[str, Tensor]) -> Tensor:
-        # A new tensor: ZeRO-3 puts a hook on every output, and what `encode` gave has its own.
-        return features[self.name] * 1
-
-    def loss(self, output: StudentOutput, target: None) -> Tensor:
-        return output.heads[self.name].mean()
 
 
 class PatchDecoder(nn.Module):

@@ -8,8 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from aclip.method.losses.term import (
-    LossTerm,
-    StudentOutput,
+    SampleTerm,
     TermContext,
     TermPart,
     transformer_blocks,
@@ -50,7 +49,7 @@ class MlmInput:
     weights: Tensor
 
 
-class Mlm(LossTerm):
+class Mlm(SampleTerm):
     name, keys, section = "mlm", Keys, MlmConfig
     trains = ("text",)
 
@@ -105,13 +104,6 @@ class Mlm(LossTerm):
         is_real = columns < inputs.tokens.lengths.unsqueeze(1)
         logits = student.mlm_decoder(features, is_real, own.ids)
         return mlm(logits, own.labels, own.rows, own.weights, len(own.masked))
-
-    def project(self, student: nn.Module, features: dict[str, Tensor]) -> Tensor:
-        # A new tensor: ZeRO-3 puts a hook on every output, and what `encode` gave has its own.
-        return features[self.name] * 1
-
-    def loss(self, output: StudentOutput, target: None) -> Tensor:
-        return output.heads[self.name].mean()
 
 
 class TextDecoder(nn.Module):

@@ -216,6 +216,17 @@ class LossTerm:
         """Goes on from what `state_dict` gave, now on the CPU."""
 
 
+class SampleTerm(LossTerm):
+    """A term whose `encode` gives its value for each sample, (B,) fp32, of which it is the mean."""
+
+    def project(self, student: nn.Module, features: dict[str, Tensor]) -> Tensor:
+        # A new tensor: ZeRO-3 puts a hook on every output, and what `encode` gave has its own.
+        return features[self.name] * 1
+
+    def loss(self, output: StudentOutput, target: None) -> Tensor:
+        return output.heads[self.name].mean()
+
+
 def total(
     terms: tuple[LossTerm, ...], output: StudentOutput, targets: dict[str, Tensor | None]
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aclip.distributed import world_size
 from aclip.method.losses.chunks import by_chunks, soft_cross_entropy
-from aclip.method.losses.term import LossTerm, StudentOutput, Taught, TermContext, TermPart
+from aclip.method.losses.term import SampleTerm, Taught, TermContext, TermPart
 from aclip.method.tokens import VOCAB_SIZE, Tokens
 from aclip.section import Section, Weight
 
@@ -45,7 +45,7 @@ class WordsInput:
     weights: Tensor
 
 
-class Words(LossTerm):
+class Words(SampleTerm):
     """The frequencies that weigh the targets are counted over the steps of the run, once a step on
     the global batch, and before they are used, as the released code counts them."""
 
@@ -108,13 +108,6 @@ class Words(LossTerm):
         """(B,) fp32, the term of each sample."""
         own: WordsInput = inputs.of_terms[self.name]
         return student.words_head(features["image"], own.ids, own.weights)
-
-    def project(self, student: nn.Module, features: dict[str, Tensor]) -> Tensor:
-        # A new tensor: ZeRO-3 puts a hook on every output, and what `encode` gave has its own.
-        return features[self.name] * 1
-
-    def loss(self, output: StudentOutput, target: None) -> Tensor:
-        return output.heads[self.name].mean()
 
 
 class WordsHead(nn.Linear):
