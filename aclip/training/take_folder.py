@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from aclip.config.arguments import DEMO
 from aclip.config.continuing import (
     MAY_CHANGE,
     NEVER_CHANGE,
@@ -34,7 +35,7 @@ from aclip.run_folder.layout import (
     latest_record,
     record_before,
 )
-from aclip.training.stage import is_stage_done, stage_number, stage_to_begin
+from aclip.training.stage import evaluation_at, is_stage_done, stage_number, stage_to_begin
 
 AUTO, NONE = "auto", "none"
 
@@ -104,11 +105,19 @@ def take_folder(
             stages = stages_of(recipe.model_copy(update={"data": data}))
         is_done = check_changes(run_folder, beginning, stages[number - 1], ds_config, allow_changes)
     if progress is not None:
-        found = stage_to_begin(progress, is_done, len(stages))
+        # Of another run's stage, only what it trained counts.
+        is_evaluated = beginning.is_first or not is_evaluation_missing(stages[number - 1], progress)
+        found = stage_to_begin(progress, is_done, len(stages), is_evaluated)
         if beginning.is_first:  # the checkpoint is another run's: this folder holds nothing yet
             found |= {"is_complete": False}
         beginning = replace(beginning, **found)
     return asdict(beginning)
+
+
+def is_evaluation_missing(recipe: Recipe, progress: dict) -> bool:
+    """Whether a run was killed between the last checkpoint of a stage and its evaluation."""
+    is_due = bool(recipe.data.val) or recipe.data.train == DEMO
+    return is_due and evaluation_at(progress["samples"]) not in progress.get("evaluations", {})
 
 
 def find_beginning(run_folder: Path, resume: str) -> Beginning:
