@@ -7,10 +7,10 @@ from pathlib import Path
 
 from aclip.config.arguments import DEMO
 from aclip.config.continuing import (
-    MAY_CHANGE,
     NEVER_CHANGE,
     ds_config_changes,
     key_of,
+    may_change,
     recipe_changes,
 )
 from aclip.config.ds_config import DsConfig
@@ -191,9 +191,10 @@ def check_changes(
     is_complete = progress["step"] >= steps_then
     is_over = is_complete and progress["step"] >= steps
     # Where a stage is over, its data are not compared with the checkpoint's any more.
-    free = MAY_CHANGE if is_over and recipe.stages else MAY_CHANGE | NEVER_CHANGE
-    counts = [each for each in changes if key_of(each) not in free]
-    listed = ", ".join(each for each in changes if key_of(each) not in MAY_CHANGE)
+    checked_later = frozenset() if is_over and recipe.stages else NEVER_CHANGE
+    asked = [each for each in changes if not may_change(each)]
+    counts = [each for each in asked if key_of(each) not in checked_later]
+    listed = ", ".join(asked)
     if counts and is_over and not recipe.stages:
         raise ConfigError(
             f"--output is {run_folder}, which holds a complete run with other settings (then -> "
