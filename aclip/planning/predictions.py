@@ -78,6 +78,12 @@ def predict_run(
     if len(found) == 1:
         return found[0]
     shares = [share for _, share in stages]
+    have_teacher = [stage.needs_teacher_view for stage, _ in stages]
+    taught = [
+        share * each[0].teaching_share
+        for share, each, has_teacher in zip(shares, found, have_teacher, strict=True)
+        if has_teacher
+    ]
 
     def average(of_stages: tuple[Prediction, ...]) -> Prediction:
         pairs = list(zip(shares, of_stages, strict=True))
@@ -86,7 +92,7 @@ def predict_run(
             system=name,
             time=average_time([(share, each.time) for share, each in pairs]),
             flops=sum(share * each.flops for share, each in pairs),
-            teaching_share=sum(share * each.teaching_share for share, each in pairs),
+            teaching_share=sum(taught) if taught else 1.0,
         )
 
     averages = [average(each) for each in zip(*found, strict=True)]

@@ -9,12 +9,14 @@ import torch
 from aclip.config.recipe_file import load_recipe
 from aclip.data.synthetic import batch_of_mean_captions
 from aclip.errors import ConfigError
+from aclip.planning import predictions
 from aclip.planning.engine_operations import engine_operations, fused_adamw
 from aclip.planning.gpus import HOST_LINK_SHARE, MATRIX_SHARE, MEMORY_SHARE, Gpu
 from aclip.planning.measure_step import measure_step
 from aclip.planning.operations import Operation
 from aclip.planning.predictions import Prediction, predict_open_clip, report
 from aclip.planning.roofline import roofline
+from aclip.planning.step_kinds import teaching_share
 from aclip.planning.step_time import (
     BACKWARD_OPERATION,
     ENGINE_BACKWARD,
@@ -236,6 +238,25 @@ def test_a_prediction_says_that_it_is_an_average_over_a_run():
     growing = Prediction("growing", False, 32, time, flops=50, gpu=TOY, keep_ratio="a view grows")
     *_, last = report([every_step, growing]).splitlines()
     assert last == "growing: the average over a run, in which a view grows."
+
+
+def test_of_a_run_with_stages_only_those_with_a_teacher_count_as_taught(monkeypatch):
+    time = step_time([Operation("add", STUDENT, moved=8)], TOY, 0, None)
+
+    def predict(name, recipe, *_):
+        share = teaching_share(recipe)
+        return [Prediction(name, False, 32, time, flops=50, gpu=TOY, teaching_share=share)]
+
+    monkeypatch.setattr(predictions, "predict", predict)
+    unmasked = "stages=[{mask: {policy: none, warmup: 0}, teacher: null, train: {epochs: 1}}]"
+    taught = load_recipe("demo", ["train.epochs=3", "mask.warmup=0.5", unmasked])
+    assert predictions.predict_run("own", taught, None, TOY, 17)[-1].teaching_share == (
+        pytest.approx(0.75 * 0.5, abs=1e-4)
+    )
+    untaught = load_recipe("demo", ["train.epochs=3", "mask.policy=random", "teacher=null"])
+    untaught = untaught.model_copy(update={"stages": taught.stages})
+    *_, of_run = predictions.predict_run("own", untaught, None, TOY, 17)
+    assert of_run.teaching_share == 1, "all its steps are alike"
 
 
 def test_a_compiled_step_has_the_same_flops_and_fewer_launches_and_bytes():
