@@ -19,7 +19,7 @@ def export(arguments: argparse.Namespace) -> None:
         NotWritten: --out can't be written.
     """
     out = Path(arguments.out)
-    _check_out(out)
+    check_out(out)
     find_checkpoint(arguments.checkpoint, arguments.model)
     # Imported here: the towers take seconds, which no wrong input should cost.
     from aclip.weights.checkpoint_weights import load_checkpoint_weights
@@ -32,7 +32,8 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"wrote the {weights.model} of {weights.folder} to {out}\n{advice}", flush=True)
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """Raises ConfigError where no new folder can be written."""
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"--out is {out}, which is not empty; give a new folder")
     if out.exists() and not out.is_dir():

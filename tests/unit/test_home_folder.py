@@ -32,6 +32,8 @@ TEXT = {
     "master_addr",
     "name",  # a pattern of names inside a folder
     "published",
+    "push",  # a name on the Hub
+    "revision",
     "rows",
     "rsh",
     "separator",
