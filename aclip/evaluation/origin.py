@@ -5,7 +5,9 @@ from pathlib import Path
 
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
-from aclip.weights.first_look import LOCAL_DIR, find_checkpoint, find_weights
+from aclip.weights.find_named import find_named
+from aclip.weights.first_look import LOCAL_DIR, find_checkpoint
+from aclip.weights.hub import HUB, read_name
 
 FOLDER = "evaluation"
 
@@ -27,15 +29,14 @@ def find_origin(path: str, model: str | None, recipe_name: str | None) -> Origin
     """Finds what `launch/evaluate.py` is given.
 
     Args:
-        path, model, recipe_name: as `load_model` takes them.
+        path, model, recipe_name: as `load_model` takes them; a name of the Hub has a commit.
 
     Raises:
         ConfigError: there is nothing that can be weights, no such model of the two, or no such
             recipe.
     """
-    source = Path(path.removeprefix(LOCAL_DIR))
     try:
-        found = find_weights(source)
+        found = find_named(path)
     except ValueError as error:
         advice = "" if ";" in str(error) else "; give a run, or a SLIP, A-CLIP or open_clip model"
         raise ConfigError(f"the checkpoint is {path}, which {error}{advice}") from None
@@ -50,6 +51,10 @@ def find_origin(path: str, model: str | None, recipe_name: str | None) -> Origin
         )
     if recipe_name is not None:
         load_recipe(recipe_name)
+    if path.startswith(HUB):
+        name = read_name(path).repository.replace("/", "--")
+        return Origin(f"{path} (recipe {recipe_name})", Path("runs") / FOLDER / name)
+    source = Path(path.removeprefix(LOCAL_DIR))
     state = (found.weights or found.path).stat()
     identity = (
         f"{source.resolve()} ({state.st_size} bytes of {state.st_mtime_ns}, recipe {recipe_name})"
