@@ -5,9 +5,8 @@ from pathlib import Path
 
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
+from aclip.run_folder.layout import EVALUATION_FOLDER, evaluation_folder
 from aclip.weights.first_look import LOCAL_DIR, find_checkpoint, find_weights
-
-FOLDER = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def find_origin(path: str, model: str | None, recipe_name: str | None) -> Origin
     if found.kind == "checkpoint":
         folder, model = find_checkpoint(str(found.path), found.model or model)
         folder = folder.resolve()
-        output = folder.parent.parent / FOLDER / f"{folder.name}-{model}"
+        output = evaluation_folder(folder.parent.parent, folder.name, model)
         return Origin(f"{model} of {folder}", output)
     if model is not None:
         raise ConfigError(
@@ -55,4 +54,4 @@ def find_origin(path: str, model: str | None, recipe_name: str | None) -> Origin
         f"{source.resolve()} ({state.st_size} bytes of {state.st_mtime_ns}, recipe {recipe_name})"
     )
     name = source.resolve().name if source.is_dir() else source.stem
-    return Origin(identity, Path("runs") / FOLDER / name)
+    return Origin(identity, Path("runs") / EVALUATION_FOLDER / name)
