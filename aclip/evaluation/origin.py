@@ -5,11 +5,10 @@ from pathlib import Path
 
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
+from aclip.run_folder.layout import EVALUATION_FOLDER, evaluation_folder
 from aclip.weights.find_named import find_named
 from aclip.weights.first_look import LOCAL_DIR, find_checkpoint
 from aclip.weights.hub import HUB, read_name
-
-FOLDER = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def find_origin(path: str, model: str | None, recipe_name: str | None) -> Origin
     if found.kind == "checkpoint":
         folder, model = find_checkpoint(str(found.path), found.model or model)
         folder = folder.resolve()
-        output = folder.parent.parent / FOLDER / f"{folder.name}-{model}"
+        output = evaluation_folder(folder.parent.parent, folder.name, model)
         return Origin(f"{model} of {folder}", output)
     if model is not None:
         raise ConfigError(
@@ -53,11 +52,11 @@ def find_origin(path: str, model: str | None, recipe_name: str | None) -> Origin
         load_recipe(recipe_name)
     if path.startswith(HUB):
         name = read_name(path).repository.replace("/", "--")
-        return Origin(f"{path} (recipe {recipe_name})", Path("runs") / FOLDER / name)
+        return Origin(f"{path} (recipe {recipe_name})", Path("runs") / EVALUATION_FOLDER / name)
     source = Path(path.removeprefix(LOCAL_DIR))
     state = (found.weights or found.path).stat()
     identity = (
         f"{source.resolve()} ({state.st_size} bytes of {state.st_mtime_ns}, recipe {recipe_name})"
     )
     name = source.resolve().name if source.is_dir() else source.stem
-    return Origin(identity, Path("runs") / FOLDER / name)
+    return Origin(identity, Path("runs") / EVALUATION_FOLDER / name)

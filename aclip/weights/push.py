@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -22,6 +23,7 @@ from aclip.errors import ConfigError, NotWritten
 from aclip.files import appearing_folder, cache_folder, make_folder, remove_leftovers, writing
 from aclip.lock import claim, release
 from aclip.weights import hub
+from aclip.weights.card.options import NO_OPTIONS, CardOptions, check_options
 from aclip.weights.export import check_out
 from aclip.weights.first_look import find_checkpoint
 from aclip.weights.hub import HubName
@@ -30,12 +32,15 @@ KINDS = ("dataset", "space")
 """What else than a model a name on the Hub may stand for."""
 
 
-def push(arguments: argparse.Namespace) -> None:
+def push(arguments: argparse.Namespace, card: CardOptions = NO_OPTIONS) -> None:
     """Runs `launch/export.py --push` with its parsed arguments.
+
+    Args:
+        card: what the user says for the card.
 
     Raises:
         ConfigError: no such checkpoint or model, --out holds something else, the format can't hold
-            the towers, or the Hub refuses.
+            the towers, the card's licence or picture can't be used, or the Hub refuses.
         NotWritten: the export can't be written, or the Hub did not take all of it.
     """
     name = _read_name(arguments.push, arguments.revision)
@@ -44,9 +49,11 @@ def push(arguments: argparse.Namespace) -> None:
     if out is not None and not is_filled:
         check_out(out)
     find_checkpoint(arguments.checkpoint, arguments.model)
+    check_options(card)
     if not arguments.dry_run:
         _prepare(name, arguments.private)
-    with _written(arguments, out, is_filled, name) as (folder, model, advice):
+    card = replace(card, repo=name.repository)
+    with _written(arguments, card, out, is_filled, name) as (folder, model, advice):
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         paths = {path.relative_to(folder).as_posix(): path for path in files}
         sizes = {shown: path.stat().st_size for shown, path in paths.items()}
@@ -170,7 +177,11 @@ def _said(error: HfHubHTTPError) -> str:
 
 @contextmanager
 def _written(
-    arguments: argparse.Namespace, out: Path | None, is_filled: bool, name: HubName
+    arguments: argparse.Namespace,
+    card: CardOptions,
+    out: Path | None,
+    is_filled: bool,
+    name: HubName,
 ) -> Iterator[tuple[Path, str, str]]:
     """Yields the export's folder, which model it holds, and how to load it from the Hub.
 
@@ -178,6 +189,7 @@ def _written(
     the very same export already, as a push leaves it that was killed, that one is taken.
     """
     # Imported here: the towers take seconds, which no wrong input should cost.
+    from aclip.weights.card.card import write_card
     from aclip.weights.checkpoint_weights import load_checkpoint_weights
     from aclip.weights.tensors_file import writing_tensors
     from aclip.weights.write_export import write_export
@@ -186,7 +198,9 @@ def _written(
 
     def fill(folder: Path) -> str:
         with writing_tensors(folder):
-            return write_export(folder, name, arguments.format, weights)
+            advice = write_export(folder, name, arguments.format, weights)
+        write_card(folder, arguments.format, weights, card)
+        return advice
 
     if out is not None and not is_filled:
         with appearing_folder(out) as partial:

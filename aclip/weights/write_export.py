@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 from safetensors.torch import save_file
 
-from aclip.config.public_values import public_values
+from aclip.config.public_values import public_name, public_values
 from aclip.config.text_folder import record_text_folder
 from aclip.errors import ConfigError
 from aclip.run_folder.layout import RECIPE_FILE, TEXT_FOLDER
@@ -16,15 +16,15 @@ from aclip.weights.formats import open_clip, plain
 from aclip.weights.hub import HubName
 from aclip.weights.names import tower_facts
 
-PLACES = (
+SAVED_FROM = {
     "_name_or_path",
     "name_or_path",
     "tokenizer_file",
     "vocab_file",
     "merges_file",
     "special_tokens_map_file",
-)
-"""Keys under which transformers notes where a text model or a tokenizer came from."""
+}
+"""Keys under which transformers notes a place in a config."""
 
 
 def write_export(
@@ -106,19 +106,18 @@ def _write_plain(folder: Path, out: Path | HubName, weights: CheckpointWeights) 
     )
     if weights.recipe.model.text.name:
         record_text_folder(weights.recipe.model.text, folder / TEXT_FOLDER)
-        _forget_places(folder / TEXT_FOLDER)
+        for path in (folder / TEXT_FOLDER).glob("*config.json"):
+            _name_no_place(path)
     if isinstance(out, HubName):
         return f"load: launch/pretrain.py --init {out}"
     file = out / plain.WEIGHTS
     return f"load: safetensors.torch.load_file('{file}'), or launch/pretrain.py --init {file}"
 
 
-def _forget_places(folder: Path) -> None:
-    """Takes out of a text tower's configs where its files lay, which others need not know."""
-    for name in ("config.json", "tokenizer_config.json"):
-        path = folder / name
-        if path.is_file():
-            values = json.loads(path.read_text(encoding="utf-8"))
-            for key in PLACES:
-                values.pop(key, None)
-            path.write_text(json.dumps(values, indent=2), encoding="utf-8")
+def _name_no_place(path: Path) -> None:
+    """Writes a JSON file anew without the paths that transformers notes where a model was saved."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for key in SAVED_FROM & values.keys():
+        if isinstance(values[key], str) and Path(values[key]).is_absolute():
+            values[key] = public_name(values[key])
+    path.write_text(json.dumps(values, indent=2), encoding="utf-8")

@@ -54,6 +54,7 @@ def test_an_export_goes_in_one_commit_and_a_second_time_in_none(hub, run, tmp_pa
         said = capsys.readouterr().out
         for path, content in files.items():
             assert path in said and f"{len(content):,}" in said
+        assert name.encode() in files["README.md"], "the card's code loads it by its name"
         assert f"teacher is at http://127.0.0.1/{name}/commit/" in said
     assert {"open_clip_config.json", "config.json", "open_clip_model.safetensors"} <= set(
         files_of(hub, f"{OWNER}/tiny0")
