@@ -99,7 +99,7 @@ def in_words(error: Exception, name: HubName) -> str:
             "with hf auth login"
         )
     if status is not None:
-        return f"{endpoint()} refuses with status {status}; try again later"
+        return f"{endpoint()} refuses with status {status}; check HF_ENDPOINT, or try again later"
     return f"can't be fetched from {endpoint()} ({' '.join(str(error).split())}); try again later"
 
 

@@ -81,6 +81,7 @@ def test_wrong_input_is_refused_at_once(run_script, tmp_path, arguments, sentenc
     "code",
     [
         "from aclip.weights.find_named import check_init, find_named",
+        "from aclip.weights.push import push",
         "from aclip.nodes import doctor, start_ranks",
         "from aclip.reports.visualize import visualize",
     ],

@@ -4,11 +4,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
-from aclip.config.recipe import Recipe
 from aclip.errors import ConfigError
+
+if TYPE_CHECKING:  # its import takes seconds, which no wrong input should cost
+    from aclip.config.recipe import Recipe
 
 NAME_ON_THE_HUB = "OWNER/NAME"
 """Stands in the card's code where the export has no name on the Hub yet."""
@@ -32,7 +35,7 @@ class CardOptions:
     repo: str | None = None
     license: str | None = None
     picture: str | None = None
-    sample_flops: Callable[[Recipe, float], float] | None = None
+    sample_flops: "Callable[[Recipe, float], float] | None" = None
 
     @property
     def name(self) -> str:
