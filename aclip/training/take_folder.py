@@ -110,9 +110,8 @@ def take_folder(
         if recipe.data.crops is None:
             crops = None if recorded is None else recorded.data.crops
             beginning = replace(beginning, crops=crops)
-            recipe = recipe.model_copy(
-                update={"data": recipe.data.model_copy(update={"crops": crops})}
-            )
+            data = recipe.data.model_copy(update={"crops": crops})
+            recipe = recipe.model_copy(update={"data": data})
         stages = stages_of(recipe)
         is_done = check_changes(run_folder, beginning, stages[number - 1], ds_config, allow_changes)
     if progress is not None:
