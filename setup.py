@@ -25,6 +25,8 @@ setup(
         "timm==1.0.31",
         "transformers==5.24.0",
         "open_clip_torch==3.3.0",
+        # timm, transformers and open_clip bring it too.
+        "huggingface_hub==2.4.0",
         # It belongs to the stack that users fix; only `launch/benchmark.py --loader` imports it.
         "webdataset==1.0.2",
         "pydantic==2.14.4",

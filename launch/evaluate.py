@@ -13,7 +13,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "checkpoint",
         type=path,
-        help="a run or checkpoint, a SLIP or A-CLIP file, an open_clip folder, an aclip export",
+        help="a run or checkpoint, a SLIP or A-CLIP file, an open_clip folder, an aclip export, or "
+        "hf-hub:OWNER/NAME[@REVISION]",
     )
     parser.add_argument(
         "--suite",

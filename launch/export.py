@@ -1,4 +1,5 @@
-"""Exports a checkpoint: `python launch/export.py runs/demo --format open_clip --out exported`."""
+"""Exports a checkpoint: `python launch/export.py runs/demo --format open_clip --out exported`, or
+to Hugging Face's Hub with `--push OWNER/NAME`."""
 
 import argparse
 
@@ -16,22 +17,73 @@ def parse_arguments() -> argparse.Namespace:
         "--format", required=True, choices=["open_clip", "huggingface", "safetensors"]
     )
     parser.add_argument(
-        "--out", "--output", required=True, type=path, help="folder to write; new or empty"
+        "--out",
+        "--output",
+        type=path,
+        help="folder to write; new or empty (with --push it may hold the same export, or be left "
+        "out)",
     )
     parser.add_argument(
         "--model",
         choices=["teacher", "student"],
         help="which of the two (default: the teacher if there is one)",
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--license", help="of the weights, as the Hub calls it, such as apache-2.0, for the card"
+    )
+    parser.add_argument(
+        "--picture",
+        type=path,
+        help="a picture for the card, such as figure.png of launch/visualize.py (default: the "
+        "run's kept patches if its data are the built-in scenes, else none)",
+    )
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="send the export to this model on Hugging Face's Hub"
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="with --push: if the model is new, only you see it"
+    )
+    parser.add_argument(
+        "--revision", metavar="BRANCH", help="with --push: the branch, which exists (default: main)"
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="with --push: print what would be sent, and ask nobody",
+    )
+    arguments = parser.parse_args()
+    if arguments.push is None:
+        if arguments.out is None:
+            parser.error("give --out FOLDER, or --push OWNER/NAME")
+        if arguments.private or arguments.revision is not None or arguments.dry_run:
+            parser.error("--private, --revision and --dry_run go with --push OWNER/NAME")
+    return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
     # Imported here so that --help answers at once.
-    from aclip.weights.export import export
+    from aclip.weights.card.options import CardOptions
 
-    export(arguments)
+    options = CardOptions(
+        license=arguments.license, picture=arguments.picture, sample_flops=_sample_flops
+    )
+    if arguments.push is None:
+        from aclip.weights.export import export
+
+        export(arguments, options)
+    else:
+        from aclip.weights.push import push
+
+        push(arguments, options)
+
+
+def _sample_flops(recipe, num_samples: float) -> float:
+    # Imported when the card is written: the parts of a step take seconds, which no wrong input
+    # should cost.
+    from aclip.planning.run_flops import sample_flops
+
+    return sample_flops(recipe, num_samples)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--init",
         help="weights that a new run starts from: a SLIP or A-CLIP checkpoint, open_clip folder, "
-        "a run, or timm:NAME_OR_FILE for the image tower; the same as model.init=...",
+        "a run, hf-hub:OWNER/NAME[@REVISION], or timm:NAME_OR_FILE for the image tower; the same "
+        "as model.init=...",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(

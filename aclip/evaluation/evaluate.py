@@ -8,7 +8,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from aclip.distributed import default_to_one_rank, say
+from aclip.distributed import decided_by_rank_0, default_to_one_rank, say
 from aclip.errors import ConfigError
 from aclip.evaluation.origin import find_origin
 from aclip.evaluation.results import published_results
@@ -19,6 +19,8 @@ from aclip.evaluation.sets.task import Task
 from aclip.files import check_writable
 from aclip.lock import claim, release
 from aclip.machine import check_gpus
+from aclip.weights.find_named import pinned
+from aclip.weights.hub import HUB
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -30,6 +32,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
     default_to_one_rank()
     _check(arguments)
     check_gpus()
+    if arguments.checkpoint.startswith(HUB):
+        # Rank 0 says for all ranks which commit the name stands for.
+        arguments.checkpoint = decided_by_rank_0(
+            lambda: _pinned(arguments.checkpoint), "checkpoint"
+        )
     origin = find_origin(arguments.checkpoint, arguments.model, arguments.recipe)
     tasks, missing = find_tasks(
         arguments.suite,
@@ -52,6 +59,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
     finally:
         if is_writer:
             release(out)
+
+
+def _pinned(checkpoint: str) -> str:
+    try:
+        return pinned(checkpoint)
+    except ValueError as error:
+        raise ConfigError(f"the checkpoint is {checkpoint}, which {error}") from None
 
 
 def _open_training_splits(tasks: list[Task]) -> dict[str, EvaluationSet]:

@@ -17,7 +17,8 @@ from aclip.method.losses.terms import no_auxiliary_terms
 from aclip.models.student import Student, build_student
 from aclip.run_folder.layout import RECIPE_FILE, TEXT_FOLDER
 from aclip.weights.checkpoint_weights import load_checkpoint_weights
-from aclip.weights.first_look import LOCAL_DIR, Found, find_weights, refusal
+from aclip.weights.find_named import find_named
+from aclip.weights.first_look import Found, refusal
 from aclip.weights.formats import dual_encoder, open_clip, slip
 from aclip.weights.initial_weights import load_initial_weights
 from aclip.weights.recognise import open_found
@@ -59,17 +60,16 @@ def load_model(path: str, model: str | None = None, recipe_name: str | None = No
     """Loads what `launch/evaluate.py` is given.
 
     Args:
-        path: a run, a checkpoint or an export of aclip, a SLIP or A-CLIP checkpoint, or a training
-            checkpoint or `local-dir` folder of open_clip's.
+        path: a run, a checkpoint or an export of aclip, a SLIP or A-CLIP checkpoint, a training
+            checkpoint or `local-dir` folder of open_clip's, or `hf-hub:` with a name of the Hub.
         model: "student" or "teacher" of a run; None for the teacher if there is one.
         recipe_name: the recipe whose towers a file holds; None for what the file says itself.
 
     Raises:
         ConfigError: there is no such model, or what it holds can't be told or built.
     """
-    source = Path(path.removeprefix(LOCAL_DIR))
     try:
-        found = find_weights(source)
+        found = find_named(path)
     except ValueError as error:
         raise _refusal(path, error) from None
     if found.kind == "checkpoint":
@@ -93,7 +93,7 @@ def load_model(path: str, model: str | None = None, recipe_name: str | None = No
         raise _refusal(path, error) from None
     student = build_student(recipe, for_training=False).eval()
     try:
-        report = load_initial_weights(student, str(source))
+        report = load_initial_weights(student, path)
     except ConfigError as error:
         message = str(error).removeprefix("--init is")
         raise ConfigError(f"the checkpoint is{message}") from None

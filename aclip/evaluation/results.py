@@ -13,15 +13,7 @@ from aclip.cli import text_table
 from aclip.evaluation.sets.catalog import catalog, is_retrieval
 from aclip.evaluation.sets.task import Task
 from aclip.reports.document import Table, Text, to_markdown
-
-METRICS = {
-    "top1": "top-1",
-    "mean_per_class": "mean per class",
-    "mean_top1_top5": "mean of top-1 and top-5",
-    "roc_auc": "ROC AUC",
-}
-DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
-RECALLS = (1, 5, 10)
+from aclip.run_folder.results_file import DIRECTIONS, scores
 
 
 @dataclass(frozen=True)
@@ -48,35 +40,19 @@ def published_results() -> dict[str, dict[str, Any]]:
     return results
 
 
-def headline(metric: str, metrics: dict[str, float], kind: str = "zero_shot") -> float | None:
-    """A set's own metric in percent, of zero-shot or of the linear_probe; None if undefined."""
-    if metric == "mean_top1_top5":
-        return 50 * (metrics[f"{kind}_top1"] + metrics[f"{kind}_top5"])
-    value = metrics.get(f"{kind}_{metric}")
-    return None if value is None else 100 * value
-
-
 def make_rows(results: list[tuple[Task, dict[str, float]]], published: str) -> list[Row]:
     """The lines of the table; an average where all classification sets of the papers are there."""
     theirs = published_results()[published]
     rows, classified = [], {}
     for task, metrics in results:
-        num_samples = int(metrics["num_images"])
-        if "zero_shot_top1" in metrics:
-            ours = headline(task.metric, metrics)
-            metric = METRICS[task.metric]
-            rows.append(Row(task.title, metric, num_samples, ours, theirs.get(task.name)))
-            classified[task.name] = ours
-        if "linear_probe_top1" in metrics:
-            probe = headline(task.metric, metrics, "linear_probe")
-            metric = f"linear probe, {METRICS[task.metric]}"
-            rows.append(Row(task.title, metric, num_samples, probe, None))
-        for side, (direction, words) in enumerate(DIRECTIONS.items()):
-            for k in RECALLS if f"{direction}_r1" in metrics else ():
-                pair = theirs.get(task.name) if k == 1 else None
-                ours = 100 * metrics[f"{direction}_r{k}"]
-                other = pair[side] if pair else None
-                rows.append(Row(task.title, f"{words} R@{k}", num_samples, ours, other))
+        num_samples, other = int(metrics["num_images"]), theirs.get(task.name)
+        for score in scores(task.metric, metrics):
+            beside = None
+            if score.kind == "zero_shot":
+                classified[task.name], beside = score.percent, other
+            elif score.k == 1 and other:
+                beside = other[list(DIRECTIONS).index(score.kind)]
+            rows.append(Row(task.title, score.words, num_samples, score.percent, beside))
     columns = [name for name in catalog() if not is_retrieval(name)]
     if all(classified.get(name) is not None for name in columns):
         mean = math.fsum(classified[name] for name in columns) / len(columns)

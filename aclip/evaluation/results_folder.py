@@ -11,8 +11,9 @@ from aclip.evaluation.results import Row, make_rows, markdown, to_json
 from aclip.evaluation.sets.task import Task
 from aclip.evaluation.skips import show_kinds, skipped_kinds
 from aclip.files import write_whole
+from aclip.run_folder.layout import RESULTS_FILE as JSON
 
-JSON, MARKDOWN = "results.json", "results.md"
+MARKDOWN = "results.md"
 
 
 class ResultsFolder:

@@ -25,11 +25,19 @@ REPORT_PAGE = "report.html"
 REPORT_MARKDOWN = "report.md"
 REPORT_CHARTS_FOLDER = "report"
 EARLIER_FOLDER = "earlier"
+EVALUATION_FOLDER = "evaluation"
+RESULTS_FILE = "results.json"
 
 
 def picture_path(run_folder: Path, samples: int) -> Path:
     """Where the picture of kept patches at so many samples lies."""
     return run_folder / PICTURES_FOLDER / f"kept-patches-{samples:012d}.png"
+
+
+def evaluation_folder(run_folder: Path, checkpoint: str, model: str) -> Path:
+    """Where the results of a model of a checkpoint lie, student or teacher, unless the user names
+    another place."""
+    return run_folder / EVALUATION_FOLDER / f"{checkpoint}-{model}"
 
 
 def later_record(run_folder: Path, name: str, samples: int) -> Path:

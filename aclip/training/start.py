@@ -27,8 +27,8 @@ from aclip.run_folder.checkpoint_folder import read_progress
 from aclip.run_folder.layout import SHARED_FILE
 from aclip.training.metrics.wandb_tracker import check_wandb
 from aclip.training.stage import Stage, stage_places
-from aclip.training.take_folder import Beginning, take_folder
-from aclip.weights.first_look import check_init
+from aclip.training.take_folder import Beginning, take_folder, with_init
+from aclip.weights.find_named import check_init
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def check_start(arguments: argparse.Namespace) -> Start:
     beginning = Beginning(**decided_by_rank_0(take, "beginning"))
     if recipe.model.text.name:
         _check_text_folder(recipe)
+    recipe = with_init(recipe, beginning.init)
     recipes = stages_of(with_crops(recipe, beginning.crops))[beginning.stage - 1 :]
     for each in recipes:
         if each.keeps_scores and num_ranks > 1:

@@ -36,6 +36,7 @@ from aclip.run_folder.layout import (
     record_before,
 )
 from aclip.training.stage import evaluation_at, is_stage_done, stage_number, stage_to_begin
+from aclip.weights.find_named import begun_init, pinned_init
 
 AUTO, NONE = "auto", "none"
 
@@ -54,6 +55,8 @@ class Beginning:
         begun: samples and steps of the run when that stage begins, by their names.
         begins_stage: whether the checkpoint is the end of the stage before.
         crops: data.crops of a run that goes on; None for a new run, or if nothing tells.
+        init: model.init with the commit that a name of the Hub stood for when the run began; None
+            where the recipe's stays as it is.
     """
 
     checkpoint: str | None
@@ -65,6 +68,7 @@ class Beginning:
     begun: dict[str, int] = field(default_factory=lambda: {"samples": 0, "steps": 0})
     begins_stage: bool = False
     crops: str | None = None
+    init: str | None = None
 
     @property
     def record(self) -> dict | None:
@@ -85,7 +89,7 @@ def take_folder(
     own_folder(run_folder)
     beginning = find_beginning(run_folder, resume)
     if beginning.checkpoint is None:
-        return asdict(beginning)
+        return asdict(replace(beginning, init=pinned_init(recipe.model.init)))
     stages = stages_of(recipe)
     progress = checkpoint_folder.read_progress(Path(beginning.checkpoint))
     number = 1 if progress is None else stage_number(progress)
@@ -99,10 +103,16 @@ def take_folder(
             say(f"--resume is {resume}, so that model.init {recipe.model.init} is not read")
         is_done = progress is not None and is_stage_done(stages[number - 1], progress)
     else:
+        recorded = _recorded_recipe(run_folder, beginning)
+        if recorded is not None:
+            beginning = replace(beginning, init=begun_init(recipe.model.init, recorded.model.init))
+            recipe = with_init(recipe, beginning.init)
         if recipe.data.crops is None:
-            beginning = replace(beginning, crops=_recorded_crops(run_folder, beginning))
-            data = recipe.data.model_copy(update={"crops": beginning.crops})
-            stages = stages_of(recipe.model_copy(update={"data": data}))
+            crops = None if recorded is None else recorded.data.crops
+            beginning = replace(beginning, crops=crops)
+            data = recipe.data.model_copy(update={"crops": crops})
+            recipe = recipe.model_copy(update={"data": data})
+        stages = stages_of(recipe)
         is_done = check_changes(run_folder, beginning, stages[number - 1], ds_config, allow_changes)
     if progress is not None:
         # Of another run's stage, only what it trained counts.
@@ -219,14 +229,20 @@ def check_changes(
     return is_over
 
 
-def _recorded_crops(run_folder: Path, beginning: Beginning) -> str | None:
-    """Where the run's views were cut until now."""
+def with_init(recipe: Recipe, init: str | None) -> Recipe:
+    """The recipe with another model.init; itself with None."""
+    if init is None:
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"init": init})})
+
+
+def _recorded_recipe(run_folder: Path, beginning: Beginning) -> Recipe | None:
+    """What the checkpoint that a run goes on from was trained with; None where nothing tells."""
     progress = checkpoint_folder.read_progress(Path(beginning.checkpoint))
     if progress is None:
         return None
     try:
-        recorded = record_before(run_folder, RECIPE_FILE, progress["samples"])
-        return load_recipe(str(recorded)).data.crops
+        return load_recipe(str(record_before(run_folder, RECIPE_FILE, progress["samples"])))
     except (OSError, ValueError):
         return None
 

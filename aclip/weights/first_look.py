@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from aclip.errors import ConfigError
-from aclip.files import expand_home
 from aclip.run_folder.checkpoint_folder import STUDENT, TEACHER, locate
 from aclip.run_folder.layout import METRICS_FILE, RECIPE_FILE
 
@@ -26,6 +25,7 @@ OPEN_CLIP_WEIGHTS = (
 )
 """What the weights in an open_clip folder may be called, in open_clip's order of preference."""
 HUGGING_FACE_CONFIG = "config.json"
+HUGGING_FACE_PROCESSOR = "processor_config.json"
 DUAL_ENCODER = "vision-text-dual-encoder"
 """The `model_type` of the Hugging Face folders that launch/export.py writes."""
 PLAIN_WEIGHTS = "model.safetensors"
@@ -73,7 +73,7 @@ def find_weights(path: Path) -> Found:
         raise ValueError(f"is no checkpoint: {problem}")
     if path.name in OPEN_CLIP_WEIGHTS and (path.parent / OPEN_CLIP_CONFIG).is_file():
         return Found("open_clip", path.parent, weights=path)
-    if path.name == PLAIN_WEIGHTS and _hugging_face_type(path.parent) == DUAL_ENCODER:
+    if path.name == PLAIN_WEIGHTS and hugging_face_type(path.parent) == DUAL_ENCODER:
         return Found("huggingface", path.parent, weights=path)
     return Found("file", path)
 
@@ -111,23 +111,11 @@ def find_checkpoint(path: str, model: str | None) -> tuple[Path, str]:
     return folder, model or ("teacher" if has_teacher else "student")
 
 
-def check_init(init: str) -> None:
-    """Raises ConfigError where `model.init` can't be weights, as far as a first look tells."""
-    named = expand_home(init, "--init")
-    path = Path(named.removeprefix(TIMM).removeprefix(LOCAL_DIR))
-    if not named or (named.startswith(TIMM) and not path.is_file()):
-        return  # of a model's name only timm can tell
-    try:
-        find_weights(path)
-    except ValueError as error:
-        raise refusal_of_init(init, error) from None
-
-
 def refusal_of_init(init: str, problem: ValueError) -> ConfigError:
     """The sentence about `--init`."""
     advice = (
-        "give a SLIP or A-CLIP checkpoint, an open_clip local-dir folder, a run of aclip, or timm: "
-        "with a file or name"
+        "give a SLIP or A-CLIP checkpoint, an open_clip local-dir folder, a run of aclip, hf-hub: "
+        "with a name of the Hub, or timm: with a file or name"
     )
     return refusal(f"--init is {init}", problem, advice)
 
@@ -181,7 +169,7 @@ def _look_into_folder(path: Path) -> Found:
         raise ValueError(f"holds {OPEN_CLIP_CONFIG}, but no {OPEN_CLIP_WEIGHTS[0]}")
     if locate(path) is not None:
         return Found("checkpoint", path)
-    model_type = _hugging_face_type(path)
+    model_type = hugging_face_type(path)
     if model_type == DUAL_ENCODER and (path / PLAIN_WEIGHTS).is_file():
         return Found("huggingface", path, weights=_sound(path / PLAIN_WEIGHTS))
     if model_type is not None:
@@ -218,17 +206,19 @@ def _content(folder: Path) -> str:
     if len(files) == 1:
         return f"holds {files[0]}; give that file"
     if files:
-        return f"holds {_some(files)}; give one of these files"
+        return f"holds {some(files)}; give one of these files"
     names = sorted(path.name for path in folder.iterdir())
-    return f"holds {_some(names)}" if names else "is empty"
+    return f"holds {some(names)}" if names else "is empty"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
     shown = ", ".join(names[:_MOST_NAMED])
     return f"{shown} and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else shown
 
 
-def _hugging_face_type(folder: Path) -> str | None:
+def hugging_face_type(folder: Path) -> str | None:
+    """The `model_type` of a Hugging Face folder; None where there is no config that says one."""
     try:
         config = json.loads((folder / HUGGING_FACE_CONFIG).read_text(encoding="utf-8"))
         return config.get("model_type")

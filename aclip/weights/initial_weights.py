@@ -54,8 +54,8 @@ def load_initial_weights(student: Student, init: str) -> InitReport:
 
     Args:
         init: a SLIP or A-CLIP checkpoint; a training checkpoint or `local-dir` folder of
-            open_clip's; a checkpoint, run folder or export of aclip; or `timm:` with a file or a
-            pretrained model's name, for the image tower alone.
+            open_clip's; a checkpoint, run folder or export of aclip; `hf-hub:` with a name of the
+            Hub; or `timm:` with a file or a pretrained model's name, for the image tower alone.
 
     Raises:
         ConfigError: nothing such is there, or its keys, shapes or heads are not the recipe's.

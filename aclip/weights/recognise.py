@@ -12,7 +12,8 @@ from torch import Tensor
 
 from aclip.files import expand_home
 from aclip.weights.checkpoint_weights import load_checkpoint_weights
-from aclip.weights.first_look import LOCAL_DIR, TIMM, Found, find_weights, refusal_of_init
+from aclip.weights.find_named import find_named
+from aclip.weights.first_look import TIMM, Found, find_weights, refusal_of_init
 from aclip.weights.formats import dual_encoder, open_clip, open_clip_run, plain, slip
 from aclip.weights.names import TowerFacts, tower_facts
 from aclip.weights.tensors_file import read_tensors
@@ -58,7 +59,7 @@ def open_weights(init: str) -> InitialWeights:
     try:
         if named.startswith(TIMM):
             return _open_timm(named.removeprefix(TIMM))
-        return open_found(find_weights(Path(named.removeprefix(LOCAL_DIR))))
+        return open_found(find_named(named))
     except ValueError as error:
         raise refusal_of_init(init, error) from None
 

@@ -1,9 +1,5 @@
 """A pretrained image tower of timm's, out of Hugging Face's cache or from its hub."""
 
-import ssl
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,10 +7,8 @@ import huggingface_hub.constants
 import timm
 from torch import Tensor
 
+from aclip.weights import hub
 from aclip.weights.names import TowerFacts, vit_facts
-
-PATIENCE = 5.0
-"""Seconds in which the hub has to answer."""
 
 
 def fetch_timm_model(name: str) -> tuple[dict[str, Tensor], TowerFacts]:
@@ -29,46 +23,22 @@ def fetch_timm_model(name: str) -> tuple[dict[str, Tensor], TowerFacts]:
     """
     if not timm.is_model(name):
         raise ValueError("is neither a file nor a model that timm knows")
-    hub = huggingface_hub.constants.ENDPOINT
-    is_offline = huggingface_hub.constants.HF_HUB_OFFLINE or not _answers(hub)
+    is_offline = not hub.is_reachable()
     try:
         with _offline(is_offline):
             vit = timm.create_model(name, pretrained=True, num_classes=0)
     except (RuntimeError, OSError, ValueError) as error:
         if is_offline:
             raise ValueError(
-                f"needs weights that are not in Hugging Face's cache, while {hub} can't be "
-                "reached; fetch them where it can be (HF_HOME says where the cache is), or give "
-                "timm: and a file"
+                f"needs weights that are not in Hugging Face's cache, while {hub.unreachable()}; "
+                "fetch them where it can be (HF_HOME says where the cache is), or give timm: and a "
+                "file"
             ) from None
         raise ValueError(f"timm can't fetch ({' '.join(str(error).split())})") from None
     try:
         return vit.state_dict(), vit_facts(vit)
     except (AttributeError, TypeError, LookupError):
         raise ValueError("is no VisionTransformer") from None
-
-
-def _answers(address: str) -> bool:
-    answers = []
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE)
-        except urllib.error.HTTPError:
-            answers.append(True)
-        except urllib.error.URLError as error:
-            # Somebody is there; whether the certificate will do is for the hub's client to say.
-            answers.extend([True] if isinstance(error.reason, ssl.SSLError) else [])
-        except (OSError, ValueError):
-            pass
-        else:
-            answers.append(True)
-
-    # A thread, since asking a name server knows no time limit.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    return bool(answers)
 
 
 @contextmanager

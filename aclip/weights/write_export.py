@@ -3,22 +3,37 @@
 import json
 from pathlib import Path
 
+import yaml
 from safetensors.torch import save_file
 
-from aclip.config.recipe_file import dump_recipe
+from aclip.config.public_values import public_name, public_values
 from aclip.config.text_folder import record_text_folder
 from aclip.errors import ConfigError
 from aclip.run_folder.layout import RECIPE_FILE, TEXT_FOLDER
 from aclip.weights.checkpoint_weights import CheckpointWeights
+from aclip.weights.first_look import LOCAL_DIR
 from aclip.weights.formats import open_clip, plain
+from aclip.weights.hub import HubName
 from aclip.weights.names import tower_facts
 
+SAVED_FROM = {
+    "_name_or_path",
+    "name_or_path",
+    "tokenizer_file",
+    "vocab_file",
+    "merges_file",
+    "special_tokens_map_file",
+}
+"""Keys under which transformers notes a place in a config."""
 
-def write_export(folder: Path, out: Path, output_format: str, weights: CheckpointWeights) -> str:
+
+def write_export(
+    folder: Path, out: Path | HubName, output_format: str, weights: CheckpointWeights
+) -> str:
     """Fills an empty folder, and returns how to load what is there.
 
     Args:
-        out: where the folder will stand.
+        out: where the folder will stand, or the name under which the Hub will hold its files.
 
     Raises:
         ConfigError: the format can't hold the towers.
@@ -38,19 +53,24 @@ def write_export(folder: Path, out: Path, output_format: str, weights: Checkpoin
     return write(folder, out, weights)
 
 
-def _write_open_clip(folder: Path, out: Path, weights: CheckpointWeights) -> str:
+def _write_open_clip(folder: Path, out: Path | HubName, weights: CheckpointWeights) -> str:
     tensors = open_clip.to_open_clip(weights.state)
     # open_clip's own files are contiguous, and safetensors takes no transposed view.
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / open_clip.WEIGHTS, {"format": "pt"})
     pooling = weights.student.image.pooling
-    config = open_clip.config(weights.recipe, pooling, out, weights.state)
+    place = str(out) if isinstance(out, HubName) else f"{LOCAL_DIR}{out.absolute()}"
+    config = open_clip.config(weights.recipe, pooling, place, weights.state)
     (folder / open_clip.CONFIG).write_text(json.dumps(config, indent=2))
-    advice = f"load: open_clip.create_model_and_transforms('local-dir:{out.absolute()}')"
-    if open_clip.has_portable_name(weights.recipe):
+    is_portable = open_clip.has_portable_name(weights.recipe)
+    if not is_portable:
+        text = json.dumps(open_clip.timm_config(weights.recipe), indent=2)
+        (folder / open_clip.TIMM_CONFIG).write_text(text)
+    if isinstance(out, HubName) and out.revision:
+        return f"load: launch/pretrain.py --init {out} (open_clip itself knows no revisions)"
+    advice = f"load: open_clip.create_model_and_transforms('{place}')"
+    if is_portable or isinstance(out, HubName):
         return advice
-    text = json.dumps(open_clip.timm_config(weights.recipe), indent=2)
-    (folder / open_clip.TIMM_CONFIG).write_text(text)
     return (
         f"{advice}\nopen_clip can't pass model.image.kwargs or a resolution to timm, so the config "
         "names this folder: after a move, correct timm_model_name in open_clip_config.json "
@@ -58,7 +78,7 @@ def _write_open_clip(folder: Path, out: Path, weights: CheckpointWeights) -> str
     )
 
 
-def _write_huggingface(folder: Path, out: Path, weights: CheckpointWeights) -> str:
+def _write_huggingface(folder: Path, out: Path | HubName, weights: CheckpointWeights) -> str:
     # Imported here, since transformers takes seconds.
     from aclip.weights.formats import huggingface
 
@@ -69,16 +89,35 @@ def _write_huggingface(folder: Path, out: Path, weights: CheckpointWeights) -> s
             f"{problem}; take --format open_clip"
         )
     huggingface.write(folder, weights.recipe, weights.student, weights.state)
+    source = repr(str(out))
+    if isinstance(out, HubName):
+        revision = f", revision={out.revision!r}" if out.revision else ""
+        source = f"{out.repository!r}{revision}"
     return (
-        f"load (transformers >= 5): VisionTextDualEncoderModel.from_pretrained('{out}'), "
-        f"VisionTextDualEncoderProcessor.from_pretrained('{out}')"
+        f"load (transformers >= 5): VisionTextDualEncoderModel.from_pretrained({source}), "
+        f"VisionTextDualEncoderProcessor.from_pretrained({source})"
     )
 
 
-def _write_plain(folder: Path, out: Path, weights: CheckpointWeights) -> str:
+def _write_plain(folder: Path, out: Path | HubName, weights: CheckpointWeights) -> str:
     plain.write(folder / plain.WEIGHTS, weights.state, tower_facts(weights.student))
-    (folder / RECIPE_FILE).write_text(dump_recipe(weights.recipe))
+    (folder / RECIPE_FILE).write_text(
+        yaml.safe_dump(public_values(weights.recipe), sort_keys=False)
+    )
     if weights.recipe.model.text.name:
         record_text_folder(weights.recipe.model.text, folder / TEXT_FOLDER)
+        for path in (folder / TEXT_FOLDER).glob("*config.json"):
+            _name_no_place(path)
+    if isinstance(out, HubName):
+        return f"load: launch/pretrain.py --init {out}"
     file = out / plain.WEIGHTS
     return f"load: safetensors.torch.load_file('{file}'), or launch/pretrain.py --init {file}"
+
+
+def _name_no_place(path: Path) -> None:
+    """Writes a JSON file anew without the paths that transformers notes where a model was saved."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for key in SAVED_FROM & values.keys():
+        if isinstance(values[key], str) and Path(values[key]).is_absolute():
+            values[key] = public_name(values[key])
+    path.write_text(json.dumps(values, indent=2), encoding="utf-8")

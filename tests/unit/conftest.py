@@ -53,6 +53,26 @@ def write_run(tmp_path):
 
 
 @pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for Hugging Face's Hub, which its client in this process asks, logged in; see
+    hub_server.py."""
+    import huggingface_hub.constants as constants
+    from hub_server import TOKEN, serving
+
+    with serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
+        yield hub
+
+
+@pytest.fixture
 def offsets_cache(tmp_path, monkeypatch) -> Path:
     """Where offsets of samples are kept in this test; its shards are no small ones."""
     monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))

@@ -8,7 +8,7 @@ from aclip.config.recipe_file import load_recipe
 from aclip.lock import release
 from aclip.run_folder import checkpoint_folder
 from aclip.training.run_record import record_run
-from aclip.training.take_folder import find_beginning, take_folder
+from aclip.training.take_folder import find_beginning, take_folder, with_init
 
 BATCH, SIZE = 4, 24  # six steps an epoch
 TINY = [f"train.global_batch_size={BATCH}", "train.epochs=1", "optimizer.lr=1e-3"]
@@ -40,6 +40,7 @@ def start(run, resume="auto", overrides=(), ds_values=ZERO1, allow_changes=False
         found = take_folder(run, resume, recipe, ds_config, allow_changes)
     finally:
         release(run)
+    recipe = with_init(recipe, found["init"])
     beginning = find_beginning(run, resume)
     samples = 0
     if beginning.checkpoint is not None:

@@ -9,10 +9,11 @@ from evaluation_folders import find_one, read_all, write_classes
 from PIL import Image
 
 from aclip.errors import ConfigError
-from aclip.evaluation.results import METRICS, published_results
+from aclip.evaluation.results import published_results
 from aclip.evaluation.sets import image_sets
 from aclip.evaluation.sets.catalog import catalog, find_tasks, is_retrieval
 from aclip.evaluation.sets.prompts import clip_benchmark_prompts, slip_prompts
+from aclip.run_folder.results_file import METRICS
 
 
 @pytest.fixture(autouse=True)

@@ -163,6 +163,7 @@ def test_what_checks_the_input_imports_neither_towers_nor_deepspeed():
         "reports.visualize",
         "training.start",
         "weights.export",
+        "weights.push",
     )
     code = f"import sys, {', '.join(f'aclip.{name}' for name in modules)}\n"
     code += "print(*{'timm', 'transformers', 'torchvision', 'deepspeed'} & sys.modules.keys())"

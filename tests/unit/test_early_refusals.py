@@ -80,7 +80,8 @@ def test_wrong_input_is_refused_at_once(run_script, tmp_path, arguments, sentenc
 @pytest.mark.parametrize(
     "code",
     [
-        "from aclip.weights.first_look import check_init, find_weights, find_checkpoint",
+        "from aclip.weights.find_named import check_init, find_named",
+        "from aclip.weights.push import push",
         "from aclip.nodes import doctor, start_ranks",
         "from aclip.reports.visualize import visualize",
     ],

@@ -16,7 +16,7 @@ from aclip.errors import ConfigError
 from aclip.evaluation.load_model import load_model
 from aclip.models.student import build_student
 from aclip.weights.export import export
-from aclip.weights.first_look import check_init
+from aclip.weights.find_named import check_init
 from aclip.weights.initial_weights import load_initial_weights
 from aclip.weights.names import tower_facts
 

@@ -29,9 +29,12 @@ TEXT = {
     "arguments",  # pretrain.py's
     "caption_column",
     "image_column",
+    "license",
     "master_addr",
     "name",  # a pattern of names inside a folder
     "published",
+    "push",  # a name on the Hub
+    "revision",
     "rows",
     "rsh",
     "separator",

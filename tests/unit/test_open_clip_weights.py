@@ -14,7 +14,7 @@ from aclip.errors import ConfigError
 from aclip.evaluation.load_model import load_model
 from aclip.method.tokens import clip_tokens
 from aclip.models.student import build_student
-from aclip.weights.first_look import check_init
+from aclip.weights.find_named import check_init
 from aclip.weights.initial_weights import load_initial_weights
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 96, "heads": 3, "layers": 2}

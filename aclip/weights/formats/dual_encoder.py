@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, cat, equal, eye, zeros_like
 
 from aclip.weights.first_look import HUGGING_FACE_CONFIG
+from aclip.weights.first_look import HUGGING_FACE_PROCESSOR as PROCESSOR
 from aclip.weights.formats.clip_text import PREFIX
 from aclip.weights.names import LOGIT_SCALE, TowerFacts
 
-PROCESSOR = "processor_config.json"
 _VISION, _TEXT, _POOLER = "vision_model.", "text_model.", "vision_model.pooler.dense."
 _VIT = {
     "embeddings.cls_token": "cls_token",

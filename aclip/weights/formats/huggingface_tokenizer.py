@@ -1,12 +1,13 @@
 """CLIP's byte-pair encoding as a tokenizer.json, with as much of training's cleaning as it can say.
 
-Training cleans captions with ftfy and html.unescape. Here quotes are straightened, common HTML
-entities and ligatures resolved, control characters removed, text brought to NFC and lower case and
-white space joined; what stays different is mojibake, full-width letters and rare entities.
+Training cleans captions with ftfy and html.unescape. Here quotes are straightened, the HTML
+entities of European text, ligatures and full-width letters resolved, control characters removed,
+text brought to NFC and lower case and white space joined. NOT_CLEANED says what stays different.
 """
 
 import gzip
 import html
+from html.entities import name2codepoint
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -17,7 +18,16 @@ from aclip.method.tokens import END_ID, START_ID
 # As open_clip's tokeniser calls them, so that a caption that spells one out gets the same id.
 START, END = "<start_of_text>", "<end_of_text>"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-ENTITIES = ("amp", "lt", "gt", "quot", "apos", "nbsp", "#34", "#38", "#39", "#039", "#160", "#x27")
+AMPERSANDS = ("amp", "AMP", "#38", "#038", "#x26")
+ENTITIES = (
+    *(
+        name
+        for name, code in name2codepoint.items()
+        if name != "amp" and (code < 0x180 or 0x2000 <= code < 0x2200)
+    ),
+    *("LT", "GT", "QUOT", "apos", "#34", "#034", "#39", "#039", "#160", "#x27", "#8217"),
+)
+"""The named ones of Latin letters and of signs, and numbers that are common."""
 # What ftfy replaces: pattern, replacement.
 CLEANING = (
     ("[\u02bc\u2018-\u201b]", "'"),
@@ -29,6 +39,21 @@ CLEANING = (
     ("\ufb04", "ffl"),
     (r"[\x00-\x08\x0b\x0e-\x1f\x7f\x{206a}-\x{206f}\x{feff}\x{fff9}-\x{fffc}]", ""),
 )
+FULL_WIDTH = {
+    chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F) if not chr(code).isupper()
+}
+"""Full-width signs of ASCII, after capitals have become small, and what ftfy makes of them."""
+NOT_CLEANED = (
+    "A tokenizer.json can't clean every caption as training does. It resolves quotes, ligatures, "
+    "full-width letters, white space, capitals and the HTML entities of European text, but not "
+    "text that was decoded wrongly (`Ã©` for `é`), other numeric entities than those of quotes "
+    "(`&#233;`), entities of rare signs or without their semicolon (`&alpha;`, `&copy 2020`), "
+    "half-width katakana, and control characters of Windows. For captions straight from the web, "
+    'call `open_clip.tokenizer.get_clean_fn("lower")` on each first; then all tokens are those of '
+    "training, but for a curly quote that is an entity beside a `<`: it is straightened, where "
+    "training leaves it."
+)
+"""What the tokeniser does otherwise than training, for the card."""
 
 
 def build_tokenizer(context_length: int) -> PreTrainedTokenizerFast:
@@ -60,17 +85,22 @@ def build_tokenizer(context_length: int) -> PreTrainedTokenizerFast:
 
 
 def _cleaning() -> list[normalizers.Normalizer]:
+    ampersands = [normalizers.Replace(f"&{name};", "&") for name in AMPERSANDS]
     resolve = [normalizers.Replace(f"&{e};", html.unescape(f"&{e};")) for e in ENTITIES]
     replace = [normalizers.Replace(Regex(pattern), text) for pattern, text in CLEANING]
     return [
-        # Twice, as in training: "&amp;lt;" is "<".
-        *resolve,
+        # Training resolves again what has become an entity: "&amp;amp;lt;" is "<".
+        *ampersands,
+        *ampersands,
         *resolve,
         *replace,
         normalizers.NFC(),
         normalizers.Replace(Regex(r"\s+"), " "),
         normalizers.Strip(),
+        # Python's small sigma depends on its place, that of tokenizers does not.
+        normalizers.Replace(Regex(r"(?<=\p{L})Σ(?!\p{L})"), "ς"),
         normalizers.Lowercase(),
+        *(normalizers.Replace(wide, narrow) for wide, narrow in FULL_WIDTH.items()),
     ]
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from aclip.config.recipe import Recipe
 from aclip.method.tokens import VOCAB_SIZE
+from aclip.weights.first_look import LOCAL_DIR, OPEN_CLIP_WEIGHTS
 from aclip.weights.first_look import OPEN_CLIP_CONFIG as CONFIG
-from aclip.weights.first_look import OPEN_CLIP_WEIGHTS
 from aclip.weights.formats.clip_text import from_clip_text, to_clip_text
 from aclip.weights.formats.open_clip_vit import MARK, from_open_clip_vit
+from aclip.weights.hub import HUB
 from aclip.weights.names import LOGIT_BIAS, LOGIT_SCALE, TowerFacts, vit_facts
 
 WEIGHTS = OPEN_CLIP_WEIGHTS[0]
@@ -74,17 +75,18 @@ def has_portable_name(recipe: Recipe) -> bool:
     return default.patch_embed.img_size == (image.resolution, image.resolution)
 
 
-def config(recipe: Recipe, pooling: str, folder: Path, state: dict[str, Tensor]) -> dict[str, Any]:
+def config(recipe: Recipe, pooling: str, place: str, state: dict[str, Tensor]) -> dict[str, Any]:
     """open_clip_config.json of a recipe's model.
 
     Args:
         pooling: the image tower's, as timm calls it.
         state: the model's tensors by aclip's names.
-        folder: where the export will stand. A tower without a portable name is read by timm from
-            the config.json in there, see `timm_config`.
+        place: where the export will stand, as `local-dir:` and a folder or `hf-hub:` and a name. A
+            tower without a portable name is read by timm from the config.json in there, see
+            `timm_config`.
     """
     model, text = recipe.model, recipe.model.text
-    name = model.image.name if has_portable_name(recipe) else f"local-dir:{folder.absolute()}"
+    name = model.image.name if has_portable_name(recipe) else place
     # open_clip builds the bias only where the config gives it a value to start at.
     bias = {"init_logit_bias": state[LOGIT_BIAS].item()} if LOGIT_BIAS in state else {}
     return {
@@ -146,11 +148,14 @@ def read_config(folder: Path) -> TowerFacts:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
     except (OSError, UnicodeDecodeError, ValueError, LookupError, TypeError):
         raise ValueError(f"has no readable {CONFIG}") from None
-    return facts_of_config(values)
+    return facts_of_config(values, folder)
 
 
-def facts_of_config(values: dict[str, Any]) -> TowerFacts:
+def facts_of_config(values: dict[str, Any], folder: Path | None = None) -> TowerFacts:
     """What the `model_cfg` of a config, or a config that ships with open_clip, says about a model.
+
+    Args:
+        folder: holds the config; None for one that ships with open_clip.
 
     Raises:
         ValueError: a tower that aclip can't hold; the message ends a sentence.
@@ -166,6 +171,7 @@ def facts_of_config(values: dict[str, Any]) -> TowerFacts:
     if not name:
         heads = vision.get("width", 768) // vision.get("head_width", _HEAD_WIDTH)
         return TowerFacts(heads, text_heads, "QuickGELU")
+    name = name if folder is None else _at_hand(name, folder)
     try:
         with torch.device("meta"):
             vit = timm.create_model(name, num_classes=0)
@@ -177,6 +183,19 @@ def facts_of_config(values: dict[str, Any]) -> TowerFacts:
     if pooling not in (vit.global_pool, ""):
         raise ValueError(f"pools patches by {pooling}, not by {vit.global_pool} as timm's {name}")
     return replace(image, text_heads=text_heads)
+
+
+def _at_hand(name: str, folder: Path) -> str:
+    """The name of an image tower, without a need to ask the Hub: where its config.json, which was
+    pushed together with the model's config, lies in this folder, the name is the folder's."""
+    if not name.startswith(HUB):
+        return name
+    try:
+        values = json.loads((folder / TIMM_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return name
+    is_timms = isinstance(values, dict) and "architecture" in values
+    return f"{LOCAL_DIR}{folder.absolute()}" if is_timms else name
 
 
 def recipe_values(folder: Path) -> tuple[dict[str, Any], str]:
@@ -199,11 +218,12 @@ def recipe_values(folder: Path) -> tuple[dict[str, Any], str]:
             "has open_clip's own image tower; say with --recipe which of timm's vit_..._clip "
             "towers has its shapes"
         )
-    if name.startswith("local-dir:"):
-        timm_values = json.loads((Path(name.removeprefix("local-dir:")) / TIMM_CONFIG).read_text())
+    name = _at_hand(name, folder)
+    if name.startswith(LOCAL_DIR):
+        timm_values = json.loads((Path(name.removeprefix(LOCAL_DIR)) / TIMM_CONFIG).read_text())
         name, kwargs = timm_values["architecture"], dict(timm_values.get("model_args", {}))
         kwargs.pop("img_size", None)
-    elif name.startswith("hf-hub:"):
+    elif name.startswith(HUB):
         raise ValueError(f"names the timm model {name}, whose arguments are not in the folder")
     size = vision.get("image_size", 224)
     resize, scale = (

@@ -1,5 +1,6 @@
 """aclip's own names in one safetensors file, for whoever loads weights by hand, and for --init."""
 
+import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -27,10 +28,25 @@ def from_plain(key: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def write(path: Path, state: dict[str, Tensor], facts: TowerFacts) -> None:
-    """Writes a state with aclip's names, and what shapes don't tell as the file's metadata."""
+    """Writes a state with aclip's names, and what shapes don't tell as the file's metadata.
+
+    The same model gives the same bytes, so that the Hub knows a file that it has already.
+    """
     metadata = {"format": "pt"}
     metadata |= {name: str(value) for name, value in vars(facts).items() if value is not None}
     save_file(state, path, metadata)
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Brings a file's metadata into an order, since safetensors writes them in none."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def read_facts(path: Path) -> TowerFacts:
