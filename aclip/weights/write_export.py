@@ -3,15 +3,19 @@
 import json
 from pathlib import Path
 
+import yaml
 from safetensors.torch import save_file
 
-from aclip.config.recipe_file import dump_recipe
+from aclip.config.public_values import public_name, public_values
 from aclip.config.text_folder import record_text_folder
 from aclip.errors import ConfigError
 from aclip.run_folder.layout import RECIPE_FILE, TEXT_FOLDER
 from aclip.weights.checkpoint_weights import CheckpointWeights
 from aclip.weights.formats import open_clip, plain
 from aclip.weights.names import tower_facts
+
+SAVED_FROM = {"_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file"}
+"""Keys under which transformers notes a place in a config."""
 
 
 def write_export(folder: Path, out: Path, output_format: str, weights: CheckpointWeights) -> str:
@@ -77,8 +81,21 @@ def _write_huggingface(folder: Path, out: Path, weights: CheckpointWeights) -> s
 
 def _write_plain(folder: Path, out: Path, weights: CheckpointWeights) -> str:
     plain.write(folder / plain.WEIGHTS, weights.state, tower_facts(weights.student))
-    (folder / RECIPE_FILE).write_text(dump_recipe(weights.recipe))
+    (folder / RECIPE_FILE).write_text(
+        yaml.safe_dump(public_values(weights.recipe), sort_keys=False)
+    )
     if weights.recipe.model.text.name:
         record_text_folder(weights.recipe.model.text, folder / TEXT_FOLDER)
+        for path in (folder / TEXT_FOLDER).glob("*config.json"):
+            _name_no_place(path)
     file = out / plain.WEIGHTS
     return f"load: safetensors.torch.load_file('{file}'), or launch/pretrain.py --init {file}"
+
+
+def _name_no_place(path: Path) -> None:
+    """Writes a JSON file anew without the paths that transformers notes where a model was saved."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for key in SAVED_FROM & values.keys():
+        if isinstance(values[key], str) and Path(values[key]).is_absolute():
+            values[key] = public_name(values[key])
+    path.write_text(json.dumps(values, indent=2), encoding="utf-8")

@@ -19,9 +19,19 @@ from transformers import (
 from aclip.config.recipe import Recipe
 from aclip.models.student import Student
 from aclip.weights.formats.clip_text import PREFIX, TEXT_PROJECTION
-from aclip.weights.formats.huggingface_tokenizer import build_tokenizer
+from aclip.weights.formats.huggingface_tokenizer import NOT_CLEANED, build_tokenizer
 from aclip.weights.names import LOGIT_SCALE
 
+DIFFERENCES = (
+    NOT_CLEANED,
+    "The image processor cuts the centre rounding half a pixel down, training to even: for one "
+    "image in four the square lies one pixel further to the left or top.",
+)
+"""What transformers does otherwise than training, for the card."""
+NO_BIAS = (
+    "The logit bias of SigLIP's loss has no place in this format. It is the same for all pairs, so "
+    "that no ranking changes; probabilities are those of a softmax over the texts."
+)
 _VIT = "image.vit."
 _VIT_ONCE = {
     "cls_token": "embeddings.cls_token",
