@@ -7,7 +7,6 @@ import re
 import runpy
 import sys
 from pathlib import Path
-from typing import get_args
 
 import huggingface_hub
 import pytest
@@ -16,16 +15,11 @@ from carded_run import write_carded_run, write_results
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from aclip.config.recipe_file import load_recipe, recipe_names
-from aclip.config.sections import TextConfig
+from aclip.config.recipe_file import load_recipe
 from aclip.data.images.views import center_crop
 from aclip.data.tokenizer import Tokenizer
 from aclip.errors import ConfigError
-from aclip.method.losses.terms import TERMS
-from aclip.method.masks.policies import POLICIES
-from aclip.planning.run_flops import sample_flops
 from aclip.weights.card.options import CardOptions
-from aclip.weights.card.words import LOSSES, MASKS, REDUCTIONS, describe, papers_of
 from aclip.weights.export import export
 
 ROOT = Path(__file__).parents[2]
@@ -257,15 +251,6 @@ def test_the_script_gives_all_that_it_is_told(tmp_path, monkeypatch):
     assert section(card, "Data") == "- the built-in scenes of aclip: 100 image-caption pairs"
 
 
-def test_flops_of_a_vit_b_16_are_near_its_published_figure():
-    """17.58 G multiply-adds forward (DeiT, arXiv:2012.12877) and twice as many backward; the text
-    tower's 12 layers of width 512 add 24 d^2 FLOPs a layer for each of 20 tokens. Of the 12th
-    block, of both, only the row of the feature is computed."""
-    image, text = 2 * 17.58e9, 12 * 24 * 512**2 * 20
-    expected = 3 * (image + text) * 11 / 12
-    assert sample_flops(load_recipe("clip_vitb16"), 15e6) == pytest.approx(expected, rel=0.01)
-
-
 def test_pictures_are_shown_only_where_they_are_the_scenes_or_named(private_run, tmp_path):
     photo = tmp_path / "photo.jpg"
     exif = Image.Exif()
@@ -311,58 +296,3 @@ def test_results_that_are_something_else_are_refused(private_run, tmp_path):
     with pytest.raises(ConfigError, match="shards.json is not JSON; put back"):
         write(private_run, tmp_path / "out", "safetensors")
     assert not (tmp_path / "out").exists()
-
-
-class Towers:
-    """In place of a student: only the sizes of the towers are read of it."""
-
-    image = text = torch.nn.Linear(1000, 1000, device="meta")
-
-
-def test_every_part_of_a_recipe_has_words():
-    reductions = TextConfig.model_fields["reduce"].annotation
-    assert REDUCTIONS.keys() == set(get_args(reductions))
-    assert MASKS.keys() == POLICIES.keys() - {"none"}
-    assert LOSSES.keys() == {term.name for term in TERMS}
-    for name in recipe_names():
-        assert {"Image tower", "Mask", "Losses"} <= describe(load_recipe(name), Towers).keys()
-
-
-def test_a_recipe_in_words():
-    lines = describe(load_recipe("aclip_fast_vitb16", ["model.init=/x/y.pt"]), Towers)
-    assert lines == {
-        "Image tower": "`vit_base_patch16_224` of timm, 224 px, 14 x 14 patches, 1.0 M parameters",
-        "Text tower": "CLIP's transformer, 12 layers of width 512, 8 heads, up to 77 tokens, 1.0 M "
-        "parameters",
-        "Joint embedding": "512 numbers",
-        "Start": "from the weights y.pt",
-        "Mask": "`attentive`: of each view 50 % of its blocks of 2 x 2 patches are kept, those "
-        "that the teacher attends to most; at random in the first 10 % of the steps",
-        "Views": "2 views of an image beside its caption, 50 to 100 % of its area; the teacher "
-        "reads the image at 112 px in one epoch of 4",
-        "Captions": "up to 77 tokens",
-        "Losses": "1 x CLIP's contrastive loss (`loss.contrastive`), 1 x SimCLR between two views "
-        "(`loss.simclr`)",
-        "Average": "the teacher, an average of the weights with momentum 0.996, rising to 1",
-        "Optimizer": "adamw, 4,096 images a step, learning rate 0.0005 (cosine), weight decay 0.5",
-    }
-    lines = describe(load_recipe("clipf_vitb16"), Towers)
-    assert lines["Captions"] == (
-        "up to 8 tokens, of a longer one random words, of which common ones go first"
-    )
-    assert "Average" not in lines and "Start" not in lines
-
-
-SOURCES = {
-    "flip_vitb16": "2212.00794", "glip_vitb16": "2403.15837", "cluster_vitb16": "2405.08815",
-    "clipa_vitb16": "2305.07017", "clipf_vitb16": "2412.16148", "siglip_vitb16": "2303.15343",
-    "superclip_vitb16": "2512.14480", "lit_vitb16": "2111.07991", "slip_vitb16": "2112.12750",
-    "maskclip_vitb16": "2208.12262", "aclip_clipf_vitb16": "2412.16148",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_the_paper_that_a_recipe_names_is_cited(name):
-    assert f"arXiv:{SOURCES[name]}" in (ROOT / f"aclip/recipes/{name}.yaml").read_text()
-    assert SOURCES[name] in papers_of(load_recipe(name)).values()
-    assert SOURCES[name] not in papers_of(load_recipe("clip_vitb16")).values()

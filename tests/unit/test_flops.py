@@ -10,6 +10,7 @@ from aclip.models.student import Student
 from aclip.planning import measure_step as module_under_test
 from aclip.planning.measure_step import MODES, measure_run, measure_step
 from aclip.planning.meter import Flops, add_up
+from aclip.planning.run_flops import sample_flops
 
 # The demo's towers: 64 patches of 8 x 8 pixels, of which a view keeps 32 in 8 blocks of 4.
 WIDTH, DEPTH, HEADS, PATCHES, KEPT, PIXELS = 96, 4, 3, 64, 32, 3 * 8 * 8
@@ -278,3 +279,12 @@ def test_every_recipe_is_measured(name):
     assert ("mask" in parts) == (recipe.mask.policy == "cluster")
     assert add_up(parts).backward > 0
     assert not torch.distributed.is_initialized()
+
+
+def test_flops_of_a_vit_b_16_are_near_its_published_figure():
+    """17.58 G multiply-adds forward (DeiT, arXiv:2012.12877) and twice as many backward; the text
+    tower's 12 layers of width 512 add 24 d^2 FLOPs a layer for each of 20 tokens. Of the 12th
+    block, of both, only the row of the feature is computed."""
+    image, text = 2 * 17.58e9, 12 * 24 * 512**2 * 20
+    expected = 3 * (image + text) * 11 / 12
+    assert sample_flops(load_recipe("clip_vitb16"), 15e6) == pytest.approx(expected, rel=0.01)
