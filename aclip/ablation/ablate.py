@@ -6,8 +6,9 @@ import os
 import sys
 from pathlib import Path
 
-from aclip.ablation.results import QUARTERS, read_results
-from aclip.ablation.rows import Case, Row, choose_rows, decided_by, make_cases
+from aclip.ablation.cases import Case, at_quarters, make_cases
+from aclip.ablation.results import read_results
+from aclip.ablation.rows import Row, choose_rows, decided_by
 from aclip.ablation.rows_file import SUFFIXES, read_rows
 from aclip.ablation.runs import Run, Runner, make_runs
 from aclip.cli import EXIT_FAILED_RUNS, EXIT_STOPPED_BY_SIGNAL
@@ -15,7 +16,6 @@ from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe_file import load_recipe
 from aclip.data.find_data import find_data
 from aclip.data.fingerprint import count_shards
-from aclip.data.synthetic import batch_of_mean_captions, mean_in_training
 from aclip.errors import ConfigError, NotWritten
 from aclip.files import check_writable
 from aclip.lock import claim
@@ -30,13 +30,15 @@ DECIDED_HERE = {
     "mask.keep_ratio",
     "train.seed",
     "train.evaluate_every",
+    "train.evaluate_at",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.upload_to",
 }
 """Keys of the recipe that no override and no row may set."""
-EQUAL_IN_ALL_ROWS = {"train.epochs", "train.global_batch_size"}
-"""Keys that fix the quarters of the schedule: an override may set them, a row may not."""
+LENGTH = {"train.epochs", "train.samples"}
+EQUAL_IN_ALL_ROWS = {*LENGTH, "train.global_batch_size"}
+"""An override may set them, a row may not, except for the length of a row with stages."""
 
 
 def ablate(arguments: argparse.Namespace) -> int:
@@ -54,13 +56,11 @@ def ablate(arguments: argparse.Namespace) -> int:
     # Imported here: charts take seconds, which no wrong input should cost.
     from aclip.ablation.report import MARKDOWN, PAGE, make_report, write_files, write_report
 
-    gflops = {run.case.name: _gflops(run.case) for run in runs if run.seed == 0}
-
     title = f"Ablation {output.name}"
 
     def report() -> None:
         try:
-            write_report(read_results(runs), gflops, title, output)
+            write_report(read_results(runs), title, output)
         except NotWritten as error:  # a full disk must not end the runs
             print(f"the report was not written: {error}", flush=True)
 
@@ -70,7 +70,7 @@ def ablate(arguments: argparse.Namespace) -> int:
     devices = _devices(arguments.processes, num_left) if num_left else []
     failed, was_stopped = Runner(command, devices, report).run(runs)
     if any(run.is_finished for run in runs):
-        files = make_report(read_results(runs), gflops, title)
+        files = make_report(read_results(runs), title)
         print(files[MARKDOWN].decode(), end="", flush=True)  # before a write that can fail
         write_files(files, output)
         print(f"wrote {output / PAGE} and {output / MARKDOWN}", flush=True)
@@ -114,14 +114,8 @@ def _make_runs(arguments: argparse.Namespace) -> list[Run]:
             f"are compared after {LEAST_STEPS} steps at the least; raise train.epochs to "
             f"{enough:g} or more"
         )
-    every = math.ceil(steps / QUARTERS) * train.global_batch_size
-    schedule = [
-        f"train.evaluate_every={every}",
-        f"train.checkpoint_every={every}",
-        "train.keep_checkpoints=1",
-    ]
-    overrides = [*arguments.overrides, *schedule]
-    cases = make_cases(rows, arguments.recipe, overrides, arguments.keep_ratio)
+    cases = make_cases(rows, arguments.recipe, arguments.overrides, arguments.keep_ratio)
+    cases = [_planned(case, dataset_size) for case in cases]
     data = count_shards(recipe.data, shards)
     data["val_samples"] = sum(shard.num_samples for shard in val_shards)
     runs = make_runs(cases, arguments.seeds, output, ds_config.values, data)
@@ -150,15 +144,18 @@ def _choose_rows(arguments: argparse.Namespace) -> list[Row]:
             "behind it"
         )
     rows = read_rows(names[0], names[1:]) if is_file[0] else choose_rows(names)
+    decided = DECIDED_HERE | (decided_by(rows) - LENGTH)
     for override in arguments.overrides:
         key = override.partition("=")[0]
-        if key in DECIDED_HERE | decided_by(rows):
+        if key in decided or (key.startswith("stages.") and "stages" in decided):
             raise ConfigError(
                 f"override is {override}, but an ablation decides {key}, by its rows, "
                 "--keep_ratio, --seeds or the quarters of the schedule; leave it out"
             )
     for row in rows:
         allowed = set() if row.drops_patches else {"mask.keep_ratio"}
+        if "stages" in decided_by([row]):
+            allowed |= LENGTH
         for key in sorted(decided_by([row]) & (DECIDED_HERE | EQUAL_IN_ALL_ROWS) - allowed):
             raise ConfigError(
                 f"row {row.name} sets {key}, which is equal in all rows; give it on the command "
@@ -167,13 +164,13 @@ def _choose_rows(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _gflops(case: Case) -> float:
+def _planned(case: Case, dataset_size: int) -> Case:
+    """The case with the points at which its runs are evaluated."""
     # Imported here, since the towers take seconds.
-    from aclip.planning.measure_step import measure_run
+    from aclip.planning.run_flops import RunMeter
 
-    length = mean_in_training(case.recipe, CAPTION_TOKENS)
-    batch = batch_of_mean_captions(case.recipe, length, math.ceil(length))
-    return measure_run(case.recipe, batch, modes=("none",)).total_flops / 1e9
+    run = RunMeter(case.recipe, CAPTION_TOKENS).run(case.recipe, dataset_size)
+    return at_quarters(case, run.samples, run.flops)
 
 
 def _devices(num_processes: int | None, num_runs: int) -> list[dict[str, str]]:

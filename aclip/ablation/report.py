@@ -7,7 +7,8 @@ from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
-from aclip.ablation.results import QUARTERS, Mean, Result, difference
+from aclip.ablation.cases import QUARTERS
+from aclip.ablation.results import Mean, Result, difference
 from aclip.files import write_whole
 from aclip.reports.charts import Line, draw_chart
 from aclip.reports.document import (
@@ -37,21 +38,21 @@ PUBLISHED_RATIOS = (None, 0.5)
 ALIKE = "~"
 """Stands between two rows that the seeds can't tell apart."""
 LEGEND = (
-    "Mean of the seeds ± standard error, of the student, at each quarter of the schedule. "
+    "Mean of the seeds ± standard error, of the student, at each quarter of a run. "
     "Object's patches kept: by the mask at the end, in brackets by that before training. "
-    "FLOPs and time of a sample are relative to the first row; FLOPs are the average over a run, "
-    "the time is that of the runs themselves, waiting for data included. Published: ImageNet-1K "
-    "zero-shot, ViT-B/16, YFCC-15M, 25 epochs, half of the patches kept (arXiv:2212.08653)."
+    "FLOPs and time are those of a run in all its stages, relative to the first row; the time is "
+    "that of its steps, waiting for data included. Published: ImageNet-1K zero-shot, ViT-B/16, "
+    "YFCC-15M, 25 epochs, half of the patches kept (arXiv:2212.08653)."
 )
 
 
-def write_report(results: list[Result], gflops: dict[str, float], title: str, out: Path) -> None:
+def write_report(results: list[Result], title: str, out: Path) -> None:
     """Makes a report and writes it into `out`.
 
     Raises:
         NotWritten: that is not possible.
     """
-    write_files(make_report(results, gflops, title), out)
+    write_files(make_report(results, title), out)
 
 
 def write_files(files: dict[str, bytes], out: Path) -> None:
@@ -59,12 +60,11 @@ def write_files(files: dict[str, bytes], out: Path) -> None:
         write_whole(out / name, content)
 
 
-def make_report(results: list[Result], gflops: dict[str, float], title: str) -> dict[str, bytes]:
+def make_report(results: list[Result], title: str) -> dict[str, bytes]:
     """The charts, ablation.json, .html and .md, by their names.
 
     Args:
         results: at least one.
-        gflops: what a step takes for a sample, by the case's name.
         title: the page's title.
     """
     blocks: list[Block] = []
@@ -74,7 +74,7 @@ def make_report(results: list[Result], gflops: dict[str, float], title: str) -> 
         name = f"{SHARES[metric]}, %, {keep} % of the patches kept"
         chart = Picture(name, draw_chart(_curves(group)), f"accuracy-keep{keep}.png")
         pictures.append(chart)
-        blocks += [Heading(name), _table(group, gflops)]
+        blocks += [Heading(name), _table(group)]
         if len(group) > 1:
             blocks.append(Text(_order(group)))
         differences = _differences(group)
@@ -84,7 +84,7 @@ def make_report(results: list[Result], gflops: dict[str, float], title: str) -> 
     blocks.append(Text(LEGEND))
     return {
         **{picture.file: picture.content for picture in pictures},
-        FIGURES: _json(results, gflops),
+        FIGURES: _json(results),
         PAGE: to_html(title, blocks).encode(),
         MARKDOWN: to_markdown(title, blocks).encode(),
     }
@@ -98,7 +98,7 @@ def _by_keep_ratio(results: list[Result]) -> Iterator[tuple[str, list[Result]]]:
         yield "100" if ratio is None else f"{100 * ratio:g}", group
 
 
-def _table(group: list[Result], gflops: dict[str, float]) -> Table:
+def _table(group: list[Result]) -> Table:
     header = ["", *QUARTER_TITLES, "object's patches kept", "FLOPs", "time", "published", "seeds"]
     first = group[0]
     rows = []
@@ -109,8 +109,8 @@ def _table(group: list[Result], gflops: dict[str, float]) -> Table:
                 result.case.label,
                 *(_show(mean) for mean in result.accuracy()),
                 f"{_show(objects[1])} ({_show(objects[0])})" if objects else "",
-                f"{gflops[result.case.name] / gflops[first.case.name]:.2f}",
-                f"{first.images_per_second() / result.images_per_second():.2f}",
+                f"{result.case.flops[-1] / first.case.flops[-1]:.2f}",
+                f"{result.seconds() / first.seconds():.2f}",
                 _published(result),
                 str(len(result.outcomes)),
             )
@@ -177,13 +177,13 @@ def _curves(group: list[Result]) -> list[Line]:
     return lines
 
 
-def _json(results: list[Result], gflops: dict[str, float]) -> bytes:
+def _json(results: list[Result]) -> bytes:
     rows = [
         {
             "row": result.case.row.name,
             "keep_ratio": result.case.keep_ratio,
             "overrides": result.case.overrides,
-            "gflops": gflops[result.case.name],
+            "flops": result.case.flops,
             "seeds": {seed: asdict(outcome) for seed, outcome in result.outcomes.items()},
         }
         for result in results

@@ -4,13 +4,12 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from aclip.ablation.rows import Case
+from aclip.ablation.cases import Case
 from aclip.ablation.runs import Run
+from aclip.config.recipe_file import stages_of
 from aclip.errors import ConfigError
-from aclip.run_folder.metrics_file import read_metrics
+from aclip.run_folder.metrics_file import StepLine, read_metrics
 
-QUARTERS = 4
-"""A run is evaluated at each quarter of its schedule."""
 METRICS = ("zero_shot_top1", "image_to_text_r1")
 """The first of them that the validation set allows is compared."""
 OBJECTS = "object_patches_kept"
@@ -35,17 +34,18 @@ class Outcome:
 
     Attributes:
         metric: the metric's name.
-        points: the student's values at 0, 25, 50, 75 and 100 % of the schedule.
+        points: the student's values at 0, 25, 50, 75 and 100 % of the run.
         samples: how many samples the run had seen at these points.
-        objects: the share of the objects' patches that the mask kept there; empty if unknown.
-        images_per_second: the median of the log steps.
+        objects: the share of the objects' patches that the mask kept at those of them at which
+            there was one; empty if unknown.
+        seconds: what the steps took, by each stage's median of the log steps.
     """
 
     metric: str
     points: list[float]
     samples: list[int]
     objects: list[float]
-    images_per_second: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Result:
     outcomes: dict[int, Outcome]
 
     def accuracy(self) -> list[Mean]:
-        """The means at 25, 50, 75 and 100 % of the schedule."""
+        """The means at 25, 50, 75 and 100 % of the run."""
         each = [outcome.points[1:] for outcome in self.outcomes.values()]
         return [Mean.of(list(values)) for values in zip(*each, strict=True)]
 
@@ -65,8 +65,8 @@ class Result:
         each = [[o.objects[0], o.objects[-1]] for o in self.outcomes.values() if o.objects]
         return [Mean.of(list(values)) for values in zip(*each, strict=True)]
 
-    def images_per_second(self) -> float:
-        return statistics.median(outcome.images_per_second for outcome in self.outcomes.values())
+    def seconds(self) -> float:
+        return statistics.median(outcome.seconds for outcome in self.outcomes.values())
 
 
 def read_results(runs: list[Run]) -> list[Result]:
@@ -105,26 +105,41 @@ def _read(run: Run) -> Outcome:
             f"{run.folder} can't be read ({error.strerror}); remove it, and the same command "
             "trains it again"
         ) from None
-    evaluations = {
-        name: [line for line in metrics.evaluations if line.evaluation == name]
+    points = run.case.points
+    students, masks = (
+        {line.samples: line.metrics for line in metrics.evaluations if line.evaluation == name}
         for name in ("student", "mask")
-    }
-    students = evaluations["student"]
-    if len(students) != QUARTERS + 1:
+    )
+    missing = [samples for samples in points if samples not in students]
+    if missing:
         raise ConfigError(
-            f"{run.folder} holds {len(students)} evaluations, not {QUARTERS + 1}; remove it, and "
-            "the same command trains it again"
+            f"{run.folder} holds no evaluation after {missing[0]} samples; remove it, and the same "
+            "command trains it again"
         )
-    metric = next((name for name in METRICS if name in students[-1].metrics), None)
+    metric = next((name for name in METRICS if name in students[points[-1]]), None)
     if metric is None:
         raise ConfigError(
             f"{run.folder} was evaluated without {' and '.join(METRICS)}; put captions, or class "
             "names, beside the validation set"
         )
+    kept = [masks.get(samples, {}).get(OBJECTS) for samples in points]
     return Outcome(
         metric,
-        [line.metrics[metric] for line in students],
-        [line.samples for line in students],
-        [line.metrics[OBJECTS] for line in evaluations["mask"] if OBJECTS in line.metrics],
-        statistics.median(line.images_per_second for line in metrics.steps),
+        [students[samples][metric] for samples in points],
+        points,
+        [share for share in kept if share is not None],
+        _seconds(run, metrics.steps),
     )
+
+
+def _seconds(run: Run, steps: list[StepLine]) -> float:
+    """The seconds of a run's steps, without evaluations: each stage's samples by its median rate,
+    since a first step is slow."""
+    seconds, begun = 0.0, 0
+    for stage in stages_of(run.case.recipe):
+        num_steps = stage.num_steps(run.settings["data"]["samples"])
+        end = begun + num_steps * stage.train.global_batch_size
+        rates = [line.images_per_second for line in steps if begun < line.samples <= end]
+        seconds += (end - begun) / statistics.median(rates)
+        begun = end
+    return seconds

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from aclip.ablation.rows import Case
+from aclip.ablation.cases import Case
 from aclip.errors import ConfigError
 from aclip.files import write_whole, writing
 from aclip.lock import PATIENCE

@@ -43,7 +43,6 @@ def test_table_is_printed_before_the_report_that_cannot_be_written(tmp_path, mon
     runs = finished_runs(tmp_path)
     (tmp_path / "ablation.html").mkdir()  # in the way
     monkeypatch.setattr(ablate, "_make_runs", lambda _: runs)
-    monkeypatch.setattr(ablate, "_gflops", lambda _: 1.0)
     arguments = argparse.Namespace(
         seeds=2, processes=None, keep_ratio=[0.5], output=str(tmp_path), overrides=[]
     )
