@@ -1,13 +1,12 @@
 """Rows made into what is trained: a recipe for each row and keep ratio, with the points at which
 its runs are compared."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from aclip.ablation.rows import Row
-from aclip.config.recipe import Recipe
+from aclip.config.recipe import OfTerms, Recipe
 from aclip.config.recipe_file import load_recipe, stages_of
 from aclip.config.stages import FIXED
 from aclip.errors import ConfigError
@@ -16,6 +15,8 @@ QUARTERS = 4
 """A run is evaluated at each quarter of its whole length."""
 EQUAL = (*FIXED, "data.train", "data.sources", "data.val")
 """Keys that are equal in all rows and their stages: towers, tokenizer and data."""
+METHOD = ("text", "views", "ssl_augment", "mask", "teacher", "loss", *OfTerms.model_fields)
+"""Sections that a row takes from a recipe of its own; its stages too, and their proportions."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def make_cases(
                 change.replace("{full}", f"{full}").replace("{half}", f"{full // 2}")
                 for change in row.overrides
             )
-            changes = [*overrides, *of_row]
+            changes = [*_method(row.recipe), *overrides, *of_row]
             if keep_ratio is not None:
                 changes.append(f"mask.keep_ratio={keep_ratio:g}")
             recipe = load_recipe(base, changes)
@@ -97,19 +98,19 @@ def make_cases(
     return cases
 
 
-def at_quarters(case: Case, samples: np.ndarray, flops: np.ndarray) -> Case:
-    """The case with evaluations after the steps with which the quarters of its samples are full.
-
-    Args:
-        samples, flops: (num_steps,), what a run has seen and computed after each step.
-    """
-    quarters = np.arange(1, QUARTERS + 1) / QUARTERS
-    steps = np.searchsorted(samples, quarters * samples[-1])
-    points = [int(each) for each in samples[steps]]
-    changes = [f"train.evaluate_at={points}", "train.evaluate_every=0"]
-    changes += [f"train.checkpoint_every={points[0]}", "train.keep_checkpoints=1"]
-    placed = case.changed(changes)
-    return replace(placed, flops=(0.0, *(float(each) for each in flops[steps])))
+def _method(recipe: str) -> list[str]:
+    """Overrides that give a recipe's method to another one; none for an empty name."""
+    if not recipe:
+        return []
+    values = load_recipe(recipe).model_dump(mode="json")
+    changes = [f"{section}={json.dumps(values[section])}" for section in METHOD]
+    if values["stages"]:
+        changes.append(f"stages={json.dumps(values['stages'])}")
+        changes += [
+            f"train.{key}={json.dumps(values['train'][key])}"
+            for key in ("epochs", "samples", "warmup_epochs")
+        ]
+    return changes
 
 
 def _check_equal(row: Row, recipe: Recipe, base: Recipe) -> None:

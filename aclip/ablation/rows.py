@@ -44,6 +44,8 @@ class Row:
             counts. {full} and {half} stand for the base's resolution and half of it.
         drops_patches: whether keep_ratio means something.
         against: the row from which its difference is shown, beside those of COMPARED.
+        recipe: the name or path of a recipe from which it takes the method, see METHOD of cases.py;
+            empty for the base's own.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Row:
     overrides: tuple[str, ...]
     drops_patches: bool = True
     against: str = ""
+    recipe: str = ""
 
 
 MASKS = (

@@ -18,22 +18,25 @@ MAX_MARKED = 20
 
 @dataclass(frozen=True)
 class Line:
-    """A curve over samples; a value is None where it is unknown or not finite. `color` counts from
-    0, and `errors` are the lengths of the bars around the points."""
+    """A curve over samples, or what else the chart's x axis shows; a value is None where it is
+    unknown or not finite. `color` counts from 0, `errors` are the lengths of the bars around the
+    points, and a curve in steps keeps each value up to the next one."""
 
     label: str
-    samples: Sequence[int]
+    samples: Sequence[float]
     values: Sequence[float | None]
     color: int
     dashed: bool = False
     errors: Sequence[float] | None = None
+    in_steps: bool = False
 
 
-def draw_chart(lines: list[Line], marks: Iterable[int] = ()) -> bytes:
+def draw_chart(lines: list[Line], marks: Iterable[int] = (), x_label: str = "samples") -> bytes:
     """A PNG of the curves, with a legend where there are several: above them if it is long.
 
     Args:
         marks: samples at which a thin vertical line is drawn.
+        x_label: what the x axis shows.
     """
     width, plot_height = SIZE
     legend_rows = math.ceil(len(lines) / 2) if len(lines) > MAX_LEGEND_INSIDE else 0
@@ -54,11 +57,12 @@ def draw_chart(lines: list[Line], marks: Iterable[int] = ()) -> bytes:
             markersize=3,
             color=f"C{line.color}",
             label=line.label,
+            drawstyle="steps-post" if line.in_steps else "default",
         )
     for samples in marks:
         axes.axvline(samples, color="0.5", linewidth=0.8, linestyle=":")
     axes.grid(alpha=0.3)
-    axes.set_xlabel("samples")
+    axes.set_xlabel(x_label)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.locator_params(nbins=5)

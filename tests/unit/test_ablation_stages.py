@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from ablation_runs import DATA, cases_of
 
-from aclip.ablation.ablate import _choose_rows
-from aclip.ablation.cases import at_quarters, make_cases
+from aclip.ablation.cases import make_cases
+from aclip.ablation.lengths import at_quarters
+from aclip.ablation.prepare import choose
 from aclip.ablation.results import read_results
 from aclip.ablation.rows import Row
 from aclip.ablation.runs import make_runs
@@ -41,7 +42,7 @@ def test_quarters_are_those_of_the_samples_of_all_stages(tmp_path):
     case = case_of(SMALL_FIRST, "train.global_batch_size=16", "train.samples=80")
     # Five steps of 16, then twenty of 8: 240 samples, of which quarters are 60, 120, 180, 240.
     samples = np.array([*range(16, 81, 16), *range(88, 241, 8)])
-    case = at_quarters(case, samples, np.arange(1.0, 26.0))
+    case = at_quarters(case, samples, np.arange(1.0, 26.0), samples)
     assert case.points == [0, 64, 120, 184, 240]
     assert case.flops == (0, 4, 10, 18, 25)
     run = make_runs([case], 1, tmp_path, {}, DATA)[0]
@@ -121,15 +122,15 @@ def test_a_row_with_stages_may_say_how_long_its_first_stage_is(tmp_path, monkeyp
         "short: {overrides: ['stages=[{train: {epochs: 1}}]', train.epochs=2]}\n"
         "plain: {overrides: [train.epochs=2]}\n"
     )
-    given = type("Arguments", (), {"rows": [str(rows), "short"], "overrides": []})
-    (row,) = _choose_rows(given)
+    given = type("Arguments", (), {"rows": [str(rows), "short"], "overrides": [], "lr_sweep": None})
+    (row,) = choose(given)
     assert case_of(row).recipe.train.epochs == 2
     given.rows = [str(rows), "plain"]
     with pytest.raises(ConfigError, match="row plain sets train.epochs, which is equal"):
-        _choose_rows(given)
+        choose(given)
     given.rows, given.overrides = [str(rows), "short"], ["stages.0.train.epochs=3"]
     with pytest.raises(ConfigError, match=r"an ablation decides stages.0.train.epochs"):
-        _choose_rows(given)
+        choose(given)
 
 
 def test_stages_of_all_rows_can_be_given_on_the_command_line():
