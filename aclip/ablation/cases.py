@@ -89,7 +89,8 @@ def make_cases(
                 change.replace("{full}", f"{full}").replace("{half}", f"{full // 2}")
                 for change in row.overrides
             )
-            changes = [*_method(row.recipe), *overrides, *of_row]
+            method, lengths = _taken_from(row.recipe)
+            changes = [*method, *overrides, *lengths, *of_row]
             if keep_ratio is not None:
                 changes.append(f"mask.keep_ratio={keep_ratio:g}")
             recipe = load_recipe(base, changes)
@@ -98,19 +99,19 @@ def make_cases(
     return cases
 
 
-def _method(recipe: str) -> list[str]:
-    """Overrides that give a recipe's method to another one; none for an empty name."""
+def _taken_from(recipe: str) -> tuple[list[str], list[str]]:
+    """What a row takes from a recipe of its own, as overrides: its method, and, where it has
+    stages, how long the first one is beside them. Nothing for an empty name."""
     if not recipe:
-        return []
+        return [], []
     values = load_recipe(recipe).model_dump(mode="json")
-    changes = [f"{section}={json.dumps(values[section])}" for section in METHOD]
-    if values["stages"]:
-        changes.append(f"stages={json.dumps(values['stages'])}")
-        changes += [
-            f"train.{key}={json.dumps(values['train'][key])}"
-            for key in ("epochs", "samples", "warmup_epochs")
-        ]
-    return changes
+    method = [f"{section}={json.dumps(values[section])}" for section in METHOD]
+    if not values["stages"]:
+        return method, []
+    method.append(f"stages={json.dumps(values['stages'])}")
+    train = values["train"]
+    keys = ("epochs", "samples", "warmup_epochs")
+    return method, [f"train.{key}={json.dumps(train[key])}" for key in keys]
 
 
 def _check_equal(row: Row, recipe: Recipe, base: Recipe) -> None:

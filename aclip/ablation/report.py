@@ -3,6 +3,7 @@ with the frontier. It is made of results alone, so that kept ones make it again.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -37,7 +38,9 @@ QUARTER_TITLES = [f"{100 * quarter // QUARTERS} %" for quarter in range(1, QUART
 PUBLISHED_RATIOS = (None, 0.5)
 ALIKE = "~"
 """Stands between two rows that the seeds can't tell apart."""
-GREY = 7
+NUM_COLORS = 10
+WIDTH = 7.2
+"""Of the chart of the frontier, in inches; it may hold many rows."""
 LEGEND = (
     "Mean of the seeds ± standard error, of the student, at each quarter of a run. "
     "Object's patches kept: by the mask at the end, in brackets by that before training. "
@@ -47,8 +50,9 @@ LEGEND = (
 )
 FRONTIER_LEGEND = (
     "FLOPs of the training so far, the teacher's among them, and the mean accuracy of the seeds "
-    "there. The frontier is what no other point beats with as many FLOPs or fewer; before its end "
-    "a run has a learning rate that has not come down yet, so that a shorter run may reach more."
+    "there. The frontier is what no other point beats with as many FLOPs or fewer; rows without a "
+    "point on it are pale. Before its end a run has a learning rate that has not come down yet, so "
+    "that a shorter run may reach more."
 )
 SWEEP_LEGEND = (
     "Accuracy at the end of one run at each learning rate, on a seed that the tables do not show; "
@@ -132,7 +136,7 @@ def _table(group: list[Result]) -> Table:
     for result in group:
         accuracy = [_show(mean) for mean in result.accuracy()] or [""] * QUARTERS
         objects = result.objects()
-        is_timed = bool(result.outcomes and first.outcomes)
+        seconds, of_first = result.seconds(), first.seconds()
         num_seeds = f"{len(result.outcomes)}"
         if len(result.outcomes) < result.num_seeds:
             num_seeds += f" of {result.num_seeds}"
@@ -143,7 +147,7 @@ def _table(group: list[Result]) -> Table:
                 f"{_show(objects[1])} ({_show(objects[0])})" if objects else "",
                 f"{result.samples[-1]:,}",
                 f"{result.flops[-1] / first.flops[-1]:.2f}",
-                f"{result.seconds() / first.seconds():.2f}" if is_timed else "",
+                f"{seconds / of_first:.2f}" if seconds and of_first else "",
                 _published(result),
                 num_seeds,
             )
@@ -200,16 +204,17 @@ def _name(result: Result, results: list[Result]) -> str:
     return result.label if is_alone else f"{result.label}, {100 * result.keep_ratio:g} %"
 
 
-def _curves(group: list[Result], over_flops: bool = False) -> list[Line]:
+def _curves(group: list[Result]) -> list[Line]:
     lines = []
     for color, result in enumerate(group):
         means = result.accuracy()
         lines.append(
             Line(
                 _name(result, group),
-                result.flops[1:] if over_flops else result.samples[1:],
+                result.samples[1:],
                 [100 * mean.value for mean in means],
                 color,
+                dashed=color >= NUM_COLORS,
                 errors=[100 * mean.error for mean in means],
             )
         )
@@ -223,16 +228,20 @@ def _frontier(results: list[Result], blocks: list[Block]) -> Picture:
         for result in results
         for flops, mean in zip(result.flops[1:], result.accuracy(), strict=True)
     )
-    most = max(result.flops[-1] for result in results)
-    flops = [point.flops for point in points]
-    values = [100 * point.accuracy for point in points]
-    line = Line("frontier", [*flops, most], [*values, values[-1]], GREY, True, in_steps=True)
+    on_it = {point.row for point in points}
+    lines = [
+        replace(line, samples=result.flops[1:], faded=line.label not in on_it)
+        for line, result in zip(_curves(results), results, strict=True)
+    ]
+    flops = [*(point.flops for point in points), max(result.flops[-1] for result in results)]
+    best = [100 * point.accuracy for point in points]
+    lines.append(Line("frontier", flops, [*best, best[-1]], None, dashed=True, in_steps=True))
     name = f"{_metric(results)}, %, over FLOPs"
-    content = draw_chart([*_curves(results, over_flops=True), line], x_label="FLOPs of training")
+    content = draw_chart(lines, x_label="FLOPs of training", width=WIDTH)
     chart = Picture(name, content, "frontier.png")
-    rows = [(point.row, f"{point.flops:.3g}", f"{100 * point.accuracy:.1f}") for point in points]
+    rows = [(each.row, f"{each.flops:.3g}", f"{100 * each.accuracy:.1f}") for each in points]
     table = Table(["frontier", "FLOPs", _metric(results)], rows)
-    blocks += [Heading(name), table, Gallery([chart], 480), Text(FRONTIER_LEGEND)]
+    blocks += [Heading(name), table, Gallery([chart], 800), Text(FRONTIER_LEGEND)]
     return chart
 
 

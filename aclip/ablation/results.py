@@ -39,13 +39,14 @@ class Outcome:
         points: the student's values at 0, 25, 50, 75 and 100 % of the run.
         objects: the share of the objects' patches that the mask kept at those of them at which
             there was one; empty if unknown.
-        seconds: what the steps took, by each stage's median of the log steps.
+        seconds: what the steps took, by each stage's median of the log steps; None in kept results
+            that do not tell.
     """
 
     metric: str
     points: list[float]
     objects: list[float]
-    seconds: float
+    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,10 @@ class Result:
         each = [[o.objects[0], o.objects[-1]] for o in self.outcomes.values() if o.objects]
         return [Mean.of(list(values)) for values in zip(*each, strict=True)]
 
-    def seconds(self) -> float:
-        return statistics.median(outcome.seconds for outcome in self.outcomes.values())
+    def seconds(self) -> float | None:
+        """What a run's steps take, the median of the seeds; None where no outcome tells."""
+        known = [o.seconds for o in self.outcomes.values() if o.seconds is not None]
+        return statistics.median(known) if known else None
 
 
 def read_results(runs: list[Run]) -> list[Result]:

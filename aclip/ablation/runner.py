@@ -53,6 +53,7 @@ class Runner:
         self._is_stopping = False
         self._next_look = 0.0
         self._elsewhere: set[Path] = set()
+        self._notes: set[str] = set()
         self._libc = ctypes.CDLL(None)  # not in the child, where loading could wait for a lock
 
     def run(self, runs: list[Run]) -> tuple[list[Run], bool]:
@@ -109,7 +110,8 @@ class Runner:
                 self._elsewhere.add(run.folder)
                 print(f"{run.folder.name} is trained by {error.owner}", flush=True)
             return False
-        if note is not None and not self._elsewhere:
+        if note is not None and not self._notes:
+            self._notes.add(note)
             print(note, flush=True)
         run.check()
         if run.is_finished:

@@ -52,9 +52,9 @@ def test_rows_are_trained_compared_and_not_trained_twice(launcher, tmp_path):
 
 def test_wrong_arguments_end_with_a_sentence(launcher, tmp_path):
     for arguments, sentence in (
-        (["--seeds", "0"], "--seeds is 0; give 1 or more"),
+        (["--seeds", "0"], "--seeds is 0; give 1 to 1000"),
         (["--rows", "all"], "--rows names all; take some of masks, systems, clip"),
-        (["--keep_ratio", "0.5", "0.5"], "--keep_ratio is 0.5 0.5; give each ratio once"),
+        (["--keep_ratio", "0.5", "0.5"], "--keep_ratio is 0.5 0.5; give each value once"),
         (["train.epochs=0.01"], "train.epochs is 0.01, which is 2 steps, but"),
         (["mask.keep_ratio=0.1"], "override is mask.keep_ratio=0.1, but an ablation decides"),
         (["loss.simclr=1"], "override is loss.simclr=1, but an ablation decides"),

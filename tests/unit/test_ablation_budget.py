@@ -198,7 +198,7 @@ def test_the_page_names_the_rows_on_the_frontier(tmp_path):
 def test_a_row_takes_the_method_of_a_recipe_and_nothing_else(tmp_path):
     (tmp_path / "rows.yaml").write_text("flip: {recipe: flip_vitb16, overrides: []}")
     (row,) = read_rows(str(tmp_path / "rows.yaml"))
-    (case,) = make_cases([row], "demo", [*TOWERS, "views.scale=[0.9, 1]"], [0.25])
+    (case,) = make_cases([row], "demo", [*TOWERS, "views.scale=[0.9, 1]", "train.epochs=9"], [0.25])
     own, base = load_recipe("flip_vitb16"), load_recipe("demo", TOWERS)
     recipe = case.recipe
     assert case.name == "flip" and recipe.mask == own.mask and recipe.teacher is None
