@@ -41,6 +41,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each system")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, where there is no GPU")
+    parser.add_argument(
+        "--rebuild",
+        action="store_true",
+        help="build each system anew for its turn, where memory does not hold all of them",
+    )
     parser.add_argument("--json", type=path, help="file for the figures")
     parser.add_argument(
         "--set",

@@ -17,6 +17,7 @@ class System:
         step: runs one optimizer update.
         state_bytes: what weights, optimizer and teacher take between steps.
         gflops: of one sample, forward and backward; None where it is not counted.
+        share: of the steps of a run that has several kinds.
         seconds: the time of a step in each round.
         peak_bytes: what a step takes at its peak, on top of what stays between steps.
         work: what a GPU does in a step; None on a CPU.
@@ -28,6 +29,7 @@ class System:
     step: Callable[[], object]
     state_bytes: int
     gflops: float | None
+    share: float = 1.0
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     work: DeviceWork | None = None
@@ -53,31 +55,30 @@ class Row:
     is_average: bool = False
 
 
-def with_average(name: str, kinds: list[tuple[float, System]]) -> list[System]:
-    """The kinds of step of a system, each given with its share of the steps, and before them the
-    system itself, which is their average; a single kind is the system."""
-    systems = [system for _, system in kinds]
-    return systems if len(systems) == 1 else [_average(name, kinds), *systems]
+def with_average(name: str, kinds: list[System]) -> list[System]:
+    """The kinds of step of a run, and before them the run itself, which is their average; a single
+    kind is the run."""
+    return kinds if len(kinds) == 1 else [_average(name, kinds), *kinds]
 
 
-def _average(name: str, kinds: list[tuple[float, System]]) -> System:
+def _average(name: str, kinds: list[System]) -> System:
     def mean(value: Callable[[System], float]) -> float:
-        return sum(share * value(system) for share, system in kinds)
+        return sum(kind.share * value(kind) for kind in kinds)
 
     work = None
-    if all(system.work is not None for _, system in kinds):
+    if all(kind.work is not None for kind in kinds):
         work = DeviceWork(
-            round(mean(lambda system: system.work.launches)),
-            mean(lambda system: system.work.busy_seconds),
+            round(mean(lambda kind: kind.work.launches)),
+            mean(lambda kind: kind.work.busy_seconds),
         )
-    first = kinds[0][1]
     return replace(
-        first,
+        kinds[0],
         name=name,
-        gflops=mean(lambda system: system.gflops),
-        seconds=[mean(lambda system, i=i: system.seconds[i]) for i in range(len(first.seconds))],
-        state_bytes=max(system.state_bytes for _, system in kinds),
-        peak_bytes=max(system.peak_bytes for _, system in kinds),
+        gflops=mean(lambda kind: kind.gflops),
+        share=1.0,
+        seconds=[mean(lambda kind, i=i: kind.seconds[i]) for i in range(len(kinds[0].seconds))],
+        state_bytes=max(kind.state_bytes for kind in kinds),
+        peak_bytes=max(kind.peak_bytes for kind in kinds),
         work=work,
         is_average=True,
     )

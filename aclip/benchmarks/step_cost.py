@@ -1,20 +1,19 @@
 """The paper's cost table on this machine: a step of each system, interleaved in one run.
 
-All systems stay in memory and take turns, so that a machine whose speed drifts is fair to each; a
-ratio is the median of the rounds' ratios. A recipe whose teacher rests in some steps, or that has
-stages, takes a turn with each kind of step, and its row is their average over a run. On a CPU the
-time is CPU time, since wall time counts other processes too, and freed memory is kept, as on a GPU;
-there it is between CUDA events, and a second table says what the GPU did and what was predicted.
+All systems take turns (turns.py), and a ratio is the median of the rounds' ratios. A recipe whose
+teacher rests in some steps, or that has stages, takes a turn with each kind of step, and its row is
+their average over a run. On a CPU the time is CPU time, since wall time counts other processes too,
+and freed memory is kept, as on a GPU; there it is between CUDA events, and a second table says what
+the GPU did and what was predicted.
 """
 
 import argparse
-import contextlib
-import gc
 import json
 import platform
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,9 +21,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from aclip.benchmarks.cost_table import System, format_table, make_row, with_average
-from aclip.benchmarks.device_work import Predicted, device_work, predict_steps
-from aclip.benchmarks.host_pages import kept_pages
-from aclip.benchmarks.peak_memory import peak_growth
+from aclip.benchmarks.device_work import Predicted, predict_steps
+from aclip.benchmarks.turns import Build, take_turns
 from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
@@ -41,6 +39,7 @@ from aclip.planning.stage_shares import stage_shares, stage_title
 from aclip.planning.step_kinds import StepKind, step_kinds
 from aclip.training.stepper import Stepper
 
+OPEN_CLIP = "open_clip"
 # On a GPU: what ds_configs/zero2.json says, with small buckets and without a stream of its own for
 # them, since one rank sends nothing and they would count as the step's memory.
 ON_GPU = {
@@ -87,31 +86,26 @@ def benchmark_steps(arguments: argparse.Namespace) -> int:
     device = init_distributed()
     ds_config = _ds_config(ON_GPU if on_gpu else ON_CPU, batch_size)
     predicted: dict[str, Predicted] = {}
-    # Each system's kinds of step, with their shares of a run.
-    built: dict[str, list[tuple[float, System]]] = {}
     if on_gpu:
         predicted = predict_steps(recipes, ds_config, arguments.against == "open_clip", device)
+    names: list[str] = []  # of the rows that what is built at once belongs to
+    builds: list[Build] = []
     for name, of_name in stages.items():
-        print(f"building {name}", flush=True)
-        built[name] = [
-            (share * of_run, system)
-            for number, (stage, of_run) in enumerate(of_name, start=1)
-            for share, system in _build(
-                stage_title(name, number, len(of_name)), stage, ds_config, batch_size, device
-            )
-        ]
+        for number, (stage, share) in enumerate(of_name, start=1):
+            title = stage_title(name, number, len(of_name))
+            names.append(name)
+            builds.append(partial(_build, title, share, stage, ds_config, batch_size, device))
     baselines = [baseline]
     if arguments.against == "open_clip":
-        print("building open_clip", flush=True)
-        plain, dropping = _build_open_clip(next(iter(recipes.values())), batch_size, device)
-        built |= {each.name: [(1.0, each)] for each in (plain, dropping)}
-        baselines.append(plain.name)
-    timed = [system for kinds in built.values() for _, system in kinds]
-    _measure(timed, arguments.rounds, device)
-    if on_gpu:
-        for system in timed:
-            system.work = device_work(system.step)
-    systems = [each for name, kinds in built.items() for each in with_average(name, kinds)]
+        builds.append(partial(_build_open_clip, next(iter(recipes.values())), batch_size, device))
+        baselines.append(OPEN_CLIP)
+    found = take_turns(builds, arguments.rounds, device, arguments.rebuild)
+    kinds_of: dict[str, list[System]] = {name: [] for name in stages}
+    for name, kinds in zip(names, found, strict=False):
+        kinds_of[name] += kinds
+    systems = [each for name, kinds in kinds_of.items() for each in with_average(name, kinds)]
+    if arguments.against == "open_clip":
+        systems += found[-1]
     for system in systems:
         system.predicted = predicted.get(system.name)
     rows = [make_row(system, systems, baselines, batch_size) for system in systems]
@@ -130,10 +124,17 @@ def _ds_config(values: dict, batch_size: int) -> DsConfig:
         return read_ds_config(str(path), batch_size, 1)
 
 
+@contextmanager
 def _build(
-    name: str, recipe: Recipe, ds_config: DsConfig, batch_size: int, device: torch.device
-) -> list[tuple[float, System]]:
-    """The recipe's kinds of step on one stepper, each with its share of a run's steps."""
+    title: str,
+    share: float,
+    recipe: Recipe,
+    ds_config: DsConfig,
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[list[System]]:
+    """The kinds of step of a recipe, or of a stage that has this share of it, on one stepper."""
+    print(f"building {title}", flush=True)
     stepper = Stepper(recipe, ds_config, device)
     momentum = recipe.average_momentum
     kinds = step_kinds(recipe, synthetic_batch(recipe, batch_size))
@@ -143,57 +144,30 @@ def _build(
         batch = join([kind.batch], pin=device.type == "cuda")
         flops = measure_step(recipe, kind.batch, modes=("none",), progress=kind.progress)
         return System(
-            name if len(kinds) == 1 else f"{name}, {kind.name} ({kind.share:.0%})",
+            title if len(kinds) == 1 else f"{title}, {kind.name} ({kind.share:.0%})",
             lambda: stepper.step(batch, recipe.optimizer.lr, momentum, kind.progress),
             _state_bytes(stepper),
             flops.total_flops / 1e9,
+            share * kind.share,
         )
 
-    return [(kind.share, system(kind)) for kind in kinds]
+    try:
+        yield [system(kind) for kind in kinds]
+    finally:
+        stepper.engine.destroy()
 
 
-def _build_open_clip(recipe: Recipe, batch_size: int, device: torch.device) -> list[System]:
+@contextmanager
+def _build_open_clip(
+    recipe: Recipe, batch_size: int, device: torch.device
+) -> Iterator[list[System]]:
+    print(f"building {OPEN_CLIP}", flush=True)
     plain = OpenClipStep(recipe, batch_size, device)
     state_bytes = plain.state_bytes()
-    return [
-        System("open_clip", lambda: plain.step(0.0), state_bytes, None),
-        System("open_clip, patch dropout 0.5", lambda: plain.step(0.5), state_bytes, None),
+    yield [
+        System(OPEN_CLIP, lambda: plain.step(0.0), state_bytes, None),
+        System(f"{OPEN_CLIP}, patch dropout 0.5", lambda: plain.step(0.5), state_bytes, None),
     ]
-
-
-def _measure(systems: list[System], rounds: int, device: torch.device) -> None:
-    gc.disable()  # a collection would fall into somebody's step
-    for system in systems:
-        system.step()  # makes the optimizer's state
-        gc.collect()
-        system.peak_bytes = peak_growth(system.step, device)
-    with kept_pages():
-        for system in systems:
-            system.step()  # takes the pages
-        for index in range(rounds):
-            for system in systems:
-                gc.collect()
-                with _clock(device) as seconds:
-                    system.step()
-                system.seconds.append(seconds[0])
-            print(f"round {index + 1} of {rounds}", flush=True)
-    gc.enable()
-
-
-@contextlib.contextmanager
-def _clock(device: torch.device) -> Iterator[list[float]]:
-    result: list[float] = []
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        yield result
-        end.record()
-        end.synchronize()
-        result.append(start.elapsed_time(end) / 1000)
-    else:
-        before = time.process_time()
-        yield result
-        result.append(time.process_time() - before)
 
 
 def _state_bytes(stepper: Stepper) -> int:

@@ -84,6 +84,11 @@ def key_of(change: str) -> str:
     return re.sub(r"\.\d+(?=\.)", "", change.partition(" ")[0])
 
 
+def may_change(change: str) -> bool:
+    """Whether a change, also one of a later stage, is of a key that a start may change."""
+    return key_of(change).removeprefix("stages.") in MAY_CHANGE
+
+
 def _differences(then: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(then, dict) and isinstance(now, dict):
         for name in dict.fromkeys([*then, *now]):

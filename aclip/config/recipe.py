@@ -62,6 +62,9 @@ class MaskConfig(Section):
     At 0.65 the clusters hold half of the patches of eight photographs in patches of 16 px; for
     other images the run's first evaluation says what would fit. The number kept does not depend on
     it."""
+    cluster_embeddings: float = Field(0.0, ge=0, le=1)
+    """How much the cosine of the student's patch embeddings counts at the end of the run, beside
+    that of the pixels; from 0 at the start it rises with the progress."""
 
 
 class LossConfig(*(term.keys for term in reversed(TERMS))):  # pydantic takes the last base first

@@ -187,6 +187,15 @@ class ImageTower(nn.Module):
         features = self._pool(x)[0] if with_features else None
         return features, scores[:, -(side**2) :].reshape(-1, side, side)
 
+    def embed_patches(self, pixels: Tensor) -> Tensor:
+        """Patch embeddings without positions: pixels (M, 3, R, R) -> (M, P, C)."""
+        embed = self.vit.patch_embed
+        side = self.patch_size
+        # The convolution's stride is its kernel, so it is one matrix product over the patches.
+        patches = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (M, 3, g, p, g, p)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (M, P, 3 * p * p)
+        return embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
+
     def _block_function(self, is_last: bool) -> Callable:
         return self._cls_only_block if is_last and self.pooling == "token" else self._full_block
 
@@ -210,7 +219,7 @@ class ImageTower(nn.Module):
     ) -> tuple[Tensor, Tensor | None, RotaryPositions | None]:
         """What enters the blocks (M, S + K, C), the kept patches (M, K) or None, and their rotary
         positions, where the tower has any."""
-        tokens = self._embed_patches(pixels)
+        tokens = self.embed_patches(pixels)
         side = pixels.shape[-1] // self.patch_size
         keep_ids = None
         if selection is None:
@@ -222,14 +231,6 @@ class ImageTower(nn.Module):
             embeds = self._rotary.of_grid(side, x.device)
             rotary = RotaryPositions(embeds, keep_ids)
         return self.vit.norm_pre(self.vit.pos_drop(x)), keep_ids, rotary
-
-    def _embed_patches(self, pixels: Tensor) -> Tensor:
-        embed = self.vit.patch_embed
-        side = self.patch_size
-        # The convolution's stride is its kernel, so it is one matrix product over the patches.
-        patches = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (M, 3, g, p, g, p)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (M, P, 3 * p * p)
-        return embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
 
     def _add_prefix_and_positions(self, tokens: Tensor, side: int) -> Tensor:
         positions, prefix = self.vit.pos_embed, self._prefix()

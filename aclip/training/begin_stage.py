@@ -1,5 +1,5 @@
 """How a stage goes on with what the stage before it left: weights, teacher and, if asked for, the
-optimizer's state."""
+optimizer's state; and whether it will be able to, before anything is trained."""
 
 from pathlib import Path
 
@@ -9,11 +9,40 @@ from torch import Tensor
 
 from aclip.engine.sharded_state import MASTER, ShardedState, whole_shape
 from aclip.errors import ConfigError
+from aclip.models.student import build_student
 from aclip.run_folder.checkpoint_folder import STUDENT, TEACHER
 from aclip.training import checkpoint
+from aclip.training.stage import Stage
 from aclip.training.teacher import Teacher
 from aclip.training.term_state import load_terms
 from aclip.weights.initial_weights import IMAGE_POSITIONS, resize_image_positions
+
+
+def check_stages(stages: list[Stage]) -> None:
+    """Builds the towers of all stages without memory, and hands the weights on.
+
+    Args:
+        stages: what is to be trained, in order.
+
+    Raises:
+        ConfigError: a stage's towers can't be built, or can't take the weights of the stage before;
+            says which stage.
+    """
+    if len(stages) == 1:
+        return  # its own towers are built at once
+    left: dict[str, Tensor] = {}
+    for stage in stages:
+        try:
+            with torch.device("meta"):
+                student = build_student(stage.recipe)
+                shapes = {name: p.shape for name, p in student.named_parameters()}
+                num_prefix = student.image.num_prefix_positions
+                for name, shape in shapes.items():
+                    if name in left:
+                        _fitted(name, left[name], shape, num_prefix)
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.place.number} of the recipe: {error}") from None
+        left = dict(student.named_parameters())
 
 
 def begin_stage(folder: Path, engine, teacher: Teacher | None, keeps_optimizer: bool) -> None:

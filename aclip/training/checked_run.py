@@ -16,6 +16,7 @@ from aclip.engine.process_group import init_distributed, limit_engine_collective
 from aclip.evaluation.during_training import Evaluator
 from aclip.run_folder.checkpoint_folder import folder_at, make_latest
 from aclip.run_folder.earlier import set_aside
+from aclip.training.begin_stage import check_stages
 from aclip.training.checkpoint import CheckpointError
 from aclip.training.run_record import record_run
 from aclip.training.stage import Stage
@@ -48,10 +49,12 @@ def train(start: Start, device: torch.device, watchdog: Watchdog) -> tuple[int, 
         The exit status, and the trainer of the stage that was the last.
 
     Raises:
-        ConfigError: a checkpoint, the starting weights or the place of the uploads can't be used.
+        ConfigError: the towers of a stage can't be built or take the weights of the one before; a
+            checkpoint, the starting weights or the place of the uploads can't be used.
     """
     resume_from = start.resume_from
     try:
+        check_stages(start.stages)
         for stage in start.stages:
             trainer = _build_trainer(start, stage, resume_from, device, watchdog)
             print_headline(stage, trainer, resume_from)

@@ -77,19 +77,28 @@ def is_stage_done(recipe: Recipe, progress: dict) -> bool:
     return progress["step"] >= recipe.num_steps(progress["data"]["samples"])
 
 
-def stage_to_begin(progress: dict, is_done: bool, num_stages: int) -> dict:
+def evaluation_at(samples: int) -> str:
+    """What an evaluation is called that is neither before nor at the end of a run."""
+    return f"{samples} samples"
+
+
+def stage_to_begin(
+    progress: dict, is_done: bool, num_stages: int, is_evaluated: bool = True
+) -> dict:
     """What a start from a checkpoint does, as the Beginning's attributes.
 
     Args:
         is_done: whether the checkpoint is the end of its stage.
+        is_evaluated: whether nothing else is left to do in that stage.
     """
     number = stage_number(progress)
     begun = progress.get("stage", {"samples": 0, "steps": 0})
-    if is_done and number < num_stages:
+    if is_done and number < num_stages and is_evaluated:
         steps = begun["steps"] + progress["step"]
         begun = {"samples": progress["samples"], "steps": steps}
         return {"stage": number + 1, "begun": begun, "begins_stage": True}
-    return {"stage": number, "begun": begun, "is_complete": is_done}
+    is_complete = is_done and number == num_stages
+    return {"stage": number, "begun": begun, "is_complete": is_complete}
 
 
 def stage_places(

@@ -15,6 +15,7 @@ from aclip.config.recipe import Recipe
 from aclip.data.batch import Batch
 from aclip.data.images.augment import augment
 from aclip.data.images.device_views import cut_views_on_device
+from aclip.engine.sharded_state import gathered
 from aclip.method.losses.term import LossTerm, Taught, TermContext
 from aclip.method.masks.noise import noise_share
 from aclip.method.masks.policy import Selection, ViewsToMask, select_patches
@@ -31,7 +32,7 @@ class StepInputs:
         recipe: decides which parts are made.
         terms: the loss terms that have a weight.
         teacher: None where the recipe has none.
-        image: the student's image tower, for its grid of patches.
+        image: the student's image tower, for its grid of patches and their embeddings.
         device: where the towers are.
         dtype: the towers' compute dtype.
     """
@@ -50,8 +51,7 @@ class StepInputs:
         self._recipe = recipe
         self._terms = terms
         self._teacher = teacher
-        self._grid = image.grid
-        self._patch_size = image.patch_size
+        self._image = image
         self._device = device
         self._dtype = dtype
 
@@ -161,8 +161,8 @@ class StepInputs:
         share = noise_share(progress, mask.warmup, mask.warmup_change)
         reads_noise = policy.reads_noise or share > 0 or mask.temperature > 0
         views = ViewsToMask(
-            self._grid,
-            kept_blocks(mask, self._grid, progress),
+            self._image.grid,
+            kept_blocks(mask, self._image.grid, progress),
             mask.block_size,
             pixels=pixels,
             noise=self._to_device(micro.mask_noise) if reads_noise else None,
@@ -174,8 +174,16 @@ class StepInputs:
             temperature=mask.temperature,
             anchor_ratio=mask.anchor_ratio,
             cluster_threshold=mask.cluster_threshold,
+            embeddings=self._embeddings(pixels) if mask.cluster_embeddings else None,
+            embeddings_share=progress * mask.cluster_embeddings,
         )
         return select_patches(policy, views)
+
+    @torch.no_grad()
+    def _embeddings(self, pixels: Tensor) -> Tensor:
+        """The student's patch embeddings, without positions: (B, V, 3, R, R) -> (B, V, P, C)."""
+        with gathered(list(self._image.vit.patch_embed.parameters())):
+            return self._image.embed_patches(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
 
     def _of_terms(
         self,
@@ -191,8 +199,8 @@ class StepInputs:
             taught=taught,
             statistic=None,
             teacher=None if self._teacher is None else self._teacher.model,
-            grid=self._grid,
-            patch_size=self._patch_size,
+            grid=self._image.grid,
+            patch_size=self._image.patch_size,
             to_device=self._to_device,
         )
         return {

@@ -5,11 +5,12 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from aclip.config.arguments import DEMO
 from aclip.config.continuing import (
-    MAY_CHANGE,
     NEVER_CHANGE,
     ds_config_changes,
     key_of,
+    may_change,
     recipe_changes,
 )
 from aclip.config.ds_config import DsConfig
@@ -34,7 +35,7 @@ from aclip.run_folder.layout import (
     latest_record,
     record_before,
 )
-from aclip.training.stage import is_stage_done, stage_number, stage_to_begin
+from aclip.training.stage import evaluation_at, is_stage_done, stage_number, stage_to_begin
 
 AUTO, NONE = "auto", "none"
 
@@ -104,11 +105,19 @@ def take_folder(
             stages = stages_of(recipe.model_copy(update={"data": data}))
         is_done = check_changes(run_folder, beginning, stages[number - 1], ds_config, allow_changes)
     if progress is not None:
-        found = stage_to_begin(progress, is_done, len(stages))
+        # Of another run's stage, only what it trained counts.
+        is_evaluated = beginning.is_first or not is_evaluation_missing(stages[number - 1], progress)
+        found = stage_to_begin(progress, is_done, len(stages), is_evaluated)
         if beginning.is_first:  # the checkpoint is another run's: this folder holds nothing yet
             found |= {"is_complete": False}
         beginning = replace(beginning, **found)
     return asdict(beginning)
+
+
+def is_evaluation_missing(recipe: Recipe, progress: dict) -> bool:
+    """Whether a run was killed between the last checkpoint of a stage and its evaluation."""
+    is_due = bool(recipe.data.val) or recipe.data.train == DEMO
+    return is_due and evaluation_at(progress["samples"]) not in progress.get("evaluations", {})
 
 
 def find_beginning(run_folder: Path, resume: str) -> Beginning:
@@ -182,9 +191,10 @@ def check_changes(
     is_complete = progress["step"] >= steps_then
     is_over = is_complete and progress["step"] >= steps
     # Where a stage is over, its data are not compared with the checkpoint's any more.
-    free = MAY_CHANGE if is_over and recipe.stages else MAY_CHANGE | NEVER_CHANGE
-    counts = [each for each in changes if key_of(each) not in free]
-    listed = ", ".join(each for each in changes if key_of(each) not in MAY_CHANGE)
+    checked_later = frozenset() if is_over and recipe.stages else NEVER_CHANGE
+    asked = [each for each in changes if not may_change(each)]
+    counts = [each for each in asked if key_of(each) not in checked_later]
+    listed = ", ".join(asked)
     if counts and is_over and not recipe.stages:
         raise ConfigError(
             f"--output is {run_folder}, which holds a complete run with other settings (then -> "

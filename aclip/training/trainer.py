@@ -25,7 +25,7 @@ from aclip.training.metrics.wandb_tracker import WandbTracker
 from aclip.training.run_schedule import RunSchedule
 from aclip.training.saver import Moment, Saver
 from aclip.training.score_keeper import build_score_keeper
-from aclip.training.stage import Stage
+from aclip.training.stage import Stage, evaluation_at
 from aclip.training.step_watch import StepWatch, WatchedStep
 from aclip.training.stepper import Stepper
 from aclip.training.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
@@ -110,7 +110,7 @@ class Trainer:
     @property
     def _place(self) -> str:
         """What an evaluation of this moment is called."""
-        return f"{self.samples} samples"
+        return evaluation_at(self.samples)
 
     def train(self) -> bool:
         """Trains to the stage's end; returns False where a signal stopped the run."""

@@ -82,6 +82,7 @@ FAMILIES = {
         "loss.byol=0",
         "teacher=null",
         "mask.policy=cluster",
+        "mask.cluster_embeddings=1",
         "mask.keep_ratio=0.25",
         "mask.keep_ratio_end=1",
     ],

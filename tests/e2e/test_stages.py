@@ -1,5 +1,6 @@
 """A run of two stages, killed in the first, at the change and in the second."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -83,6 +84,8 @@ def test_killed_in_any_stage_or_at_the_change_equals_uninterrupted(launcher, arg
     for at in (8, CHANGE, 40):
         folder = tmp_path / str(at)
         _cut_off_after(whole, folder, at)
+        if at == CHANGE:
+            _forget_evaluation(folder / "checkpoints" / f"samples-{CHANGE:012d}")
         again = launcher.run(*arguments, "--output", str(folder), ranks=1, launcher=False)
         assert again.status == 0, again.output
         actual = _steps(folder)
@@ -90,6 +93,10 @@ def test_killed_in_any_stage_or_at_the_change_equals_uninterrupted(launcher, arg
         for step, (samples, loss) in expected.items():
             assert actual[step] == (samples, pytest.approx(loss, rel=1e-4))
         _assert_same_weights(whole, folder)
+        evaluations = _evaluations(folder)
+        assert evaluations.keys() == {"before", f"{CHANGE} samples", "end"}
+        for when, models in _evaluations(whole).items():
+            assert evaluations[when]["student"] == pytest.approx(models["student"])
     _assert_both_can_be_used(launcher, arguments, whole)
 
 
@@ -107,6 +114,23 @@ def _cut_off_after(whole: Path, folder: Path, samples: int) -> None:
     (folder / "checkpoints" / "latest").write_text(f"samples-{samples:012d}")
     if samples < CHANGE:
         (folder / f"recipe-samples-{CHANGE:012d}.yaml").unlink()
+
+
+def _forget_evaluation(checkpoint: Path) -> None:
+    """What a kill leaves between the last step of a stage and its evaluation."""
+    path = checkpoint / "state.json"
+    state = json.loads(path.read_text())
+    del state["evaluations"][f"{CHANGE} samples"]
+    path.write_text(json.dumps(state))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest["state.json"] = {"bytes": path.stat().st_size, "sha256": sha256}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _evaluations(run: Path) -> dict[str, dict]:
+    state = run / "checkpoints" / f"samples-{END:012d}" / "state.json"
+    return json.loads(state.read_text())["evaluations"]
 
 
 def _assert_both_can_be_used(launcher, arguments: list[str], run: Path) -> None:

@@ -1,15 +1,21 @@
 """The cluster policy against the released rule and a slow one with a fixed number of patches."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from recipe_refusal import refusal
 
+from aclip.config.recipe_file import load_recipe
+from aclip.data.synthetic import synthetic_batch
 from aclip.method.masks.cluster import anchor_patches
 from aclip.method.masks.policies import POLICIES
 from aclip.method.masks.policy import ViewsToMask, kept_patches, select_patches
+from aclip.models.student import build_student
+from aclip.training import step_inputs
+from aclip.training.step_inputs import StepInputs
 
 CLUSTER = POLICIES["cluster"]
 
@@ -68,7 +74,7 @@ def slow_anchors(noise, block_size, anchor_ratio):
     ]
 
 
-def slow_clusters(view, anchors, grid, threshold):
+def slow_clusters(view, anchors, grid, threshold, embeddings=None, share=0):
     """The patches of each anchor's cluster, of one view; every similarity is one sum."""
     size = view.shape[-1] // grid
     patches = []
@@ -82,19 +88,26 @@ def slow_clusters(view, anchors, grid, threshold):
     for anchor in anchors:
         held = set()
         for patch, values in enumerate(patches):
-            lengths = np.linalg.norm(values) * np.linalg.norm(patches[anchor])
-            if lengths and values @ patches[anchor] / lengths > threshold:
+            similarity = (1 - share) * cosine(values, patches[anchor])
+            if share:
+                similarity += share * cosine(embeddings[patch], embeddings[anchor])
+            if similarity > threshold:
                 held.add(patch)
         clusters.append(held)
     return clusters
 
 
-def slow_kept(view, noise, num_kept_blocks, block_size, threshold, anchor_ratio):
+def cosine(first, second):
+    lengths = np.linalg.norm(first) * np.linalg.norm(second)
+    return first @ second / lengths if lengths else 0
+
+
+def slow_kept(view, noise, num_kept_blocks, block_size, threshold, anchor_ratio, *mix):
     """The patches that a view keeps with a fixed number: block means of u - n, highest first."""
     side = len(noise)
     grid = side * block_size
     anchors = slow_anchors(noise, block_size, anchor_ratio)
-    clusters = slow_clusters(view, anchors, grid, threshold)
+    clusters = slow_clusters(view, anchors, grid, threshold, *mix)
     patches_of = {block: [] for block in range(side * side)}
     for patch in range(grid * grid):
         patches_of[patch // grid // block_size * side + patch % grid // block_size].append(patch)
@@ -121,6 +134,54 @@ def test_the_policy_keeps_what_the_slow_rule_keeps(
     expected = [slow_kept(*row, num_kept, block_size, 0.4, anchor_ratio) for row in rows]
     assert kept_by_policy(views) == expected
     assert {len(kept) for kept in expected} == {num_kept * block_size**2}
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("block_size, num_views", [(1, 2), (2, 1)])
+def test_embeddings_take_part_as_in_the_slow_rule(share, block_size, num_views):
+    pixels = draw_views(6, 4, num_views)
+    noise = draw_noise(6 // block_size, num_views)
+    generator = torch.Generator().manual_seed(2)
+    embeddings = torch.randn(2, num_views, 36, 3, generator=generator)
+    plain = views_to_mask(pixels, noise, 18 // block_size**2, block_size, anchor_ratio=0.1)
+    views = replace(plain, embeddings=embeddings, embeddings_share=share)
+    rows = (tensor.flatten(0, 1).numpy() for tensor in (pixels, noise, embeddings))
+    expected = [
+        slow_kept(view, of_view, views.num_kept_blocks, block_size, 0.4, 0.1, embedded, share)
+        for view, of_view, embedded in zip(*rows, strict=True)
+    ]
+    assert kept_by_policy(views) == expected
+    assert kept_by_policy(views) != kept_by_policy(plain)
+    assert kept_by_policy(replace(views, embeddings_share=0)) == kept_by_policy(plain)
+
+
+def test_the_student_s_embeddings_count_more_as_the_run_goes_on(monkeypatch):
+    overrides = [
+        "teacher=null",
+        "loss.simclr=0",
+        "loss.byol=0",
+        "mask.policy=cluster",
+        "mask.block_size=1",
+        "mask.cluster_embeddings=0.8",
+        "views.student=1",
+    ]
+    recipe = load_recipe("demo", overrides)
+    image = build_student(recipe).image
+    cpu = torch.device("cpu")
+    inputs = StepInputs(recipe, (), None, image, cpu, torch.float32)
+    read = []
+    monkeypatch.setattr(
+        step_inputs, "select_patches", lambda policy, views: read.append(views) or None
+    )
+    batch = synthetic_batch(recipe, 2)
+    pixels = torch.randn(2, 1, 3, 64, 64)
+    for progress in (0.0, 0.5, 1.0):
+        inputs.select(batch, pixels, None, progress)
+    assert [views.embeddings_share for views in read] == [0, 0.4, 0.8]
+    with torch.no_grad():
+        expected = image.vit.patch_embed(pixels[:, 0])  # timm's convolution
+    torch.testing.assert_close(read[2].embeddings[:, 0], expected)
+    assert not read[2].embeddings.requires_grad
 
 
 @pytest.mark.parametrize("block_size", [1, 2])
@@ -208,7 +269,11 @@ def test_a_threshold_that_does_not_fit_is_said_with_one_that_does():
 
 
 def test_keys_of_the_cluster_mask_need_the_cluster_mask():
-    for key, value in (("anchor_ratio", 0.05), ("cluster_threshold", 0.5)):
+    for key, value in (
+        ("anchor_ratio", 0.05),
+        ("cluster_threshold", 0.5),
+        ("cluster_embeddings", 0.5),
+    ):
         assert refusal(f"mask.{key}={value}", recipe="random_1x50_vitb16") == (
             f"mask.{key} is {value}, but mask.policy random does not read it; leave it out, or set "
             "mask.policy to cluster"

@@ -5,6 +5,10 @@ import json
 import os
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
@@ -14,6 +18,7 @@ import torch
 from aclip.benchmarks.cost_table import System, format_table, make_row, with_average
 from aclip.benchmarks.device_work import DeviceWork
 from aclip.benchmarks.step_cost import benchmark_steps
+from aclip.benchmarks.turns import take_turns
 from aclip.config.recipe_file import load_recipe
 from aclip.data.synthetic import (
     batch_of_mean_captions,
@@ -34,7 +39,7 @@ SMALL = [
 
 
 def system(name, seconds, peak_bytes=0):
-    return System(name, lambda: None, 2 * 2**20, 1.5, list(seconds), peak_bytes)
+    return System(name, lambda: None, 2 * 2**20, 1.5, seconds=list(seconds), peak_bytes=peak_bytes)
 
 
 def test_ratio_is_the_median_of_the_rounds_ratios():
@@ -51,23 +56,67 @@ def test_ratio_is_the_median_of_the_rounds_ratios():
 
 def test_average_over_the_kinds_of_step_is_made_round_by_round():
     base, teaching, other = system("base", [1, 2]), system("a", [4, 6], 9), system("b", [2, 4], 5)
-    teaching.gflops = 3.5
-    average, *kinds = with_average("own", [(0.25, teaching), (0.75, other)])
+    teaching.gflops, teaching.share, other.share = 3.5, 0.25, 0.75
+    average, *kinds = with_average("own", [teaching, other])
     assert kinds == [teaching, other]
     assert average.seconds == [2.5, 4.5]
     assert (average.name, average.gflops, average.peak_bytes) == ("own", 2.0, 9)
     row = make_row(average, [average, base], ["base"], batch_size=4)
     assert row.ratios == {"base": (2.5 + 2.25) / 2}
     assert "own: the average over a run" in format_table([row], ["base"], {})
-    assert with_average("base", [(1.0, base)]) == [base]
+    assert with_average("base", [base]) == [base]
 
 
 def test_average_of_what_a_gpu_does():
-    kinds = [(0.25, system("a", [4])), (0.75, system("b", [2]))]
+    kinds = [
+        replace(system("a", [4]), share=0.25),
+        replace(system("b", [2]), share=0.75),
+    ]
     assert with_average("own", kinds)[0].work is None
-    for (_, each), work in zip(kinds, (DeviceWork(100, 2.0), DeviceWork(60, 1.0)), strict=True):
+    for each, work in zip(kinds, (DeviceWork(100, 2.0), DeviceWork(60, 1.0)), strict=True):
         each.work = work
     assert with_average("own", kinds)[0].work == DeviceWork(70, 1.25)
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_systems_take_turns_and_all_are_in_memory_or_one_at_a_time(rebuild):
+    seen, alive = [], []
+
+    @contextmanager
+    def build(name, *kinds):
+        alive.append(name)
+
+        def step_of(kind):
+            def step():
+                assert name in alive
+                seen.append((kind, len(alive)))
+                time.sleep(0.01)
+
+            return step
+
+        yield [System(kind, step_of(kind), 0, None) for kind in kinds]
+        alive.remove(name)
+
+    builds = [partial(build, "a", "a1", "a2"), partial(build, "b", "b1")]
+    found = take_turns(builds, 3, torch.device("cpu"), rebuild)
+    assert not alive
+    assert [[system.name for system in systems] for systems in found] == [["a1", "a2"], ["b1"]]
+    # CPU time, of which sleeping takes none.
+    assert all(
+        len(system.seconds) == 3 and 0 <= max(system.seconds) < 0.01
+        for systems in found
+        for system in systems
+    )
+    order = [kind for kind, _ in seen]
+    if not rebuild:
+        assert {number for _, number in seen} == {2}
+        assert order[-9:] == ["a1", "a2", "b1"] * 3
+        return
+    assert {number for _, number in seen} == {1}
+    # Nobody's timed step follows directly on building it.
+    assert order[-12:] == ["a1", "a2", "a1", "a2", "b1", "b1"] * 2
+    with pytest.raises(RuntimeError, match="no longer in memory"):
+        found[0][0].step()
 
 
 def test_captions_have_the_published_lengths():

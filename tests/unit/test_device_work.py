@@ -55,7 +55,7 @@ def test_launches_are_counted_and_time_in_which_several_run_counts_once():
 
 
 def system(name, seconds, **options):
-    return System(name, lambda: None, 0, None, [seconds] * 3, **options)
+    return System(name, lambda: None, 0, None, seconds=[seconds] * 3, **options)
 
 
 def test_table_sets_what_was_measured_beside_what_was_predicted():

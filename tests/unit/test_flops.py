@@ -124,6 +124,12 @@ def test_a_cluster_mask_compares_every_patch_with_its_anchors():
     anchors = 2  # 3 % of 64, rounded up
     expect(parts["mask"], 2 * product(anchors, PIXELS, PATCHES), 0)
     assert parts["mask"].forward < 0.01 * parts["image"].forward and "teacher" not in parts
+    overrides = ["mask.policy=cluster", "mask.block_size=1", "mask.cluster_embeddings=1"]
+    mixed = measured([*plain, *overrides]).flops
+    compared = product(anchors, PIXELS, PATCHES) + product(anchors, WIDTH, PATCHES)
+    expect(mixed["mask"], 2 * compared, 0)
+    once_more = mixed["image"].forward - parts["image"].forward
+    assert (once_more, mixed["image"].backward) == (2 * EMBEDDING, parts["image"].backward)
 
 
 def test_frozen_patch_embedding_has_no_backward_pass():

@@ -7,7 +7,8 @@ from timm.layers import resample_abs_pos_embed
 from aclip.config.recipe_file import dump_recipe, load_recipe, recipe_of_values, stages_of
 from aclip.errors import ConfigError
 from aclip.planning.stage_shares import stage_shares
-from aclip.training.stage import StagePlace, stage_places, stage_to_begin
+from aclip.training.begin_stage import check_stages
+from aclip.training.stage import Stage, StagePlace, stage_places, stage_to_begin
 from aclip.weights.initial_weights import resize_image_positions
 
 TUNE = "{mask: {policy: none}, teacher: null, train: {epochs: 0.5}}"
@@ -108,6 +109,28 @@ def test_one_value_of_a_stage_can_be_given_on_the_command_line():
 def test_a_wrong_stage_is_refused_by_its_number(stage, words):
     with pytest.raises(ConfigError, match=f"stage 3 of demo: .*{words}"):
         stages(f"stages=[{{train: {{epochs: 1}}}}, {stage}]")
+
+
+@pytest.mark.parametrize(
+    "stage, words",
+    [
+        ("teacher: {resolution: 33}", "teacher.resolution is 33"),
+        ("mask: {block_size: 3}", "mask.block_size is 3"),
+        ("loss: {byol: 2, byol_widths: [128, 64]}", "byol_projector.* in the stage before and"),
+        ("model: {image: {resolution: 32}}, teacher: {resolution: 32}", ""),
+    ],
+)
+def test_a_stage_whose_towers_do_not_fit_is_refused_before_the_first(stage, words):
+    recipes = stages("loss.byol=2", f"stages=[{{{stage}, train: {{epochs: 1}}}}]")
+    places = stage_places(recipes, [3200, 3200], 1, {"samples": 0, "steps": 0})
+    found = [
+        Stage(*each) for each in zip(recipes, [None] * 2, [[]] * 2, [[]] * 2, places, strict=True)
+    ]
+    if not words:
+        check_stages(found)
+        return
+    with pytest.raises(ConfigError, match=f"stage 2 of the recipe: {words}"):
+        check_stages(found)
 
 
 def test_stages_are_a_list_of_sections():

@@ -5,11 +5,15 @@ another number. Here each view keeps the same number, as batches without padding
 patches of no cluster, then those of one, and so on; at random among equals. Where the clusters hold
 as many patches as are dropped, both keep the same ones. Nobody has published results of this form.
 
-Dimensions: B samples, V views, G patches per side of a view, P = G * G, b patches per side of a
-block, A anchors.
+Patches look alike by their pixels; the paper's option `mask.cluster_embeddings` lets the student's
+patch embeddings take part more and more as the run goes on.
+
+Dimensions: B samples, V views, M = B * V, G patches per side of a view, P = G * G, b patches per
+side of a block, A anchors, C width of the student.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from aclip.kernels.cluster_counts import anchor_similarity, cluster_counts
@@ -23,13 +27,12 @@ FAR_OFF = 0.1
 def select_cluster(views: ViewsToMask) -> Selection:
     """Keeps the blocks of the highest u - n: u is the noise, n in how many clusters a patch lies,
     mean over the block's patches."""
-    pixels = views.pixels.flatten(0, 1)
-    counts = cluster_counts(
-        pixels,
-        anchor_patches(views).flatten(0, 1),
-        pixels.shape[-1] // views.grid,
-        views.cluster_threshold,
-    )
+    if views.embeddings is None:
+        pixels, anchors = views.pixels.flatten(0, 1), anchor_patches(views).flatten(0, 1)
+        patch_size = pixels.shape[-1] // views.grid
+        counts = cluster_counts(pixels, anchors, patch_size, views.cluster_threshold)
+    else:
+        counts = (similarity_to_anchors(views) > views.cluster_threshold).sum(1)
     counts = counts.view(*views.pixels.shape[:2], views.grid, views.grid)
     return views.by_patch(views.of_patches(views.noise) - counts)
 
@@ -50,6 +53,20 @@ def anchor_patches(views: ViewsToMask) -> Tensor:
     return (first.unsqueeze(-1) + within).flatten(2)
 
 
+def similarity_to_anchors(views: ViewsToMask) -> Tensor:
+    """(M, A, P) fp32: the cosine of standardised pixels, mixed with that of patch embeddings.
+
+    Source: arXiv:2405.08815, which gives the embeddings a weight of epoch / 32 in 32 epochs.
+    """
+    pixels, anchors = views.pixels.flatten(0, 1), anchor_patches(views).flatten(0, 1)
+    of_pixels = anchor_similarity(pixels, anchors, pixels.shape[-1] // views.grid)
+    if views.embeddings is None:
+        return of_pixels
+    embeddings = F.normalize(views.embeddings.flatten(0, 1).float(), dim=-1)
+    chosen = embeddings.gather(1, anchors.unsqueeze(2).expand(-1, -1, embeddings.shape[2]))
+    return of_pixels.lerp(chosen @ embeddings.mT, views.embeddings_share)
+
+
 def inspect_cluster(views: ViewsToMask) -> tuple[dict[str, float], str]:
     """How well the threshold fits some views: see MaskPolicy.inspect.
 
@@ -57,8 +74,7 @@ def inspect_cluster(views: ViewsToMask) -> tuple[dict[str, float], str]:
         clustered, the share of the patches that lies in a cluster; and a sentence with the
         threshold at which as many would as are dropped, if it is far from that.
     """
-    pixels, anchors = views.pixels.flatten(0, 1), anchor_patches(views).flatten(0, 1)
-    closest = anchor_similarity(pixels, anchors, pixels.shape[-1] // views.grid).amax(1)
+    closest = similarity_to_anchors(views).amax(1)
     clustered = (closest > views.cluster_threshold).float().mean().item()
     kept = views.num_kept_blocks / (views.grid // views.block_size) ** 2
     warning = ""
@@ -79,6 +95,6 @@ CLUSTER = MaskPolicy(
     "well.",
     reads_noise=True,
     reads_pixels=True,
-    keys=("anchor_ratio", "cluster_threshold"),
+    keys=("anchor_ratio", "cluster_threshold", "cluster_embeddings"),
     inspect=inspect_cluster,
 )

@@ -64,6 +64,9 @@ class ViewsToMask:
         noise_share: how much noise decides in place of the teacher's scores; see noise.py.
         temperature: the recipe's mask.temperature, for a policy that `reads_teacher`.
         anchor_ratio, cluster_threshold: the recipe's, for the policy that they are keys of.
+        embeddings: (B, V, P, C) float, the student's patch embeddings, without positions; None
+            where clusters go by pixels alone.
+        embeddings_share: the weight of their similarity beside that of the pixels, in [0, 1].
     """
 
     grid: int
@@ -79,6 +82,8 @@ class ViewsToMask:
     temperature: float = 0.0
     anchor_ratio: float = 0.0
     cluster_threshold: float = 0.0
+    embeddings: Tensor | None = None
+    embeddings_share: float = 0.0
 
     def by_block(self, scores: Tensor) -> Selection:
         """A selection by scores of the views' blocks, (B, V, g, g)."""
