@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aclip.ablation.cases import Case
-from aclip.config.continuing import MAY_CHANGE, key_of, recipe_changes
+from aclip.config.continuing import key_of, may_change, recipe_changes
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import recipe_of_values
 from aclip.errors import ConfigError
@@ -14,9 +14,9 @@ from aclip.files import write_whole
 STATE_FILE, LOG_FILE = "ablation.json", "log.txt"
 CLAIM_FILE = ".ablation"
 """The lock of the ablation that trains a run; the run itself has its own."""
-MAY_LIE_ELSEWHERE = MAY_CHANGE | {"data.train", "data.sources.shards", "text.word_counts"}
-"""Keys that may differ when a run goes on, on another machine too; the data are compared by what
-lies in them."""
+PLACES = {"data.train", "data.sources.shards", "text.word_counts"}
+"""Keys that may differ where a run goes on on another machine; the data are compared by what lies
+in them."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Run:
             changes = [
                 change
                 for change in recipe_changes(before, now)
-                if key_of(change) not in MAY_LIE_ELSEWHERE
+                if not may_change(change) and key_of(change).removeprefix("stages.") not in PLACES
             ]
             changes += [
                 f"{key} {then.get(key)} -> {self.settings[key]}"
