@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from aclip.errors import ConfigError
 from aclip.planning.run_flops import RunFlops, RunMeter
 
 Budget = Literal["samples", "flops", "time"]
-BUDGETS: tuple[Budget, ...] = get_args(Budget)
 TRIES = 8
 """Lengths that are tried for one row; where the cost is proportional to the length, the second one
 fits."""

@@ -1,6 +1,5 @@
 """Ablations: what each row changes, which runs are started, and the figures of finished ones."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -249,44 +248,6 @@ def test_a_loss_that_is_not_finite_is_a_result_of_a_sweep_alone(tmp_path, monkey
         assert failed == ([] if may_diverge else [folder.name])
         assert run.is_finished == run.has_diverged == may_diverge
         assert (folder / "checkpoints").is_dir()
-
-
-def test_a_run_goes_on_where_its_data_lie_elsewhere(tmp_path):
-    (run,) = make_runs(cases_of("clip"), 1, tmp_path, {}, DATA)
-    run.note(finished=False)
-    moved = ["data.train=/elsewhere/*.tar", "data.val=/elsewhere/val.tar", "train.log_every=1"]
-    (moved,) = make_runs(cases_of("clip", overrides=moved), 1, tmp_path, {}, DATA)
-    moved.check()
-    state = json.loads((run.folder / "ablation.json").read_text())
-    del state["settings"]["recipe"]["train"]["evaluate_at"]  # a key that came later
-    (run.folder / "ablation.json").write_text(json.dumps(state))
-    run.check()
-
-
-def test_a_folder_with_other_settings_is_refused(tmp_path):
-    (run,) = make_runs(cases_of("clip"), 1, tmp_path, {}, DATA)
-    run.check()
-    run.note(finished=True)
-    run.check()
-    (tmp_path / "clip-seed0" / "ablation.json").write_text('{"settings"')
-    with pytest.raises(ConfigError, match="ablation.json is damaged; remove"):
-        run.check()
-    run.note(finished=True)
-    for other in (
-        make_runs(cases_of("clip", overrides=["optimizer.lr=2e-3"]), 1, tmp_path, {}, DATA),
-        make_runs(cases_of("clip"), 1, tmp_path, {"gradient_clipping": 1.0}, DATA),
-        make_runs(cases_of("clip"), 1, tmp_path, {}, DATA | {"samples": 1}),
-    ):
-        with pytest.raises(ConfigError, match="clip-seed0, which was trained with other settings"):
-            other[0].check()
-    with pytest.raises(ConfigError, match="optimizer.lr 0.001 -> 0.002"):
-        make_runs(cases_of("clip", overrides=["optimizer.lr=2e-3"]), 1, tmp_path, {}, DATA)[
-            0
-        ].check()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").touch()
-    with pytest.raises(ConfigError, match="it holds no run"):
-        make_run(run.case, 0, tmp_path / "other", {}, DATA).check()
 
 
 STOPPED = """

@@ -1,5 +1,7 @@
-"""Several ablations in one folder: each run is trained once, and a lost one's are taken over."""
+"""Several ablations in one folder: each run is trained once, a lost one's are taken over, and one
+that is there goes on with its own settings only."""
 
+import json
 import subprocess
 import sys
 import time
@@ -9,7 +11,7 @@ import pytest
 from ablation_runs import DATA, cases_of
 
 from aclip.ablation.runner import Runner
-from aclip.ablation.runs import CLAIM_FILE, make_runs
+from aclip.ablation.runs import CLAIM_FILE, make_run, make_runs
 from aclip.errors import ConfigError
 from aclip.lock import InUse, claim, release
 
@@ -125,3 +127,41 @@ def test_locks_of_several_kinds_are_apart(tmp_path):
     claim(tmp_path, "--output", "an ablation", name=CLAIM_FILE)
     for name in (CLAIM_FILE, ".owner"):
         release(tmp_path, name)
+
+
+def test_a_run_goes_on_where_its_data_lie_elsewhere(tmp_path):
+    (run,) = make_runs(cases_of("clip"), 1, tmp_path, {}, DATA)
+    run.note(finished=False)
+    moved = ["data.train=/elsewhere/*.tar", "data.val=/elsewhere/val.tar", "train.log_every=1"]
+    (moved,) = make_runs(cases_of("clip", overrides=moved), 1, tmp_path, {}, DATA)
+    moved.check()
+    state = json.loads((run.folder / "ablation.json").read_text())
+    del state["settings"]["recipe"]["train"]["evaluate_at"]  # a key that came later
+    (run.folder / "ablation.json").write_text(json.dumps(state))
+    run.check()
+
+
+def test_a_folder_with_other_settings_is_refused(tmp_path):
+    (run,) = make_runs(cases_of("clip"), 1, tmp_path, {}, DATA)
+    run.check()
+    run.note(finished=True)
+    run.check()
+    (tmp_path / "clip-seed0" / "ablation.json").write_text('{"settings"')
+    with pytest.raises(ConfigError, match="ablation.json is damaged; remove"):
+        run.check()
+    run.note(finished=True)
+    for other in (
+        make_runs(cases_of("clip", overrides=["optimizer.lr=2e-3"]), 1, tmp_path, {}, DATA),
+        make_runs(cases_of("clip"), 1, tmp_path, {"gradient_clipping": 1.0}, DATA),
+        make_runs(cases_of("clip"), 1, tmp_path, {}, DATA | {"samples": 1}),
+    ):
+        with pytest.raises(ConfigError, match="clip-seed0, which was trained with other settings"):
+            other[0].check()
+    with pytest.raises(ConfigError, match="optimizer.lr 0.001 -> 0.002"):
+        make_runs(cases_of("clip", overrides=["optimizer.lr=2e-3"]), 1, tmp_path, {}, DATA)[
+            0
+        ].check()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="it holds no run"):
+        make_run(run.case, 0, tmp_path / "other", {}, DATA).check()
