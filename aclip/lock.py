@@ -30,7 +30,21 @@ PATIENCE = {PATIENCE_VARIABLE: "120"}
 may end late, and a network file system takes up to 90 s to give a lost node's lock up."""
 
 
-def claim(folder: Path, option: str, doing: str, patience: float = 0.0) -> str | None:
+class InUse(ConfigError):
+    """Another process owns a folder.
+
+    Attributes:
+        owner: what it does there, and where it runs.
+    """
+
+    def __init__(self, message: str, owner: str):
+        super().__init__(message)
+        self.owner = owner
+
+
+def claim(
+    folder: Path, option: str, doing: str, patience: float = 0.0, name: str = LOCK_FILE
+) -> str | None:
     """Makes this process the owner of a folder until `release` or its end, however it ends.
 
     The lock is the kernel's, so no lock is left behind by a killed process, and none is inherited
@@ -42,15 +56,16 @@ def claim(folder: Path, option: str, doing: str, patience: float = 0.0) -> str |
         option: gave the folder, such as --output.
         doing: what the owner does there, such as "a run".
         patience: seconds to wait for another owner's end.
+        name: the lock's file in the folder, for a folder that has owners of several kinds.
 
     Returns:
         None, or the sentence about a file system without locks.
 
     Raises:
-        ConfigError: another process owns the folder; says which one.
+        InUse: another process owns the folder; says which one.
         NotWritten: the folder can't be written.
     """
-    path = folder.resolve() / LOCK_FILE
+    path = folder.resolve() / name
     if path in _HELD:
         return None
     with writing(path):
@@ -75,9 +90,10 @@ def claim(folder: Path, option: str, doing: str, patience: float = 0.0) -> str |
                 continue
             owner = _describe(facts)
             os.close(descriptor)
-            raise ConfigError(
+            raise InUse(
                 f"{option} is {folder}, which {owner} is using; wait for its end, or give another "
-                "folder"
+                "folder",
+                owner,
             ) from None
         break
     facts = {
@@ -93,9 +109,9 @@ def claim(folder: Path, option: str, doing: str, patience: float = 0.0) -> str |
     return None
 
 
-def release(folder: Path) -> None:
+def release(folder: Path, name: str = LOCK_FILE) -> None:
     """Gives a claimed folder up; does nothing for one that is not claimed."""
-    descriptor = _HELD.pop(folder.resolve() / LOCK_FILE, None)
+    descriptor = _HELD.pop(folder.resolve() / name, None)
     if descriptor is not None:
         os.close(descriptor)
 

@@ -1,208 +1,102 @@
 """An ablation from its command line to its report: the work behind launch/ablate.py."""
 
 import argparse
-import math
-import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from aclip.ablation.results import QUARTERS, read_results
-from aclip.ablation.rows import Case, Row, choose_rows, decided_by, make_cases
-from aclip.ablation.rows_file import SUFFIXES, read_rows
-from aclip.ablation.runs import Run, Runner, make_runs
+from aclip.ablation.devices import choose_devices
+from aclip.ablation.prepare import Prepared, prepare
+from aclip.ablation.results import Page, Result, page_of_json, read_results
+from aclip.ablation.runner import Runner
+from aclip.ablation.runs import Run
 from aclip.cli import EXIT_FAILED_RUNS, EXIT_STOPPED_BY_SIGNAL
-from aclip.config.ds_config import read_ds_config
-from aclip.config.recipe_file import load_recipe
-from aclip.data.find_data import find_data
-from aclip.data.fingerprint import count_shards
-from aclip.data.synthetic import batch_of_mean_captions, mean_in_training
-from aclip.errors import ConfigError, NotWritten
+from aclip.errors import NotWritten
 from aclip.files import check_writable
-from aclip.lock import claim
-from aclip.machine import check_gpus, usable_cores
-from aclip.nodes.probe import BUSY_MIB, gpus
-
-CAPTION_TOKENS = 17
-"""The mean length of a caption, start and end included, for the table's FLOPs."""
-LEAST_STEPS = 40
-"""With fewer steps, the schedule can't be cut into equal quarters of whole steps."""
-DECIDED_HERE = {
-    "mask.keep_ratio",
-    "train.seed",
-    "train.evaluate_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.upload_to",
-}
-"""Keys of the recipe that no override and no row may set."""
-EQUAL_IN_ALL_ROWS = {"train.epochs", "train.global_batch_size"}
-"""Keys that fix the quarters of the schedule: an override may set them, a row may not."""
+from aclip.machine import check_gpus
 
 
 def ablate(arguments: argparse.Namespace) -> int:
     """Runs `launch/ablate.py` with its parsed arguments; returns the exit status.
 
     Raises:
-        ConfigError: a wrong argument, a row that can't be made of the recipe, no data, no free
-            device, an output folder that is in use, can't be written or holds other runs.
+        ConfigError: see prepare, or there is no free device.
         NotWritten: the report, which has been printed, or a run's folder could not be written.
     """
-    _check(arguments)
-    check_gpus()
-    runs = _make_runs(arguments)
     output = Path(arguments.output)
-    # Imported here: charts take seconds, which no wrong input should cost.
-    from aclip.ablation.report import MARKDOWN, PAGE, make_report, write_files, write_report
-
-    gflops = {run.case.name: _gflops(run.case) for run in runs if run.seed == 0}
-
+    if arguments.report_only:
+        page = page_of_json(Path(arguments.report_only))
+        check_writable(output, "--output")
+        _show(page, output)
+        return 0
+    check_gpus()
+    prepared = prepare(arguments)
     title = f"Ablation {output.name}"
+    command = [sys.executable, arguments.script, "--ds_config", arguments.ds_config]
+    command += ["--recipe", arguments.recipe]
+
+    def train(runs: list[Run]) -> tuple[list[Run], bool]:
+        num_left = sum(not run.is_finished for run in runs)
+        devices = choose_devices(arguments.processes, num_left) if num_left else []
+        runner = Runner(command, devices, report, arguments.keep_checkpoints)
+        return runner.run(runs)
+
+    def page() -> Page:
+        return Page(title, prepared.note, results_so_far(prepared))
 
     def report() -> None:
+        # Imported here: charts take seconds, which no wrong input should cost.
+        from aclip.ablation.report import write_report
+
         try:
-            write_report(read_results(runs), gflops, title, output)
+            write_report(page(), output)
         except NotWritten as error:  # a full disk must not end the runs
             print(f"the report was not written: {error}", flush=True)
 
-    command = [sys.executable, arguments.script, "--ds_config", arguments.ds_config]
-    command += ["--recipe", arguments.recipe]
-    num_left = sum(not run.is_finished for run in runs)
-    devices = _devices(arguments.processes, num_left) if num_left else []
-    failed, was_stopped = Runner(command, devices, report).run(runs)
-    if any(run.is_finished for run in runs):
-        files = make_report(read_results(runs), gflops, title)
-        print(files[MARKDOWN].decode(), end="", flush=True)  # before a write that can fail
-        write_files(files, output)
-        print(f"wrote {output / PAGE} and {output / MARKDOWN}", flush=True)
+    failed, was_stopped = [], False
+    if prepared.sweep is not None:
+        print("learning rates first, in short runs on a seed of their own", flush=True)
+        failed, was_stopped = train(prepared.sweep.runs)
+    runs = prepared.runs()
+    undecided = prepared.undecided()
+    if not was_stopped:
+        chosen = [run for run in runs if run.case.name not in undecided]
+        for run in chosen:
+            run.check()
+        failed_here, was_stopped = train(chosen)
+        failed += failed_here
+    reached = page()
+    if any(result.outcomes or result.rates for result in reached.results):
+        _show(reached, output)
     if was_stopped:
         print("stopped; the same command continues", flush=True)
         return EXIT_STOPPED_BY_SIGNAL
     if failed:
-        print(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again")
-    return EXIT_FAILED_RUNS if failed else 0
+        print(f"{len(failed)} runs failed; the same command tries them again")
+    if undecided:
+        print(f"the sweep found no learning rate for {', '.join(sorted(undecided))}")
+    return EXIT_FAILED_RUNS if failed or undecided else 0
 
 
-def _make_runs(arguments: argparse.Namespace) -> list[Run]:
-    """Every row, keep ratio and seed, checked before the first of them starts."""
-    output = Path(arguments.output)
-    rows = _choose_rows(arguments)
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    if not recipe.data.train and not recipe.data.sources:
-        raise ConfigError(
-            f"data.train is empty in {arguments.recipe}; give shards, such as "
-            "data.train='/data/*.tar'"
+def results_so_far(prepared: Prepared) -> list[Result]:
+    results = read_results(prepared.runs())
+    if prepared.sweep is None:
+        return results
+    return [
+        replace(
+            result,
+            rates=prepared.sweep.accuracies(case.name),
+            rate=prepared.sweep.rate(case.name),
         )
-    train = recipe.train
-    ds_config = read_ds_config(arguments.ds_config, train.global_batch_size, 1)
-    check_writable(output, "--output")
-    note = claim(output, "--output", "an ablation")
-    if note is not None:
-        print(note, flush=True)
-    shards, val_shards = find_data(recipe)
-    if not val_shards:
-        raise ConfigError(
-            f"data.val is empty in {arguments.recipe}; give validation shards, on which the rows "
-            "are compared"
-        )
-    dataset_size = sum(shard.num_samples for shard in shards)
-    steps = recipe.num_steps(dataset_size)
-    if steps < LEAST_STEPS:
-        enough = math.ceil(100 * LEAST_STEPS * train.global_batch_size / dataset_size) / 100
-        length = "epochs" if train.samples is None else "samples"
-        raise ConfigError(
-            f"train.{length} is {getattr(train, length):g}, which is {steps} steps, but the rows "
-            f"are compared after {LEAST_STEPS} steps at the least; raise train.epochs to "
-            f"{enough:g} or more"
-        )
-    every = math.ceil(steps / QUARTERS) * train.global_batch_size
-    schedule = [
-        f"train.evaluate_every={every}",
-        f"train.checkpoint_every={every}",
-        "train.keep_checkpoints=1",
+        for case, result in zip(prepared.cases, results, strict=True)
     ]
-    overrides = [*arguments.overrides, *schedule]
-    cases = make_cases(rows, arguments.recipe, overrides, arguments.keep_ratio)
-    data = count_shards(recipe.data, shards)
-    data["val_samples"] = sum(shard.num_samples for shard in val_shards)
-    runs = make_runs(cases, arguments.seeds, output, ds_config.values, data)
-    for run in runs:
-        run.check()
-    return runs
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    if arguments.seeds < 1:
-        raise ConfigError(f"--seeds is {arguments.seeds}; give 1 or more")
-    if arguments.processes is not None and arguments.processes < 1:
-        raise ConfigError(f"--processes is {arguments.processes}; give 1 or more")
-    ratios = [f"{ratio:g}" for ratio in arguments.keep_ratio]
-    if len(set(ratios)) < len(ratios):
-        raise ConfigError(f"--keep_ratio is {' '.join(ratios)}; give each ratio once")
+def _show(page: Page, output: Path) -> None:
+    """Prints the page, and writes it."""
+    from aclip.ablation.report import MARKDOWN, PAGE, make_report, write_files
 
-
-def _choose_rows(arguments: argparse.Namespace) -> list[Row]:
-    """The rows that --rows names, whose keys and the user's are apart."""
-    names = arguments.rows
-    is_file = [Path(name).suffix in SUFFIXES for name in names]
-    if any(is_file[1:]):
-        raise ConfigError(
-            f"--rows names {' '.join(names)}; give one file of rows first, and names of its rows "
-            "behind it"
-        )
-    rows = read_rows(names[0], names[1:]) if is_file[0] else choose_rows(names)
-    for override in arguments.overrides:
-        key = override.partition("=")[0]
-        if key in DECIDED_HERE | decided_by(rows):
-            raise ConfigError(
-                f"override is {override}, but an ablation decides {key}, by its rows, "
-                "--keep_ratio, --seeds or the quarters of the schedule; leave it out"
-            )
-    for row in rows:
-        allowed = set() if row.drops_patches else {"mask.keep_ratio"}
-        for key in sorted(decided_by([row]) & (DECIDED_HERE | EQUAL_IN_ALL_ROWS) - allowed):
-            raise ConfigError(
-                f"row {row.name} sets {key}, which is equal in all rows; give it on the command "
-                "line, or leave it out"
-            )
-    return rows
-
-
-def _gflops(case: Case) -> float:
-    # Imported here, since the towers take seconds.
-    from aclip.planning.measure_step import measure_run
-
-    length = mean_in_training(case.recipe, CAPTION_TOKENS)
-    batch = batch_of_mean_captions(case.recipe, length, math.ceil(length))
-    return measure_run(case.recipe, batch, modes=("none",)).total_flops / 1e9
-
-
-def _devices(num_processes: int | None, num_runs: int) -> list[dict[str, str]]:
-    """Environment variables that give a process its device: a free GPU, or a share of the cores.
-
-    Args:
-        num_processes: how many run at a time; None for as many as there are free devices.
-
-    Raises:
-        ConfigError: every GPU is in use, or nvidia-smi, which knows that, is not there.
-    """
-    listed = gpus()
-    if not listed:
-        import torch
-
-        if torch.cuda.is_available():
-            raise ConfigError("nvidia-smi is not in PATH, so that no free GPU is known; add it")
-        num_cores = usable_cores()
-        num_processes = num_processes or min(num_cores, num_runs)
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, num_cores // num_processes))
-        return [{"OMP_NUM_THREADS": threads}] * num_processes
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    allowed = visible.split(",") if visible else [str(index) for index in range(len(listed))]
-    # A GPU that is given by its UUID is taken as free.
-    busy = {str(index) for index, gpu in enumerate(listed) if gpu["used"] > BUSY_MIB}
-    free = [name for name in allowed if name not in busy]
-    if not free:
-        raise ConfigError(
-            f"each of {len(allowed)} GPUs has more than {BUSY_MIB} MiB in use; end what runs there"
-        )
-    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # the order in which nvidia-smi counts
-    return [order | {"CUDA_VISIBLE_DEVICES": name} for name in free[:num_processes]]
+    files = make_report(page)
+    print(files[MARKDOWN].decode(), end="", flush=True)  # before a write that can fail
+    write_files(files, output)
+    print(f"wrote {output / PAGE} and {output / MARKDOWN}", flush=True)

@@ -1,14 +1,12 @@
 """The rows of the paper's tables, as what each changes of one base recipe.
 
 Towers, data, colours, optimizer and schedule are the base's, equal in every row. A user's own rows
-are read by rows_file.py.
+are read by rows_file.py, and cases.py makes recipes of rows.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from aclip.config.recipe import Recipe
-from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
 from aclip.method.losses.terms import no_auxiliary_terms
 
@@ -46,6 +44,8 @@ class Row:
             counts. {full} and {half} stand for the base's resolution and half of it.
         drops_patches: whether keep_ratio means something.
         against: the row from which its difference is shown, beside those of COMPARED.
+        recipe: the name or path of a recipe from which it takes the method, see METHOD of cases.py;
+            empty for the base's own.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Row:
     overrides: tuple[str, ...]
     drops_patches: bool = True
     against: str = ""
+    recipe: str = ""
 
 
 MASKS = (
@@ -121,34 +122,6 @@ def decided_by(rows: Iterable[Row]) -> set[str]:
     }
 
 
-@dataclass(frozen=True)
-class Case:
-    """A row at one keep ratio: what is trained with each seed.
-
-    Attributes:
-        keep_ratio: None where nothing is dropped.
-        overrides: what it changes of the base recipe, with the user's own changes.
-        recipe: the resolved recipe with seed 0.
-    """
-
-    row: Row
-    keep_ratio: float | None
-    overrides: tuple[str, ...]
-    recipe: Recipe
-
-    @property
-    def name(self) -> str:
-        return self.row.name if self.keep_ratio is None else f"{self.row.name}-keep{self.keep}"
-
-    @property
-    def label(self) -> str:
-        return self.row.label.replace("{keep}", self.keep)
-
-    @property
-    def keep(self) -> str:
-        return "100" if self.keep_ratio is None else f"{100 * self.keep_ratio:g}"
-
-
 def choose_rows(names: list[str]) -> list[Row]:
     """Rows by name or group, in the order of the paper's tables, each once.
 
@@ -166,43 +139,3 @@ def choose_rows(names: list[str]) -> list[Row]:
             raise ConfigError(f"--rows names {name}; take some of {', '.join([*GROUPS, *known])}")
         chosen |= {row.name for row in GROUPS.get(name, ())} or {name}
     return [row for name, row in known.items() if name in chosen]
-
-
-def make_cases(
-    rows: list[Row], base: str, overrides: list[str], keep_ratios: list[float]
-) -> list[Case]:
-    """Every row at every keep ratio that means something to it.
-
-    Args:
-        base: the name or path of a recipe with a teacher.
-        overrides: what the user changes of it, in all rows.
-
-    Raises:
-        ConfigError: the base has no teacher, or a row has stages or can't be made of it; see
-            load_recipe.
-    """
-    base_recipe = load_recipe(base, overrides)
-    if base_recipe.teacher is None:
-        raise ConfigError(
-            f"--recipe is {base}, which has no teacher; take one with a teacher, whose towers, "
-            "data and schedule all rows share, such as demo"
-        )
-    full = base_recipe.model.image.resolution
-    cases = []
-    for row in rows:
-        for keep_ratio in keep_ratios if row.drops_patches else [None]:
-            of_row = (
-                change.replace("{full}", f"{full}").replace("{half}", f"{full // 2}")
-                for change in row.overrides
-            )
-            changes = [*overrides, *of_row]
-            if keep_ratio is not None:
-                changes.append(f"mask.keep_ratio={keep_ratio:g}")
-            recipe = load_recipe(base, changes)
-            if recipe.stages:
-                raise ConfigError(
-                    f"stages holds {len(recipe.stages)} more for row {row.name}, but rows are "
-                    "compared at the quarters of one schedule; add stages=[]"
-                )
-            cases.append(Case(row, keep_ratio, tuple(changes), recipe))
-    return cases

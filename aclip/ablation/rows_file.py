@@ -2,6 +2,7 @@
 
 random: {label: "random, {keep} %", overrides: [mask.policy=random, teacher=null]}
 attentive: {label: "attentive, {keep} %", overrides: [mask.policy=attentive], against: random}
+flip: {recipe: flip_vitb16, overrides: []}
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,11 @@ class RowValues(Section):
     overrides: list[str]
     against: str = ""
     """The row from which its difference is shown, seed by seed."""
-    drops_patches: bool = True
+    drops_patches: bool | None = None
+    """Whether it is trained at each --keep_ratio; empty for yes, unless it has a recipe."""
+    recipe: str = ""
+    """A recipe from which it takes the method: its masks, views, teacher, losses, the length of its
+    captions and its stages."""
 
 
 def read_rows(path: str, chosen: Sequence[str] = ()) -> list[Row]:
@@ -86,6 +91,13 @@ def _row(path: str, name: str, values: object) -> Row:
             f"{where} in {path} is {first['input']!r}: {first['msg']}; write a row as "
             "name: {label: ..., overrides: [key.sub=value, ...]}"
         ) from None
+    drops_patches = read.drops_patches
     return Row(
-        name, read.label or name, None, tuple(read.overrides), read.drops_patches, read.against
+        name,
+        label=read.label or name,
+        published=None,
+        overrides=tuple(read.overrides),
+        drops_patches=not read.recipe if drops_patches is None else drops_patches,
+        against=read.against,
+        recipe=read.recipe,
     )

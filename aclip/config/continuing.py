@@ -23,6 +23,7 @@ MAY_CHANGE = frozenset(
         # What a run tells of itself, and how often.
         "data.val",
         "train.evaluate_every",
+        "train.evaluate_at",
         "train.log_every",
         "train.wandb",
         "train.checkpoint_every",

@@ -231,6 +231,8 @@ class TrainConfig(Section):
     s3://bucket/run; empty for none."""
     evaluate_every: int = Field(15_000_000, ge=0)
     """Samples between two evaluations; 0 for the end only."""
+    evaluate_at: list[Annotated[int, Field(ge=1)]] = []
+    """Numbers of samples, counted over all stages, after which the run is evaluated too."""
     wandb: str = ""
     """Project of Weights & Biases that gets the metrics too; empty for none."""
     hang_timeout: float = Field(600, gt=0)

@@ -26,7 +26,7 @@ FIXED = (
     "model.embed_dim",
 )
 """Keys that shape the towers, whose weights go on; positions are resized for another resolution."""
-OF_RUN = ("train.hang_timeout", "train.upload_to", "train.wandb")
+OF_RUN = ("train.hang_timeout", "train.evaluate_at", "train.upload_to", "train.wandb")
 """Keys that hold for the whole run, whose first start checks them or reads them once."""
 READ_WITH = {
     "optimizer.name": ("betas", "eps"),

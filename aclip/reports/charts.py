@@ -18,24 +18,35 @@ MAX_MARKED = 20
 
 @dataclass(frozen=True)
 class Line:
-    """A curve over samples; a value is None where it is unknown or not finite. `color` counts from
-    0, and `errors` are the lengths of the bars around the points."""
+    """A curve over samples, or what else the chart's x axis shows; a value is None where it is
+    unknown or not finite. `color` counts from 0, None is black; `errors` are the lengths of the
+    bars around the points. A curve in steps keeps each value up to the next one; a faded one steps
+    back behind the others."""
 
     label: str
-    samples: Sequence[int]
+    samples: Sequence[float]
     values: Sequence[float | None]
-    color: int
+    color: int | None
     dashed: bool = False
     errors: Sequence[float] | None = None
+    in_steps: bool = False
+    faded: bool = False
 
 
-def draw_chart(lines: list[Line], marks: Iterable[int] = ()) -> bytes:
+def draw_chart(
+    lines: list[Line],
+    marks: Iterable[int] = (),
+    x_label: str = "samples",
+    width: float = SIZE[0],
+) -> bytes:
     """A PNG of the curves, with a legend where there are several: above them if it is long.
 
     Args:
         marks: samples at which a thin vertical line is drawn.
+        x_label: what the x axis shows.
+        width: in inches.
     """
-    width, plot_height = SIZE
+    plot_height = SIZE[1] * (width / SIZE[0])
     legend_rows = math.ceil(len(lines) / 2) if len(lines) > MAX_LEGEND_INSIDE else 0
     height = plot_height + LEGEND_ROW * legend_rows
     figure = Figure(figsize=(width, height), dpi=DPI)
@@ -52,13 +63,15 @@ def draw_chart(lines: list[Line], marks: Iterable[int] = ()) -> bytes:
             capsize=2,
             marker="o" if len(line.values) < MAX_MARKED else "",
             markersize=3,
-            color=f"C{line.color}",
+            color="black" if line.color is None else f"C{line.color}",
+            alpha=0.35 if line.faded else 1,
             label=line.label,
+            drawstyle="steps-post" if line.in_steps else "default",
         )
     for samples in marks:
         axes.axvline(samples, color="0.5", linewidth=0.8, linestyle=":")
     axes.grid(alpha=0.3)
-    axes.set_xlabel("samples")
+    axes.set_xlabel(x_label)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.locator_params(nbins=5)

@@ -68,6 +68,17 @@ class RunSchedule:
         """Whether a multiple of `every` samples lies in the step; with 0 none does."""
         return every > 0 and self._samples(step) // every > self._samples(step - 1) // every
 
+    def is_evaluated(self, step: int, begun: int) -> bool:
+        """Whether an evaluation is due after the step.
+
+        Args:
+            begun: samples that the run has seen when its stage begins.
+        """
+        train = self._recipe.train
+        first, last = begun + self._samples(step - 1) + 1, begun + self._samples(step)
+        is_at = any(first <= samples <= last for samples in train.evaluate_at)
+        return is_at or self.is_due(train.evaluate_every, step)
+
     def is_logged(self, step: int) -> bool:
         """Whether a progress line is due: after the first step, and every `train.log_every` steps
         or, in a short run, every tenth of the run."""

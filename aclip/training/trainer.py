@@ -201,7 +201,7 @@ class Trainer:
 
     def _evaluation_is_due(self) -> bool:
         is_new = self.step < self.num_steps and self._place not in self.evaluations
-        return is_new and self.schedule.is_due(self.recipe.train.evaluate_every, self.step)
+        return is_new and self.schedule.is_evaluated(self.step, self.place.samples)
 
     def _settle(self) -> None:
         """Reads the last step that was not read yet: counts its samples, and logs it if that is

@@ -1,8 +1,10 @@
 """Finished runs of an ablation, written by hand."""
 
 import json
+from dataclasses import replace
 
-from aclip.ablation.rows import choose_rows, make_cases
+from aclip.ablation.cases import make_cases
+from aclip.ablation.rows import choose_rows
 from aclip.ablation.runs import make_runs
 
 DATA = {"shards": 48, "samples": 7680}
@@ -13,8 +15,17 @@ POINTS = {
 }
 
 
+FLOPS = {"random_2x": (0.0, 0.5, 1.0, 1.5, 2.0), "attentive_2x": (0.0, 0.5, 1.0, 2.0, 3.0)}
+
+
 def cases_of(*names, keep_ratios=(0.5,), overrides=()):
     return make_cases(choose_rows(list(names)), "demo", list(overrides), list(keep_ratios))
+
+
+def evaluated(case, flops=(0.0, 0.5, 1.0, 1.5, 2.0)):
+    """The case with evaluations after 1000, 2000, 3000 and 4000 samples."""
+    length = ["train.samples=4000", "train.evaluate_at=[1000, 2000, 3000, 4000]"]
+    return replace(case.changed(length), flops=flops)
 
 
 def write_metrics(folder, points, objects=(), rate=100.0):
@@ -37,7 +48,8 @@ def write_metrics(folder, points, objects=(), rate=100.0):
 
 
 def finished_runs(tmp_path, seeds=2):
-    runs = make_runs(cases_of(*POINTS), seeds, tmp_path, {}, DATA)
+    cases = [evaluated(case, FLOPS[case.row.name]) for case in cases_of(*POINTS)]
+    runs = make_runs(cases, seeds, tmp_path, {}, DATA)
     for run in runs:
         name = run.case.row.name
         objects = [0.5, 0.6, 0.7, 0.7, 0.8 + 0.02 * run.seed]

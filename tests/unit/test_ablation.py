@@ -1,19 +1,21 @@
 """Ablations: what each row changes, which runs are started, and the figures of finished ones."""
 
-import json
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from ablation_runs import DATA, POINTS, cases_of, finished_runs, write_metrics
 from processes import still_running
 
+from aclip.ablation.cases import make_cases
 from aclip.ablation.report import write_report
-from aclip.ablation.results import Mean, Result, difference, read_results
-from aclip.ablation.rows import choose_rows, decided_by, make_cases
-from aclip.ablation.runs import Runner, make_runs
+from aclip.ablation.results import Mean, Page, difference, page_of_json, read_results
+from aclip.ablation.rows import choose_rows, decided_by
+from aclip.ablation.runner import Runner
+from aclip.ablation.runs import make_run, make_runs
 from aclip.errors import ConfigError
 
 
@@ -96,11 +98,6 @@ def test_rows_keep_the_papers_order_and_a_wrong_name_says_which_there_are():
 def test_a_base_without_teacher_and_a_wrong_ratio_are_refused():
     with pytest.raises(ConfigError, match="clip_vitb16, which has no teacher"):
         make_cases(choose_rows(["clip"]), "clip_vitb16", [], [0.5])
-    stages = ["stages=[{train: {epochs: 1}}]"]
-    with pytest.raises(
-        ConfigError, match=r"stages holds 1 more for row attentive_1x, .*stages=\[\]"
-    ):
-        make_cases(choose_rows(["attentive_1x"]), "demo", stages, [0.5])
     with pytest.raises(ConfigError, match="mask.keep_ratio is 1.5"):
         cases_of("random_1x", keep_ratios=[1.5])
 
@@ -119,42 +116,41 @@ def test_means_and_standard_errors_over_seeds(tmp_path):
     assert [(m.value, m.error) for m in difference(attentive, random)] == [
         pytest.approx(pair) for pair in [(0.09, 0.01), (0.12, 0.02), (0.10, 0.0), (0.08, 0.02)]
     ]
-    assert random.images_per_second() == 100
+    # 4000 samples at 100 and at 50 a second.
+    assert (random.seconds(), attentive.seconds()) == (40, 80)
     mean = Mean.of([0.1, 0.2, 0.6])
     assert (mean.value, mean.error) == pytest.approx((0.3, (0.14 / 2 / 3) ** 0.5))
 
 
 def test_the_page_shows_the_table_the_differences_and_the_order(tmp_path):
     results = read_results(finished_runs(tmp_path))
-    gflops = {"random_2x-keep50": 2.0, "attentive_2x-keep50": 3.0}
-    write_report(results, gflops, "Ablation", tmp_path)
+    write_report(Page("Ablation", "", results), tmp_path)
     text = (tmp_path / "ablation.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert rows[2] == (
         "| random, 2 x 50 % | 12.0 ± 2.0 | 21.0 ± 1.0 | 30.0 ± 0.0 | 42.0 ± 2.0 "
-        "| 81.0 ± 1.0 (50.0 ± 0.0) | 1.00 | 1.00 | 38.0 | 2 |"
+        "| 81.0 ± 1.0 (50.0 ± 0.0) | 4,000 | 1.00 | 1.00 | 38.0 | 2 |"
     )
     assert rows[3].endswith("| 1.50 | 2.00 | 41.3 | 2 |")
-    assert rows[-1] == (
+    assert rows[6] == (
         "| attentive, 2 x 50 % - random, 2 x 50 % | +9.0 ± 1.0 | +12.0 ± 2.0 | +10.0 ± 0.0 "
         "| +8.0 ± 2.0 |"
     )
     order = "attentive, 2 x 50 % > random, 2 x 50 %"
     assert f"At the end the order is the published one: {order}." in text
-    one_seed = [Result(result.case, {0: result.outcomes[0]}) for result in results]
-    write_report(one_seed, gflops, "Ablation", tmp_path / "one seed")
+    one_seed = [replace(result, outcomes={0: result.outcomes[0]}) for result in results]
+    write_report(Page("Ablation", "", one_seed), tmp_path / "one seed")
     text = (tmp_path / "one seed" / "ablation.md").read_text()
     assert "is the published one" not in text
     assert "attentive, 2 x 50 % ~ random, 2 x 50 % (~: less than two standard errors apart" in text
     assert (tmp_path / "accuracy-keep50.png").read_bytes()[1:4] == b"PNG"
-    first = json.loads((tmp_path / "ablation.json").read_text())[0]
-    assert first["seeds"]["1"]["points"] == POINTS["random_2x"][1]
+    assert page_of_json(tmp_path / "ablation.json") == Page("Ablation", "", results)
 
 
 def test_a_run_with_an_evaluation_missing_is_named(tmp_path):
     run = finished_runs(tmp_path)[0]
     write_metrics(run.folder, POINTS["random_2x"][0][:-1])
-    with pytest.raises(ConfigError, match="random_2x-keep50-seed0 holds 4 evaluations, not 5"):
+    with pytest.raises(ConfigError, match="random_2x-keep50-seed0 holds no evaluation after 4000"):
         read_results([run])
     (run.folder / "metrics.jsonl").unlink()
     with pytest.raises(ConfigError, match="random_2x-keep50-seed0 can't be read"):
@@ -168,8 +164,7 @@ def test_rows_without_a_common_seed_have_no_difference(tmp_path):
         for run in runs
         if run.folder.name in ("random_2x-keep50-seed0", "attentive_2x-keep50-seed1")
     ]
-    gflops = {"random_2x-keep50": 2.0, "attentive_2x-keep50": 3.0}
-    write_report(read_results(chosen), gflops, "Ablation", tmp_path)
+    write_report(Page("Ablation", "", read_results(chosen)), tmp_path)
     assert "difference" not in (tmp_path / "ablation.md").read_text()
 
 
@@ -182,12 +177,8 @@ def test_masks_are_measured_on_sets_without_known_objects_too(tmp_path):
 
 
 def test_one_seed_has_no_error(tmp_path):
-    write_report(
-        read_results(finished_runs(tmp_path, seeds=1)),
-        {"random_2x-keep50": 1.0, "attentive_2x-keep50": 1.0},
-        "Ablation",
-        tmp_path,
-    )
+    results = read_results(finished_runs(tmp_path, seeds=1))
+    write_report(Page("Ablation", "", results), tmp_path)
     assert (
         "| random, 2 x 50 % | 10.0 | 20.0 | 30.0 | 40.0 | 80.0 (50.0) |"
         in (tmp_path / "ablation.md").read_text()
@@ -197,15 +188,16 @@ def test_one_seed_has_no_error(tmp_path):
 SCRIPT = """
 import os, pathlib, sys
 folder = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+(folder / "checkpoints").mkdir()
 with open(folder.parent / "started", "a") as file:
     file.write(f"{folder.name} {os.environ['DEVICE']} {sys.argv[-1]}\\n")
 if folder.name == os.environ.get("BREAKS"):
     print("it broke")
-    sys.exit(7)
+    sys.exit(int(os.environ.get("STATUS", 7)))
 """
 
 
-def run_script(tmp_path, runs, devices=2):
+def run_script(tmp_path, runs, devices=2, **settings):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     reports = []
@@ -213,6 +205,7 @@ def run_script(tmp_path, runs, devices=2):
         [sys.executable, str(script)],
         [{"DEVICE": str(index)} for index in range(devices)],
         lambda: reports.append(1),
+        **settings,
     )
     failed, was_stopped = runner.run(runs)
     started = (tmp_path / "started").read_text().splitlines()
@@ -227,6 +220,9 @@ def test_runs_go_to_the_devices_and_a_failed_one_alone_is_tried_again(
     monkeypatch.setenv("BREAKS", "clip-seed1")
     failed, _, started, num_reports = run_script(tmp_path, runs)
     assert failed == ["clip-seed1"] and num_reports == 3
+    # Small files are left of a finished run, and all of one that is to go on.
+    assert [run.folder.name for run in runs if (run.folder / "checkpoints").is_dir()] == failed
+    (tmp_path / "clip-seed1" / "checkpoints").rmdir()
     assert [line.split()[::2] for line in started] == [
         ["clip-seed0", "train.seed=0"],
         ["clip-seed1", "train.seed=1"],
@@ -241,29 +237,26 @@ def test_runs_go_to_the_devices_and_a_failed_one_alone_is_tried_again(
     assert "4 runs, 3 of them finished before" in capsys.readouterr().out
 
 
-def test_a_folder_with_other_settings_is_refused(tmp_path):
-    (run,) = make_runs(cases_of("clip"), 1, tmp_path, {}, DATA)
-    run.check()
-    run.note(finished=True)
-    run.check()
-    (tmp_path / "clip-seed0" / "ablation.json").write_text('{"settings"')
-    with pytest.raises(ConfigError, match="ablation.json is damaged; remove"):
-        run.check()
-    run.note(finished=True)
-    for other in (
-        make_runs(cases_of("clip", overrides=["optimizer.lr=2e-3"]), 1, tmp_path, {}, DATA),
-        make_runs(cases_of("clip"), 1, tmp_path, {"gradient_clipping": 1.0}, DATA),
-        make_runs(cases_of("clip"), 1, tmp_path, {}, DATA | {"samples": 1}),
-    ):
-        with pytest.raises(ConfigError, match="clip-seed0, which was trained with other settings"):
-            other[0].check()
+def test_a_loss_that_is_not_finite_is_a_result_of_a_sweep_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("STATUS", "3")
+    (case,) = cases_of("clip")
+    for may_diverge in (True, False):
+        folder = tmp_path / f"{may_diverge}"
+        monkeypatch.setenv("BREAKS", folder.name)
+        run = make_run(case, 0, folder, {}, DATA, may_diverge)
+        failed, *_ = run_script(tmp_path, [run], keeps_checkpoints=True)
+        assert failed == ([] if may_diverge else [folder.name])
+        assert run.is_finished == run.has_diverged == may_diverge
+        assert (folder / "checkpoints").is_dir()
 
 
 STOPPED = """
 import os, signal, sys, time
 from pathlib import Path
-from aclip.ablation.rows import choose_rows, make_cases
-from aclip.ablation.runs import Runner, make_runs
+from aclip.ablation.cases import make_cases
+from aclip.ablation.rows import choose_rows
+from aclip.ablation.runner import Runner
+from aclip.ablation.runs import make_runs
 out = Path(sys.argv[1])
 child = out / "child.py"
 child.write_text('''

@@ -12,7 +12,7 @@ from ablation_runs import finished_runs
 from report_run import write_run
 
 from aclip.ablation.report import write_report as write_ablation
-from aclip.ablation.results import read_results
+from aclip.ablation.results import Page, read_results
 from aclip.reports.document import Gallery, Heading, Picture, Table, Text, to_html
 from aclip.reports.mask_pictures import encode
 from aclip.reports.report import write_report
@@ -96,9 +96,8 @@ def test_comparison_of_runs(tmp_path, written_run):
 
 
 def test_ablation(tmp_path):
-    gflops = {"random_2x-keep50": 2.0, "attentive_2x-keep50": 3.0}
-    write_ablation(read_results(finished_runs(tmp_path)), gflops, "Ablation", tmp_path)
-    check((tmp_path / "ablation.html").read_text(), tmp_path, num_images=1)
+    write_ablation(Page("Ablation", "", read_results(finished_runs(tmp_path))), tmp_path)
+    check((tmp_path / "ablation.html").read_text(), tmp_path, num_images=2)
 
 
 def test_figure_with_long_words_and_a_wide_table(tmp_path):

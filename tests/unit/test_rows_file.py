@@ -3,12 +3,12 @@
 import argparse
 
 import pytest
-from ablation_runs import DATA, write_metrics
+from ablation_runs import DATA, evaluated, write_metrics
 
-from aclip.ablation.ablate import _choose_rows
+from aclip.ablation.cases import make_cases
+from aclip.ablation.prepare import choose
 from aclip.ablation.report import write_report
-from aclip.ablation.results import read_results
-from aclip.ablation.rows import make_cases
+from aclip.ablation.results import Page, read_results
 from aclip.ablation.rows_file import read_rows
 from aclip.ablation.runs import make_runs
 from aclip.errors import ConfigError
@@ -38,17 +38,15 @@ def test_rows_of_a_file_are_trained_at_each_ratio_and_compared(write_rows, tmp_p
     assert [case.recipe.mask.warmup for case in cases] == [0, 0, 0.25, 0.25, 0]
     assert [case.recipe.mask.keep_ratio for case in cases] == [0.5, 0.25, 0.5, 0.25, 1]
     assert {case.recipe.train.epochs for case in cases} == {2}
-    runs = make_runs([cases[0], cases[2]], 2, tmp_path, {}, DATA)
+    runs = make_runs([evaluated(cases[0]), evaluated(cases[2])], 2, tmp_path, {}, DATA)
     for run in runs:
         last = 0.5 + 0.1 * (run.case.row.name == "warm") + 0.04 * run.seed
         write_metrics(run.folder, [0.1, 0.2, 0.3, 0.4, last])
         run.note(finished=True)
-    write_report(read_results(runs), {case.name: 1.0 for case in cases}, "Rows", tmp_path)
+    write_report(Page("Rows", "", read_results(runs)), tmp_path)
     lines = (tmp_path / "ablation.md").read_text().splitlines()
-    assert (
-        "| warm | 20.0 ± 0.0 | 30.0 ± 0.0 | 40.0 ± 0.0 | 62.0 ± 2.0 |  | 1.00 | 1.00 |  | 2 |"
-        in lines
-    )
+    accuracy = "20.0 ± 0.0 | 30.0 ± 0.0 | 40.0 ± 0.0 | 62.0 ± 2.0"
+    assert f"| warm | {accuracy} |  | 4,000 | 1.00 | 1.00 |  | 2 |" in lines
     assert "| warm - cold, 50 % | +0.0 ± 0.0 | +0.0 ± 0.0 | +0.0 ± 0.0 | +10.0 ± 0.0 |" in lines
 
 
@@ -91,10 +89,10 @@ def test_a_missing_file_is_named(tmp_path):
 )
 def test_keys_of_rows_and_of_the_command_line_are_apart(write_rows, text, override, words):
     arguments = argparse.Namespace(
-        rows=[write_rows(text)], overrides=[override] if override else []
+        rows=[write_rows(text)], overrides=[override] if override else [], lr_sweep=None
     )
     with pytest.raises(ConfigError, match=words):
-        _choose_rows(arguments)
+        choose(arguments)
 
 
 def test_a_file_of_rows_comes_first_and_alone(write_rows):
@@ -103,15 +101,13 @@ def test_a_file_of_rows_comes_first_and_alone(write_rows):
         ([write_rows(ROWS), "masks"], "names masks, but .* has the rows cold, warm, whole"),
     ):
         with pytest.raises(ConfigError, match=words):
-            _choose_rows(argparse.Namespace(rows=rows, overrides=[]))
+            choose(argparse.Namespace(rows=rows, overrides=[], lr_sweep=None))
 
 
 def test_braces_of_a_row_are_yamls_and_not_a_place_to_fill_in(write_rows):
-    text = (
-        'a: {label: "{a} of {keep} %", overrides: ["model.text={width: 32, heads: 2, layers: 1}"]}'
-    )
+    text = 'a: {label: "{a} of {keep} %", overrides: ["views={student: 1, scale: [0.7, 1]}"]}'
     (case,) = make_cases(read_rows(write_rows(text)), "demo", [], [0.5])
-    assert case.label == "{a} of 50 %" and case.recipe.model.text.width == 32
+    assert case.label == "{a} of 50 %" and case.recipe.views.scale == (0.7, 1)
 
 
 def test_some_rows_of_a_file_can_be_chosen_with_those_that_they_are_compared_with(write_rows):

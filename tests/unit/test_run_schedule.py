@@ -53,6 +53,17 @@ def test_what_comes_every_so_many_samples_is_due_after_the_step_that_holds_them(
     assert due(0) == []
 
 
+def test_evaluations_are_placed_by_samples_of_the_whole_run():
+    recipe = load_recipe("demo", [*VALUES, "train.evaluate_every=0", "train.evaluate_at=[25, 120]"])
+    schedule = RunSchedule(recipe, DATASET_SIZE)
+
+    def due(begun):
+        return [step for step in range(1, 17) if schedule.is_evaluated(step, begun)]
+
+    assert due(0) == [3, 12]
+    assert due(100) == [2]  # of a stage that begins at 100; those at 25 lie before it
+
+
 @pytest.mark.parametrize(
     "log_every, epochs, logged",
     [
