@@ -29,6 +29,7 @@ TEXT = {
     "arguments",  # pretrain.py's
     "caption_column",
     "image_column",
+    "budget_row",
     "license",
     "master_addr",
     "name",  # a pattern of names inside a folder
