@@ -79,6 +79,7 @@ def appearing_folder(path: Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             for entry in [*temporary.rglob("*"), temporary]:
+                share(entry)
                 sync(entry)
             os.rename(temporary, path)
             sync(path.parent)
@@ -178,6 +179,13 @@ def not_written(path: Path, error: OSError) -> str:
     else:
         advice = "make it writable, or give another place"
     return f"{path} can't be written ({reason}); {advice}"
+
+
+def share(path: Path) -> None:
+    """Lets who may read the folder read this file of it: what safetensors writes, its owner alone
+    may read."""
+    if path.is_file():
+        path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def sync(path: Path) -> None:

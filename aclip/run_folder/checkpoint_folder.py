@@ -19,7 +19,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from aclip.errors import ConfigError
-from aclip.files import remove_leftovers, sync, write_whole, writing
+from aclip.files import remove_leftovers, share, sync, write_whole, writing
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER
 
 STUDENT, OPTIMIZER, TEACHER, TERMS, RNG = (
@@ -79,6 +79,7 @@ def _give_name(root: Path, partial: Path, folder: Path) -> None:
     }
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for name in (*files, MANIFEST):
+        share(partial / name)
         sync(partial / name)
     sync(partial)
     if folder.exists():

@@ -3,10 +3,13 @@
 import errno
 import os
 import re
+import stat
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from aclip.errors import ConfigError, NotWritten
 from aclip.files import (
@@ -19,6 +22,7 @@ from aclip.files import (
     write_whole,
     writing,
 )
+from aclip.run_folder.checkpoint_folder import publish
 
 
 def names(folder):
@@ -132,6 +136,21 @@ def test_folder_has_its_name_only_once_it_is_filled(tmp_path):
     assert names(tmp_path) == ["export"] and names(out) == ["model.safetensors"]
 
 
+def test_who_may_read_a_folder_may_read_the_weights_in_it(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with appearing_folder(tmp_path / "export") as export:
+            save_file({"a": torch.zeros(1)}, export / "model.safetensors")
+        root, partial = tmp_path / "checkpoints", tmp_path / "checkpoints" / "partial.tmp"
+        partial.mkdir(parents=True)
+        save_file({"a": torch.zeros(1)}, partial / "student.safetensors")
+        publish(root, partial, root / "samples-1")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "export" / "model.safetensors", root / "samples-1/student.safetensors"):
+        assert stat.filemode(path.stat().st_mode) == "-rw-r-----"
+
+
 def test_line_that_does_not_fit_is_cut_off_again(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     append(path, b"one\n")
@@ -183,13 +202,18 @@ ALLOWED = {
     "run_folder/checkpoint_folder.py",
     "run_folder/earlier.py",
     "training/checkpoint.py",
+    "weights/card/card.py",
     "weights/formats/plain.py",
+    "weights/push.py",
     "weights/write_export.py",
+    # The lock of a model in Hugging Face's cache.
+    "weights/hub_weights.py",
     # The cache of shards, which has its own way to appear, and to make room.
     "data/shards/cache.py",
     "data/shards/remote.py",
     # Temporary files, a token, logs that started processes write, a switch of the kernel.
-    "ablation/runs.py",
+    "ablation/runner.py",
+    "ablation/timing.py",
     "benchmarks/loading.py",
     "benchmarks/parts.py",
     "benchmarks/peak_memory.py",

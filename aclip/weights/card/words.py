@@ -143,7 +143,8 @@ def _views(recipe: Recipe) -> Iterator[str]:
 
 
 def _area(scale: tuple[float, float]) -> str:
-    return f"{100 * scale[0]:g} to {_percent(scale[1])}"
+    least, most = (_percent(share) for share in scale)
+    return least if least == most else f"{least.removesuffix(' %')} to {most}"
 
 
 def _percent(share: float) -> str:
