@@ -12,6 +12,8 @@ from matplotlib.ticker import EngFormatter
 SIZE, DPI = (4.4, 2.8), 120  # inches
 MAX_LEGEND_INSIDE = 4
 LEGEND_ROW = 0.2  # inches
+LABEL_PER_INCH = 6
+"""Characters of a label, two of which stand beside each other, on each inch of the chart."""
 MAX_MARKED = 20
 """Curves of fewer points show them: a single one would draw no line."""
 
@@ -47,7 +49,9 @@ def draw_chart(
         width: in inches.
     """
     plot_height = SIZE[1] * (width / SIZE[0])
-    legend_rows = math.ceil(len(lines) / 2) if len(lines) > MAX_LEGEND_INSIDE else 0
+    longest = max((len(line.label) for line in lines), default=0)
+    columns = 2 if longest <= LABEL_PER_INCH * width else 1
+    legend_rows = math.ceil(len(lines) / columns) if len(lines) > MAX_LEGEND_INSIDE else 0
     height = plot_height + LEGEND_ROW * legend_rows
     figure = Figure(figsize=(width, height), dpi=DPI)
     canvas = FigureCanvasAgg(figure)
@@ -76,7 +80,12 @@ def draw_chart(
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.locator_params(nbins=5)
     if len(lines) > 1:
-        above = {"loc": "lower right", "bbox_to_anchor": (1.02, 1), "ncols": 2, "frameon": False}
+        above = {
+            "loc": "lower right",
+            "bbox_to_anchor": (1.02, 1),
+            "ncols": columns,
+            "frameon": False,
+        }
         legend = axes.legend(fontsize=8, **(above if legend_rows else {}))
         for text in legend.get_texts():
             text.set_parse_math(False)
