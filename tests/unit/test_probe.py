@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from aclip.ablation.ablate import _devices
+from aclip.ablation.devices import choose_devices
 from aclip.nodes.doctor import format_table
 from aclip.nodes.examined import Examined, gpu_problems
 from aclip.nodes.hostfile import Host
@@ -46,7 +46,7 @@ def test_a_gpu_whose_memory_is_unknown_counts_as_free(nvidia_smi, value):
     versions = dict.fromkeys(("python", "aclip", "torch", "deepspeed", "cuda"), "1")
     answer |= {"versions": versions, "disk_bytes": 0, "shm_bytes": 0}
     assert "2 NVIDIA GB10" in format_table([Examined(Host("a", 2), "token", answer)])
-    assert [device["CUDA_VISIBLE_DEVICES"] for device in _devices(None, 4)] == ["0"]
+    assert [device["CUDA_VISIBLE_DEVICES"] for device in choose_devices(None, 4)] == ["0"]
 
 
 def test_only_the_gpus_that_the_environment_shows_are_asked_about(nvidia_smi):
