@@ -153,7 +153,7 @@ def decided_by_rank_0(decide: Callable[[], Any], name: str) -> Any:
     if int(os.environ["WORLD_SIZE"]) == 1:
         return decide()
     is_first = os.environ["RANK"] == "0"
-    kinds = {kind.__name__: kind for kind in (ConfigError, DataError, NotWritten)}
+    kinds = {kind.__name__: kind for kind in (DataError, NotWritten, ConfigError)}
     try:
         store = _store(is_first)
         if not is_first:
@@ -172,7 +172,9 @@ def decided_by_rank_0(decide: Callable[[], Any], name: str) -> Any:
     try:
         value = decide()
     except ConfigError as error:
-        failure = {"error": str(error), "kind": type(error).__name__}
+        # Of a kind that only rank 0 tells apart, the others raise what it is one of.
+        kind = next(name for name, kind in kinds.items() if isinstance(error, kind))
+        failure = {"error": str(error), "kind": kind}
         store.set(f"decided/{name}", json.dumps(failure))
         raise
     store.set(f"decided/{name}", json.dumps({"value": value}))
