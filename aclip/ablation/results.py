@@ -137,8 +137,8 @@ def page_of_json(path: Path) -> Page:
         return Page(kept["title"], kept["note"], [_result_of_json(row) for row in kept["rows"]])
     except OSError as error:
         reason = error.strerror
-    except (ValueError, TypeError, KeyError) as error:
-        reason = f"it is not what launch/ablate.py writes: {error!r}"
+    except (ValueError, TypeError, KeyError):
+        reason = "it is not what launch/ablate.py writes"
     raise ConfigError(
         f"--report_only is {path}, which can't be read ({reason}); give an ablation.json"
     )

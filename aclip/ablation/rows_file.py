@@ -47,7 +47,9 @@ def read_rows(path: str, chosen: Sequence[str] = ()) -> list[Row]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise ConfigError(f"--rows names {path}, which can't be read ({reason})") from None
+        raise ConfigError(
+            f"--rows names {path}, which can't be read ({reason}); give a YAML file of rows"
+        ) from None
     if not isinstance(values, dict) or not values:
         raise ConfigError(
             f"--rows names {path}, which holds no rows; write each as "

@@ -78,11 +78,10 @@ def predict_run(
     if len(found) == 1:
         return found[0]
     shares = [share for _, share in stages]
-    have_teacher = [stage.needs_teacher_view for stage, _ in stages]
     taught = [
         share * each[0].teaching_share
-        for share, each, has_teacher in zip(shares, found, have_teacher, strict=True)
-        if has_teacher
+        for (stage, share), each in zip(stages, found, strict=True)
+        if stage.needs_teacher_view
     ]
 
     def average(of_stages: tuple[Prediction, ...]) -> Prediction:
