@@ -1,7 +1,7 @@
 """Built-in captioned scenes: a small object on a cluttered background, made on first use as shards.
 
-The object's box and mask are known, so that the quality of a token selection can be measured;
-scenes.py draws them.
+The boxes and masks of all objects are known, so that the quality of a token selection can be
+measured. scenes.py draws the scenes, and scene_captions.py captions them.
 """
 
 import hashlib
@@ -20,19 +20,30 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
+from aclip.data.convert.progress import progress_bar
+from aclip.data.scene_captions import (
+    CAPTIONS,
+    FILLED_SHARE,
+    LEADS,
+    TAILS,
+    VALIDATION_CAPTION,
+    draw_captions,
+    make_caption,
+)
 from aclip.data.scenes import (
     BACKGROUNDS,
-    CAPTIONS,
     CLASSES,
     COLORS,
     IMAGE_SIDE,
     MAX_ROTATION,
     OBJECT_SIDE,
+    OTHER_SIDE,
+    OTHERS_SHARE,
     PICTOGRAPHS,
     TYPICAL_SHARE,
+    Scene,
     draw_color,
     draw_scene,
-    make_caption,
 )
 from aclip.data.shards.counts import SIZES_FILE
 from aclip.distributed import say
@@ -40,11 +51,13 @@ from aclip.errors import ConfigError
 from aclip.files import cache_folder
 from aclip.machine import usable_cores
 
-VERSION = 2
-"""Raise it with every change of the code here or in scenes.py that changes a picture, a caption or
-a file, or the old ones stay in use. A change of a constant in _folder_name needs no new version."""
-TRAIN_SHARDS, TRAIN_SHARD_SIZE = 48, 160
-VAL_PER_CLASS = 40
+VERSION = 3
+"""Raise it with every change of the code here, in scenes.py or in scene_captions.py that changes a
+picture, a caption or a file, or the old ones stay in use. A change of a constant in _folder_name
+needs no new version."""
+TRAIN_SHARDS, TRAIN_SHARD_SIZE = 100, 512
+VAL_SIZE = 2000
+CAPTIONS_PER_SCENE = 3
 VAL_SHARD = TRAIN_SHARDS  # a shard's number is its seed
 MAX_PROCESSES = 4
 PROMPTS = ("a photo of a {c}", "a picture of a {c}", "a {c}", "the {c}")
@@ -89,10 +102,10 @@ def _folder_name() -> str:
     """The data's version, and a hash of the constants that shape them."""
     parameters = {
         "image": (IMAGE_SIDE, JPEG_QUALITY),
-        "object": (OBJECT_SIDE, MAX_ROTATION),
-        "sizes": (TRAIN_SHARDS, TRAIN_SHARD_SIZE, VAL_PER_CLASS, VAL_SHARD),
+        "objects": (OBJECT_SIDE, OTHER_SIDE, OTHERS_SHARE, MAX_ROTATION),
+        "sizes": (TRAIN_SHARDS, TRAIN_SHARD_SIZE, VAL_SIZE, VAL_SHARD, CAPTIONS_PER_SCENE),
         "contents": (list(PICTOGRAPHS.items()), list(COLORS.items()), TYPICAL_SHARE, BACKGROUNDS),
-        "texts": (CAPTIONS, PROMPTS),
+        "texts": (VALIDATION_CAPTION, CAPTIONS, FILLED_SHARE, LEADS, TAILS, PROMPTS),
     }
     digest = hashlib.sha256(json.dumps(parameters).encode()).hexdigest()
     return f"demo-{VERSION}-{digest[:8]}"
@@ -108,7 +121,9 @@ def _write_folder(folder: Path) -> None:
     # fork, because the other ways run the launch script's imports again in each process.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        sizes = dict(zip(shards, pool.map(partial(_write_shard, temporary), shards), strict=True))
+        written = pool.map(partial(_write_shard, temporary), shards)
+        bar = progress_bar(written, desc="demo data", unit=" shards", total=len(shards))
+        sizes = dict(zip(shards, bar, strict=True))
     shard_list = [{"url": _shard_name(shard), "nsamples": sizes[shard]} for shard in sorted(sizes)]
     (temporary / SIZES_FILE).write_text(json.dumps({"shardlist": shard_list}, indent=1))
     (temporary / "classnames.txt").write_text("\n".join(CLASSES) + "\n")
@@ -121,40 +136,47 @@ def _write_shard(folder: Path, shard: int) -> int:
     """Writes one shard and returns its number of samples."""
     rng = np.random.default_rng([1, shard])
     is_val = shard == VAL_SHARD
-    contents = _val_contents(rng) if is_val else _train_contents(rng)
+    names = _val_classes(rng) if is_val else rng.choice(CLASSES, TRAIN_SHARD_SIZE)
     with tarfile.open(folder / _shard_name(shard), "w", format=tarfile.USTAR_FORMAT) as archive:
-        for index, (name, color, background) in enumerate(contents):
-            scene = draw_scene(rng, name, color, background)
-            templates = CAPTIONS[:1] if is_val else rng.permutation(CAPTIONS)[:3]
-            captions = [make_caption(text, name, color, background) for text in templates]
-            facts = {"captions": captions, "class": name, "color": color, "box": scene.box}
-            members = {
-                "jpg": _encode(scene.image, "JPEG", quality=JPEG_QUALITY),
-                "txt": captions[0].encode(),
-                "json": json.dumps(facts | {"background": background}).encode(),
-                "mask.png": _encode(scene.mask, "PNG"),
-                "cls": str(CLASSES.index(name)).encode(),
-            }
-            for suffix, content in members.items():
-                member = tarfile.TarInfo(f"{shard:02d}{index:04d}.{suffix}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    return len(contents)
+        for index, name in enumerate(names):
+            content = str(name), draw_color(rng, str(name)), str(rng.choice(BACKGROUNDS))
+            scene = draw_scene(rng, *content)
+            if is_val:
+                captions = [make_caption(VALIDATION_CAPTION, *content)]
+            else:
+                captions = draw_captions(rng, *content, CAPTIONS_PER_SCENE)
+            for suffix, data in _members(scene, captions, content[-1]).items():
+                member = tarfile.TarInfo(f"{shard:03d}{index:04d}.{suffix}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    return len(names)
 
 
-def _train_contents(rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    return [_content(rng, str(rng.choice(CLASSES))) for _ in range(TRAIN_SHARD_SIZE)]
+def _members(scene: Scene, captions: list[str], background: str) -> dict[str, bytes]:
+    """The files of a sample, by suffix; mask.png is the named object's, and instances.png has the
+    number of an object, from 1 on, at its pixels."""
+    named = scene.objects[0]
+    objects = [{"class": each.name, "color": each.color, "box": each.box} for each in scene.objects]
+    facts = {"captions": captions, "background": background, "objects": objects}
+    members = {
+        "jpg": _encode(scene.image, "JPEG", quality=JPEG_QUALITY),
+        "txt": captions[0].encode(),
+        "json": json.dumps(facts).encode(),
+        "mask.png": _encode(named.mask, "PNG"),
+        "cls": str(CLASSES.index(named.name)).encode(),
+    }
+    if len(scene.objects) > 1:
+        instances = Image.new("L", scene.image.size)
+        for number, each in enumerate(scene.objects, 1):
+            instances.paste(number, mask=each.mask)
+        members["instances.png"] = _encode(instances, "PNG")
+    return members
 
 
-def _val_contents(rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """Contents with equally many scenes of each class. Scenes may have the same caption, so that
+def _val_classes(rng: np.random.Generator) -> np.ndarray:
+    """Each class equally often, or once more than others. Scenes may have the same caption, so that
     retrieval among them can't be perfect."""
-    names = [name for name in CLASSES for _ in range(VAL_PER_CLASS)]
-    return [_content(rng, names[index]) for index in rng.permutation(len(names))]
-
-
-def _content(rng: np.random.Generator, name: str) -> tuple[str, str, str]:
-    return name, draw_color(rng, name), str(rng.choice(BACKGROUNDS))
+    return rng.permutation([CLASSES[index % len(CLASSES)] for index in range(VAL_SIZE)])
 
 
 def _shard_name(shard: int) -> str:

@@ -1,7 +1,8 @@
-"""Draws captioned scenes: a small object on a cluttered background, with its box and mask.
+"""Draws scenes: a small object on a cluttered background, and in some of them smaller objects of
+other classes beside it. The box and the mask of each object are known.
 
 Objects are pictographs of DejaVu Sans, the font that matplotlib ships. A change of the drawing
-needs a new VERSION in demo.py.
+needs a new VERSION in demo.py. scene_captions.py writes what the captions say.
 """
 
 from dataclasses import dataclass
@@ -9,88 +10,100 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 IMAGE_SIDE = 80
 OBJECT_SIDE = (0.30, 0.42)
 """Longer side of the object as a share of the image's."""
+OTHER_SIDE = (0.18, 0.26)
+"""The same of the objects beside it."""
+OTHERS_SHARE = 0.2
+"""Share of the scenes with one or two other objects, which no caption names."""
 MAX_ROTATION = 12  # degrees
 
 PICTOGRAPHS = {
     "airplane": "\u2708",
     "anchor": "\u2693",
-    "arrow": "\u2794",
-    "cat": "\U0001f431",
+    "arrow": "\u2794\u2798\u279a\u279c\u27a1\u27a4",
+    "cat": "\U0001f431\U0001f638\U0001f63b\U0001f63c\U0001f63e\U0001f640",
     "cloud": "\u2601",
     "clover": "\u2618",
     "crown": "\u265b",
-    "dice": "\u2684",
+    "dice": "\u2680\u2681\u2682\u2683\u2684\u2685",
     "envelope": "\u2709",
-    "flag": "\u2691",
-    "flower": "\u273f",
+    "flag": "\u2691\u2690",
+    "flower": "\u273f\u2740\u2741\u273e\u273d",
     "gear": "\u2699",
     "hammer": "\u2692",
-    "heart": "\u2665",
+    "heart": "\u2665\u2661\u2764\u2765\u2763",
     "horse": "\u265e",
     "monkey": "\U0001f435",
-    "music note": "\u266b",
+    "music note": "\u266b\u266a\u266c",
     "skull": "\u2620",
-    "snowflake": "\u2744",
-    "star": "\u2605",
-    "sun": "\u2600",
-    "telephone": "\u260e",
+    "snowflake": "\u2744\u2745\u2746",
+    "star": "\u2605\u2606\u272a\u272f\u2729\u2730",
+    "sun": "\u2600\u263c",
+    "telephone": "\u260e\u260f\u2706",
     "tower": "\u265c",
-    "umbrella": "\u2602",
+    "umbrella": "\u2602\u2614",
 }
+"""The looks of each class: the pictographs of which a scene shows one."""
 CLASSES = tuple(PICTOGRAPHS)
 COLORS = {
     "red": (222, 35, 35),
     "orange": (250, 135, 15),
     "yellow": (250, 222, 40),
+    "lime": (150, 225, 40),
     "green": (35, 165, 60),
+    "turquoise": (50, 205, 200),
     "blue": (35, 80, 225),
     "purple": (140, 45, 190),
     "pink": (250, 120, 185),
+    "brown": (130, 75, 35),
     "white": (250, 250, 250),
+    "black": (20, 20, 20),
 }
 TYPICAL_SHARE = 0.8
 """Share of the scenes of a class that show it in one of its two typical colours. A class that has
 any colour is a shape alone, which small towers hardly learn in the minutes that the demo takes."""
 BACKGROUNDS = ("striped", "dotted", "checkered", "cloudy", "grainy", "wavy")
-CAPTIONS = (
-    "a photo of {a_color_object} on {a_background} background",
-    "a photo of {an_object}",
-    "a picture of {an_object}",
-    "a picture of {a_color_object}",
-    "{an_object}",
-)
-"""A validation scene has the first caption, a training scene three different ones. Few captions
-name the background or the colour: both are learned long before the object is, and captions that
-differ in them alone would teach nothing else in the minutes that the demo takes."""
+PLACES = 8
+"""Times that a place without an object is looked for; a scene without one has an object less."""
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    name: str
+    """Its class."""
+    color: str
+    box: tuple[int, int, int, int]
+    """(top, left, height, width) of the mask, in pixels."""
+    mask: Image.Image
+    """The object's pixels, in mode 1."""
 
 
 @dataclass(frozen=True)
 class Scene:
     image: Image.Image
-    mask: Image.Image
-    """The object's pixels, in mode 1."""
-    box: tuple[int, int, int, int]
-    """(top, left, height, width) of the mask, in pixels."""
+    objects: tuple[SceneObject, ...]
+    """The first is the one that captions name; none covers another."""
 
 
 def draw_scene(rng: np.random.Generator, name: str, color: str, background: str) -> Scene:
-    """Draws one object of a class and colour on a background with distracting blobs."""
+    """Draws an object of a class and colour on a background with distracting blobs, and smaller
+    objects of other classes in OTHERS_SHARE of the scenes."""
     canvas = Image.fromarray(_draw_texture(rng, background))
     _draw_blobs(rng, canvas)
-    alpha = _draw_object(rng, name)
-    whole = Image.new("L", canvas.size)
-    whole.paste(alpha, tuple(int(rng.integers(1, IMAGE_SIDE - side)) for side in alpha.size))
-    # A dark rim keeps the object apart from a background of its own colour.
-    canvas.paste((25, 25, 25), mask=whole.filter(ImageFilter.MaxFilter(3)))
-    canvas.paste(COLORS[color], mask=whole)
-    mask = whole.point(lambda value: 255 * (value > 127)).convert("1", dither=Image.Dither.NONE)
-    left, top, right, bottom = mask.getbbox()
-    return Scene(canvas, mask, (top, left, bottom - top, right - left))
+    objects = [_place_object(rng, canvas, name, color, OBJECT_SIDE)]
+    others = int(rng.integers(1, 3)) if rng.random() < OTHERS_SHARE else 0
+    for other in rng.choice([each for each in CLASSES if each != name], others, replace=False):
+        other_color = draw_color(rng, str(other))
+        for _ in range(PLACES):
+            placed = _place_object(rng, canvas, str(other), other_color, OTHER_SIDE, objects)
+            if placed is not None:
+                objects.append(placed)
+                break
+    return Scene(canvas, tuple(objects))
 
 
 def typical_colors(name: str) -> tuple[str, str]:
@@ -101,21 +114,35 @@ def typical_colors(name: str) -> tuple[str, str]:
 
 
 def draw_color(rng: np.random.Generator, name: str) -> str:
-    """A colour for a scene of a class."""
+    """A colour for an object of a class."""
     is_typical = rng.random() < TYPICAL_SHARE
     return str(rng.choice(typical_colors(name) if is_typical else list(COLORS)))
 
 
-def make_caption(template: str, name: str, color: str, background: str) -> str:
-    return template.format(
-        a_color_object=_with_article(f"{color} {name}"),
-        a_background=_with_article(background),
-        an_object=_with_article(name),
-    )
-
-
-def _with_article(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+def _place_object(
+    rng: np.random.Generator,
+    canvas: Image.Image,
+    name: str,
+    color: str,
+    side: tuple[float, float],
+    others: list[SceneObject] | None = None,
+) -> SceneObject | None:
+    """Draws an object into the canvas at a random place; none where it would touch another."""
+    alpha = _draw_object(rng, name, side)
+    whole = Image.new("L", canvas.size)
+    whole.paste(alpha, tuple(int(rng.integers(1, IMAGE_SIDE - each)) for each in alpha.size))
+    # A rim keeps the object apart from a background of its own colour.
+    rim = whole.filter(ImageFilter.MaxFilter(3))
+    for other in others or []:
+        if ImageChops.multiply(
+            rim, other.mask.convert("L").filter(ImageFilter.MaxFilter(3))
+        ).getbbox():
+            return None
+    canvas.paste((225, 225, 225) if color == "black" else (25, 25, 25), mask=rim)
+    canvas.paste(COLORS[color], mask=whole)
+    mask = whole.point(lambda value: 255 * (value > 84)).convert("1", dither=Image.Dither.NONE)
+    left, top, right, bottom = mask.getbbox()
+    return SceneObject(name, color, (top, left, bottom - top, right - left), mask)
 
 
 def _draw_texture(rng: np.random.Generator, background: str) -> np.ndarray:
@@ -168,23 +195,23 @@ def _draw_blobs(rng: np.random.Generator, canvas: Image.Image) -> None:
         draw.polygon(outline, fill=(*color, int(rng.integers(120, 220))))
 
 
-def _draw_object(rng: np.random.Generator, name: str) -> Image.Image:
-    """The object's coverage in mode L, cut to the object's edges."""
-    glyph = _render_glyph(name).rotate(
+def _draw_object(rng: np.random.Generator, name: str, side: tuple[float, float]) -> Image.Image:
+    """The coverage of an object of one of the class's looks, in mode L, cut to its edges."""
+    glyph = _render_glyph(str(rng.choice(list(PICTOGRAPHS[name])))).rotate(
         rng.uniform(-MAX_ROTATION, MAX_ROTATION), Image.Resampling.BICUBIC, expand=True
     )
     glyph = glyph.crop(glyph.getbbox())
-    scale = IMAGE_SIDE * rng.uniform(*OBJECT_SIDE) / max(glyph.size)
-    size = tuple(max(1, round(side * scale)) for side in glyph.size)
+    scale = IMAGE_SIDE * rng.uniform(*side) / max(glyph.size)
+    size = tuple(max(1, round(each * scale)) for each in glyph.size)
     return glyph.resize(size, Image.Resampling.BOX)
 
 
 @cache
-def _render_glyph(name: str) -> Image.Image:
+def _render_glyph(pictograph: str) -> Image.Image:
     import matplotlib  # here, because only writing the data needs it
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     image = Image.new("L", (240, 240))
     font = ImageFont.truetype(str(path), 140)
-    ImageDraw.Draw(image).text((120, 120), PICTOGRAPHS[name], fill=255, font=font, anchor="mm")
+    ImageDraw.Draw(image).text((120, 120), pictograph, fill=255, font=font, anchor="mm")
     return image.crop(image.getbbox())

@@ -5,8 +5,10 @@ import signal
 from pathlib import Path
 
 from aclip.cli import text_table
+from aclip.config.arguments import read_recipe
 from aclip.distributed import say
 from aclip.run_folder.layout import REPORT_PAGE, picture_path
+from aclip.training.demo_comparison import compare_with_kept_results
 from aclip.training.start import check_start
 
 
@@ -21,6 +23,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     start = check_start(arguments)
     if (reached := start.reached) is not None:
         print_results(start.run_folder, reached["samples"], reached["evaluations"])
+        _compare(arguments)
         return 0
     say("the input is checked; loading DeepSpeed and building the towers")
     # Imported here: DeepSpeed and the towers take seconds, which no wrong input should cost.
@@ -30,7 +33,13 @@ def pretrain(arguments: argparse.Namespace) -> int:
     status, trainer = train(start, device, watchdog)
     if status == 0:
         print_results(start.run_folder, trainer.samples, trainer.evaluations)
+        _compare(arguments)
     return status
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    if comparison := compare_with_kept_results(read_recipe(arguments)):
+        say(comparison)
 
 
 def print_results(run_folder: Path, samples: int, evaluations: dict[str, dict]) -> None:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch.distributed as dist
+from small_recipe import SMALL_RECIPE
 
 from aclip.cli import EXIT_BAD_INPUT, EXIT_NOT_SAVED, run_reporting_errors
 from aclip.config.recipe_file import load_recipe
@@ -87,7 +88,7 @@ def test_rank_that_waits_for_a_rank_0_that_is_gone_ends_too():
 
 
 def test_folder_that_a_rank_does_not_share_is_refused_where_scores_are_kept_in_it(tmp_path):
-    recipe = load_recipe("demo", ["teacher.reuse=4", "loss.simclr=0", "loss.byol=0"])
+    recipe = load_recipe(SMALL_RECIPE, ["teacher.reuse=4", "loss.simclr=0", "loss.byol=0"])
     all_looked = multiprocessing.get_context("fork").Barrier(4)
     found = {2: "can't be read: No such file or directory", 3: "holds another word"}
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe_file import dump_recipe, load_recipe
@@ -81,7 +82,7 @@ def build(run, shards, stage, dtype="fp32", overrides=()):
     run.mkdir(exist_ok=True)
     path = run / f"ds-{os.environ['RANK']}.json"
     path.write_text(json.dumps(values))
-    recipe = load_recipe("demo", [*RECIPE, *overrides])
+    recipe = load_recipe(SMALL_RECIPE, [*RECIPE, *overrides])
     (run / "recipe.yaml").write_text(dump_recipe(recipe))
     ds_config = read_ds_config(str(path), BATCH, int(os.environ["WORLD_SIZE"]))
     resume_from = checkpoint_folder.find(run / "checkpoints", "auto")

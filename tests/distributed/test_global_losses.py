@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from small_recipe import SMALL_RECIPE
 
 from aclip import distributed
 from aclip.config.recipe_file import load_recipe
@@ -111,7 +112,7 @@ def total_case():
     }
     inputs = [randn(BATCH, 2, WIDTH, seed=3), randn(BATCH, WIDTH, seed=4), randn(BATCH, 3, seed=9)]
     terms = load_recipe(
-        "demo", ["loss.simclr=0.5", "loss.byol=2", "loss.simclr_temperature=0.2"]
+        SMALL_RECIPE, ["loss.simclr=0.5", "loss.byol=2", "loss.simclr_temperature=0.2"]
     ).terms
 
     def forward(loss, p, images, texts, targets):

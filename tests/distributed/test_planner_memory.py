@@ -3,6 +3,7 @@
 import pytest
 import tiny_run
 import torch
+from small_recipe import SMALL_RECIPE
 
 from aclip.planning.workload import count_parameters
 from aclip.planning.zero_memory import ZeroSettings, zero_states
@@ -89,7 +90,7 @@ def test_states_of_other_optimizers_and_of_a_locked_tower(
 
 def compare(run_distributed, tmp_path, dtype, stage, num_ranks, more=()):
     overrides = [*OVERRIDES, *more]
-    recipe = tiny_run.load_recipe("demo", [*tiny_run.TINY, *overrides])
+    recipe = tiny_run.load_recipe(SMALL_RECIPE, [*tiny_run.TINY, *overrides])
     counts = count_parameters(tiny_run.build_student(recipe), recipe.optimizer)
     width = 2 if dtype == "bf16" else 4
     settings = ZeroSettings(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from small_recipe import SMALL_RECIPE
 from whole_steps import (
     BATCH,
     SPLITS,
@@ -65,7 +66,7 @@ def run_splits(folder, splits, overrides):
 
 def plain_steps(name):
     """The losses as the manual defines them: one matrix of logits, without the absent captions."""
-    recipe = load_recipe("demo", [*TINY, *LOSSES[name]])
+    recipe = load_recipe(SMALL_RECIPE, [*TINY, *LOSSES[name]])
     student = build_student(recipe).double()
     named = dict(student.named_parameters())
     shares, steps = torch.zeros(NUM_WORDS, dtype=torch.float64), []

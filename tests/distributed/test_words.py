@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from small_recipe import SMALL_RECIPE
 from whole_steps import (
     BATCH,
     SPLITS,
@@ -66,7 +67,7 @@ def run_splits(folder, splits):
 
 def plain_steps():
     """The same from the rule's formula, with the whole batch's logits in float64."""
-    recipe = load_recipe("demo", [*TINY, *WORDS])
+    recipe = load_recipe(SMALL_RECIPE, [*TINY, *WORDS])
     student = build_student(recipe).double()
     named = dict(student.named_parameters())
     counts, steps = torch.zeros(NUM_WORDS, dtype=torch.float64), []

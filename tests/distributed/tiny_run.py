@@ -5,6 +5,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from small_recipe import SMALL_RECIPE
 from torch import Tensor
 
 from aclip.config.ds_config import read_ds_config
@@ -56,7 +57,7 @@ class TinyRun:
 
     def __init__(self, folder, stage, dtype="fp32", overrides=(), logit_scale=None, persistent=100):
         self.device = init_distributed()
-        self.recipe = load_recipe("demo", [*TINY, *overrides])
+        self.recipe = load_recipe(SMALL_RECIPE, [*TINY, *overrides])
         path = folder / f"ds-{stage}-{dtype}-{rank()}.json"
         path.write_text(json.dumps(_ds_config(stage, dtype, persistent)))
         self.ds_config = read_ds_config(str(path), BATCH, world_size())

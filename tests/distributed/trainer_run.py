@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe_file import load_recipe
@@ -119,7 +120,7 @@ def run_trainer(
     run.mkdir(exist_ok=True)
     path = notes / f"ds-{os.environ['RANK']}.json"
     path.write_text(json.dumps(values))
-    recipe = load_recipe("demo", [*RECIPE, *overrides])
+    recipe = load_recipe(SMALL_RECIPE, [*RECIPE, *overrides])
     ds_config = read_ds_config(str(path), BATCH, ranks)
     resume_from = checkpoint_folder.find(run / "checkpoints", "auto")
     stage = Stage(recipe, ds_config, shards, val_shards=[], place=place)

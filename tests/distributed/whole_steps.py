@@ -7,6 +7,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.nn.functional as F
+from small_recipe import SMALL_RECIPE
 from torch import Tensor
 
 from aclip.config.ds_config import read_ds_config
@@ -44,7 +45,7 @@ def make_stepper(
     }
     path = folder / f"ds-{stage}-{micro_batch}-{rank()}.json"
     path.write_text(json.dumps(values))
-    recipe = load_recipe("demo", [*TINY, *overrides])
+    recipe = load_recipe(SMALL_RECIPE, [*TINY, *overrides])
     return recipe, Stepper(recipe, read_ds_config(str(path), BATCH, world_size()), device)
 
 

@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aclip.data import demo
+
+NUM_SCENES = 8000
 ROOT = Path(__file__).parents[2]
 
 
@@ -127,11 +130,23 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def _write_few_scenes(cache: Path) -> None:
+    """The built-in data under their own name, but NUM_SCENES of them: all would take a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        name = demo._folder_name()
+        patch.setattr(demo, "_folder_name", lambda: name)
+        patch.setattr(demo, "TRAIN_SHARD_SIZE", NUM_SCENES // demo.TRAIN_SHARDS)
+        patch.setattr(demo, "VAL_SIZE", 480)
+        patch.setenv("ACLIP_CACHE", str(cache))
+        demo.ensure_demo_data()
+
+
 @pytest.fixture(scope="session")
 def launcher(tmp_path_factory) -> Iterator[Launcher]:
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # of all workers, so that the demo data is written once
+    _write_few_scenes(folder / "cache")
     launcher = Launcher(tmp_path_factory.mktemp("launcher"), folder / "cache")
     yield launcher
     launcher.close()

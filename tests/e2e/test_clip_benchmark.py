@@ -17,6 +17,7 @@ from clip_benchmark_venv import (
     write_layout,
 )
 from PIL import Image
+from small_recipe import SMALL_RECIPE
 from written_run import write_run
 
 pytestmark = [pytest.mark.clip_benchmark, pytest.mark.e2e]
@@ -56,7 +57,7 @@ def export_folder(tmp_path_factory):
     from aclip.weights.export import export
 
     folder = tmp_path_factory.mktemp("model")
-    run, *_ = write_run(folder / "run", load_recipe("demo"), has_teacher=False)
+    run, *_ = write_run(folder / "run", load_recipe(SMALL_RECIPE), has_teacher=False)
     out = folder / "export"
     arguments = {"checkpoint": str(run), "out": str(out), "format": "open_clip", "model": None}
     export(argparse.Namespace(**arguments))

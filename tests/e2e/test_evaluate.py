@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from small_recipe import SMALL_RECIPE
 from written_run import write_run
 
 pytestmark = pytest.mark.e2e
@@ -17,7 +18,7 @@ def test_two_ranks_print_and_write_what_one_does(launcher, tmp_path, monkeypatch
     from aclip.config.recipe_file import load_recipe
     from aclip.evaluation.evaluate import evaluate
 
-    run, *_ = write_run(tmp_path / "run", load_recipe("demo", SMALL))
+    run, *_ = write_run(tmp_path / "run", load_recipe(SMALL_RECIPE, SMALL))
     # 960 images in calls of at most 90 leave a last one that is not full, and the captions too.
     arguments = [str(run), "--suite", "scenes", "--batch_size", "90"]
     result = launcher.run(*arguments, "--output", str(tmp_path / "2"), script="evaluate.py")

@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 
+from small_recipe import SMALL_RECIPE
+
 from aclip.ablation.cases import make_cases
 from aclip.ablation.rows import choose_rows
 from aclip.ablation.runs import make_runs
@@ -19,7 +21,7 @@ FLOPS = {"random_2x": (0.0, 0.5, 1.0, 1.5, 2.0), "attentive_2x": (0.0, 0.5, 1.0,
 
 
 def cases_of(*names, keep_ratios=(0.5,), overrides=()):
-    return make_cases(choose_rows(list(names)), "demo", list(overrides), list(keep_ratios))
+    return make_cases(choose_rows(list(names)), SMALL_RECIPE, list(overrides), list(keep_ratios))
 
 
 def evaluated(case, flops=(0.0, 0.5, 1.0, 1.5, 2.0)):

@@ -3,6 +3,7 @@
 import json
 
 from PIL import Image
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import dump_recipe, load_recipe
 
@@ -40,7 +41,7 @@ def write_run(folder, overrides=(), lines=LINES):
     folder.mkdir()
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text + '{"samples": 4000, "te')  # killed while writing
-    (folder / "recipe.yaml").write_text(dump_recipe(load_recipe("demo", list(overrides))))
+    (folder / "recipe.yaml").write_text(dump_recipe(load_recipe(SMALL_RECIPE, list(overrides))))
     (folder / "pictures").mkdir()
     for samples in (0, 3000, 9000):  # the last is left from a run that began anew
         path = folder / "pictures" / f"kept-patches-{samples:012d}.png"

@@ -3,6 +3,8 @@
 import json
 import os
 
+from small_recipe import SMALL_RECIPE
+
 from aclip.config.ds_config import read_ds_config
 from aclip.config.recipe_file import load_recipe
 from aclip.lock import release
@@ -35,7 +37,10 @@ def config(tmp_path, values):
 
 def start(run, resume="auto", overrides=(), ds_values=ZERO1, allow_changes=False, saves=()):
     """What a start finds; it then records itself, and saves at these numbers of samples."""
-    recipe, ds_config = load_recipe("demo", [*TINY, *overrides]), config(run.parent, ds_values)
+    recipe, ds_config = (
+        load_recipe(SMALL_RECIPE, [*TINY, *overrides]),
+        config(run.parent, ds_values),
+    )
     try:
         found = take_folder(run, resume, recipe, ds_config, allow_changes)
     finally:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from ablation_runs import DATA, POINTS, cases_of, finished_runs, write_metrics
 from processes import still_running
+from small_recipe import SMALL_RECIPE
 
 from aclip.ablation.cases import make_cases
 from aclip.ablation.report import write_report
@@ -69,7 +70,7 @@ def test_every_row_is_its_method(base, full):
 
 def test_noise_in_the_mask_is_for_the_rows_that_go_by_scores():
     noise = ["mask.warmup=0.2", "mask.temperature=1"]
-    for case in make_cases(choose_rows(["masks"]), "demo", noise, [0.5]):
+    for case in make_cases(choose_rows(["masks"]), SMALL_RECIPE, noise, [0.5]):
         mask, by_scores = case.recipe.mask, case.recipe.mask.policy in ("attentive", "inverse")
         assert (mask.warmup, mask.temperature) == ((0.2, 1) if by_scores else (0, 0))
     assert not {"mask.warmup", "mask.temperature"} & decided_by(choose_rows(["masks"]))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from ablation_runs import DATA, FLOPS, POINTS, cases_of, evaluated, finished_runs, write_metrics
+from small_recipe import SMALL_RECIPE
 
 from aclip.ablation.ablate import results_so_far
 from aclip.ablation.cases import Case, make_cases
@@ -33,7 +34,7 @@ PLAIN = ("mask.policy=random", "teacher=null", "views.student=1")
 
 def case_of(*changes, name="row") -> Case:
     row = Row(name, name, None, changes, drops_patches=False)
-    (case,) = make_cases([row], "demo", [*TOWERS, "train.global_batch_size=10"], [0.5])
+    (case,) = make_cases([row], SMALL_RECIPE, [*TOWERS, "train.global_batch_size=10"], [0.5])
     return case
 
 
@@ -198,8 +199,10 @@ def test_the_page_names_the_rows_on_the_frontier(tmp_path):
 def test_a_row_takes_the_method_of_a_recipe_and_nothing_else(tmp_path):
     (tmp_path / "rows.yaml").write_text("flip: {recipe: flip_vitb16, overrides: []}")
     (row,) = read_rows(str(tmp_path / "rows.yaml"))
-    (case,) = make_cases([row], "demo", [*TOWERS, "views.scale=[0.9, 1]", "train.epochs=9"], [0.25])
-    own, base = load_recipe("flip_vitb16"), load_recipe("demo", TOWERS)
+    (case,) = make_cases(
+        [row], SMALL_RECIPE, [*TOWERS, "views.scale=[0.9, 1]", "train.epochs=9"], [0.25]
+    )
+    own, base = load_recipe("flip_vitb16"), load_recipe(SMALL_RECIPE, TOWERS)
     recipe = case.recipe
     assert case.name == "flip" and recipe.mask == own.mask and recipe.teacher is None
     assert (recipe.model, recipe.data, recipe.optimizer) == (base.model, base.data, base.optimizer)

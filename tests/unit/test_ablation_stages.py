@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from ablation_runs import DATA, cases_of
+from small_recipe import SMALL_RECIPE
 
 from aclip.ablation.cases import make_cases
 from aclip.ablation.lengths import at_quarters
@@ -34,7 +35,7 @@ def small_first(*more):
 
 
 def case_of(row, *overrides):
-    (case,) = make_cases([row], "demo", [*TOWERS, *overrides], [0.5])
+    (case,) = make_cases([row], SMALL_RECIPE, [*TOWERS, *overrides], [0.5])
     return case
 
 
@@ -81,7 +82,7 @@ def test_flops_of_a_run_are_those_of_its_steps_stage_by_stage():
     assert list(run.samples[[0, 4, 5, 24]]) == [16, 80, 88, 240]
     small = flops_of(case.recipe, 1.0, taught=False)
     whole = [*TOWERS, *PLAIN, "mask.policy=none", "train.global_batch_size=8"]
-    large = flops_of(load_recipe("demo", whole), 1.0, taught=False)
+    large = flops_of(load_recipe(SMALL_RECIPE, whole), 1.0, taught=False)
     assert run.total == pytest.approx(80 * small + 160 * large, rel=1e-9)
     assert (run.after(0), run.after(80)) == (0, pytest.approx(80 * small, rel=1e-9))
     assert run.after(87) == run.after(80)  # the step that ends with 88 is not done
@@ -90,7 +91,7 @@ def test_flops_of_a_run_are_those_of_its_steps_stage_by_stage():
 def test_flops_follow_the_teacher_and_the_kept_blocks_through_the_run():
     # A warm-up of a quarter, 2 of 8 steps, in which the teacher does not run.
     overrides = [*TOWERS, "train.global_batch_size=16", "train.samples=128", "mask.warmup=0.25"]
-    recipe = load_recipe("demo", overrides)
+    recipe = load_recipe(SMALL_RECIPE, overrides)
     run = RunMeter(recipe, 9.0).run(recipe, 64)
     blind, taught = flops_of(recipe, 0.0, taught=False), flops_of(recipe, 1.0)
     assert taught > 1.2 * blind
@@ -98,7 +99,7 @@ def test_flops_follow_the_teacher_and_the_kept_blocks_through_the_run():
     np.testing.assert_allclose(run.flops, expected, rtol=1e-9)
     # From 4 to 16 blocks of 16, another number in each of the steps.
     change = ["mask.policy=random", "teacher=null", "mask.keep_ratio=0.25", "mask.keep_ratio_end=1"]
-    recipe = load_recipe("demo", [*overrides[:-1], *change])
+    recipe = load_recipe(SMALL_RECIPE, [*overrides[:-1], *change])
     run = RunMeter(recipe, 9.0).run(recipe, 64)
     each = [flops_of(recipe, step / 8, taught=False) for step in range(8)]
     assert len(set(each)) == 8

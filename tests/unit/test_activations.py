@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 from torch.autograd.graph import saved_tensors_hooks
 
 from aclip.config.recipe_file import load_recipe
@@ -67,7 +68,7 @@ STEPS = [
 @pytest.mark.parametrize("overrides", STEPS)
 def test_activations_are_what_autograd_keeps(kept_bytes, overrides, dtype, mode):
     modes = [f"model.image.recompute={mode}", f"model.text.recompute={mode}"]
-    recipe = load_recipe("demo", [*overrides, *modes])
+    recipe = load_recipe(SMALL_RECIPE, [*overrides, *modes])
     batch = batch_of_mean_captions(recipe, CAPTION, LONGEST)
     step = measure_step(recipe, batch, dtype=dtype, modes=())
 
@@ -98,7 +99,7 @@ STATISTICS = (HEADS + 2 * 2) * 4  # fp32: the heads' log-sums, both norms' mean 
 
 def encoding(depth, dtype=torch.float32):
     kwargs = f"{{patch_size: 8, embed_dim: {WIDTH}, depth: {depth}, num_heads: {HEADS}}}"
-    recipe = load_recipe("demo", [f"model.image.kwargs={kwargs}"])
+    recipe = load_recipe(SMALL_RECIPE, [f"model.image.kwargs={kwargs}"])
     return measure_step(recipe, batch_of_mean_captions(recipe, CAPTION, 32), dtype=dtype).encoding
 
 
@@ -126,7 +127,7 @@ def test_recomputed_blocks_are_held_one_at_a_time():
 def plain_clip(num_ranks, local_size, views):
     overrides = ["mask.policy=none", "teacher=null", f"views.student={views}"]
     overrides.append(f"train.global_batch_size={num_ranks * local_size}")
-    recipe = load_recipe("demo", overrides)
+    recipe = load_recipe(SMALL_RECIPE, overrides)
     return measure_step(recipe, batch_of_mean_captions(recipe, CAPTION, 32), num_ranks, modes=())
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from recipe_refusal import refusal
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.caption_keys import split_key
 from aclip.config.continuing import MAY_CHANGE, NEVER_CHANGE, key_of, recipe_changes
@@ -36,7 +37,9 @@ def make_samples(write_tar, encode_image):
         content = [("0.jpg", encode_image(40, 36))]
         content += [(f"0.{name.replace('_', '.')}", text) for name, text in members.items()]
         (raw,) = TarShard(write_tar("0.tar", content)).walk()
-        maker = SampleMaker(load_recipe("demo", [*SMALL, *overrides]), [Shard("0.tar", 1, source)])
+        maker = SampleMaker(
+            load_recipe(SMALL_RECIPE, [*SMALL, *overrides]), [Shard("0.tar", 1, source)]
+        )
         return [maker.make(0, Place(0, 0, epoch, 0), raw) for epoch in range(epochs)]
 
     return make
@@ -144,7 +147,7 @@ def test_a_run_counts_which_caption_was_drawn(make_samples):
     assert noted["caption_from_long.txt"] == drawn["l"]
     assert noted["caption_from_short"] == drawn["s1"] + drawn["s2"]
     assert noted["other_caption_key"] / 400 == pytest.approx(0.1, abs=4 * 0.3 / 20)
-    kinds = note_kinds(load_recipe("demo", overrides).caption_keys)
+    kinds = note_kinds(load_recipe(SMALL_RECIPE, overrides).caption_keys)
     assert noted.keys() <= set(kinds) and len(set(kinds)) == len(kinds)
 
 
@@ -169,7 +172,7 @@ def test_a_source_may_have_keys_of_its_own(make_samples):
     members = {"txt": b"raw", "long_txt": b"long"}
     (first,), (second,) = (make_samples(sources, source=n, **members) for n in (0, 1))
     assert (first.caption, second.caption) == ("long", "raw")
-    assert note_kinds(load_recipe("demo", sources).caption_keys)[-2:] == (
+    assert note_kinds(load_recipe(SMALL_RECIPE, sources).caption_keys)[-2:] == (
         "caption_from_long.txt",
         "caption_from_txt",
     )
@@ -178,17 +181,17 @@ def test_a_source_may_have_keys_of_its_own(make_samples):
 def test_training_shards_need_the_members_of_the_keys(write_tar, encode_image):
     content = [("0.jpg", encode_image(20, 20)), ("0.long.txt", b"a dog")]
     train = f"data.train={write_tar('x.tar', content)}"
-    (shard,), _ = find_data(load_recipe("demo", [train, "data.captions=[txt, long.txt]"]))
+    (shard,), _ = find_data(load_recipe(SMALL_RECIPE, [train, "data.captions=[txt, long.txt]"]))
     assert shard.num_samples == 1
     with pytest.raises(ConfigError, match=r"beside KEY.txt or KEY.json"):
-        find_data(load_recipe("demo", [train]))
+        find_data(load_recipe(SMALL_RECIPE, [train]))
     with pytest.raises(ConfigError, match=r"found were .*long\.txt.*beside KEY.syn.json"):
-        find_data(load_recipe("demo", [train, "data.captions=[syn.json:a]"]))
+        find_data(load_recipe(SMALL_RECIPE, [train, "data.captions=[syn.json:a]"]))
 
 
 def test_pictures_read_captions_as_evaluation_does(encode_image):
     sample = loose_sample("a", encode_image(40, 40), "a dog")
-    recipe = load_recipe("demo", ["data.captions=[long.txt]", "text.reduce=random"])
+    recipe = load_recipe(SMALL_RECIPE, ["data.captions=[long.txt]", "text.reduce=random"])
     assert read_picture_set(recipe, [sample]).captions == ["a dog"]
 
 
@@ -216,7 +219,7 @@ def test_keys_survive_a_dump_and_a_change_of_them_is_seen(tmp_path):
     base = ("data.train=[]",)
     one = "data.sources=[{shards: /a, weight: 1, captions: [txt]}]"
     two = "data.sources=[{shards: /b, weight: 1, captions: {txt: 0.4, a: 0.6}}]"
-    then, now = load_recipe("demo", [*base, one]), load_recipe("demo", [*base, two])
+    then, now = load_recipe(SMALL_RECIPE, [*base, one]), load_recipe(SMALL_RECIPE, [*base, two])
     path = tmp_path / "r.yaml"
     path.write_text(dump_recipe(now))
     assert load_recipe(str(path)) == now
@@ -227,5 +230,7 @@ def test_keys_survive_a_dump_and_a_change_of_them_is_seen(tmp_path):
     ]
     asked = [key_of(each) for each in changes if key_of(each) not in MAY_CHANGE | NEVER_CHANGE]
     assert asked == ["data.sources.captions"]
-    (change,) = recipe_changes(load_recipe("demo"), load_recipe("demo", ["data.captions=[txt]"]))
+    (change,) = recipe_changes(
+        load_recipe(SMALL_RECIPE), load_recipe(SMALL_RECIPE, ["data.captions=[txt]"])
+    )
     assert key_of(change) == "data.captions" and key_of(change) not in MAY_CHANGE | NEVER_CHANGE

@@ -14,6 +14,7 @@ import torch
 from carded_run import write_carded_run, write_results
 from huggingface_hub import ModelCard
 from PIL import Image
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.images.views import center_crop
@@ -46,7 +47,7 @@ def section(card, heading):
 def private_run(tmp_path):
     """A run of two sources and two stages, on somebody's own data."""
     recipe = load_recipe(
-        "demo",
+        SMALL_RECIPE,
         ["data.train=[]", PRIVATE, "data.val=/home/alice/val/0.tar", "mask.policy=random"]
         + ["teacher=null", "train.average=0.99", f"train.upload_to={tmp_path}/copies"],
     )
@@ -153,7 +154,7 @@ def test_the_config_of_a_text_folder_loses_where_it_was_saved(tmp_path):
 
 def test_what_is_not_known_is_said_and_not_made_up(write_run, tmp_path):
     """Of a checkpoint with nothing beside it but the recipe."""
-    run, *_ = write_run(load_recipe("demo", ["description=''", "data.train=/x/*.tar"]))
+    run, *_ = write_run(load_recipe(SMALL_RECIPE, ["description=''", "data.train=/x/*.tar"]))
     card = write(run, tmp_path / "out", "safetensors", sample_flops=lambda *_: 1.0)
     assert "\n# CLIP-style model\n" in card
     assert "does not know for how many steps" in section(card, "Training")
@@ -165,7 +166,7 @@ def test_what_is_not_known_is_said_and_not_made_up(write_run, tmp_path):
 
 
 def test_a_run_that_began_from_another_one_counts_its_own_samples(tmp_path):
-    run, *_ = write_carded_run(tmp_path / "run", load_recipe("demo"))
+    run, *_ = write_carded_run(tmp_path / "run", load_recipe(SMALL_RECIPE))
     start = '{"resume": "/gone", "checkpoint": "/gone/checkpoints/samples-000000000002"}'
     (run / "start.json").write_text(start)
     card = write(run, tmp_path / "out", "safetensors", sample_flops=lambda *_: 1e9)
@@ -212,7 +213,7 @@ WITH_BIAS = ["loss.contrastive=0", "loss.sigmoid=1"]
     "output_format, loss", [*((each, []) for each in FORMATS), ("open_clip", WITH_BIAS)]
 )
 def test_the_cards_code_gives_the_models_scores(output_format, loss, tmp_path, monkeypatch):
-    recipe = load_recipe("demo", loss)
+    recipe = load_recipe(SMALL_RECIPE, loss)
     run, student, teacher = write_carded_run(tmp_path / "run", recipe)
     monkeypatch.chdir(tmp_path)
     Image.radial_gradient("L").convert("RGB").save("image.jpg")
@@ -234,7 +235,7 @@ def test_the_cards_code_gives_the_models_scores(output_format, loss, tmp_path, m
 
 
 def test_the_script_gives_all_that_it_is_told(tmp_path, monkeypatch):
-    run, *_ = write_carded_run(tmp_path / "run", load_recipe("demo"))
+    run, *_ = write_carded_run(tmp_path / "run", load_recipe(SMALL_RECIPE))
     out = tmp_path / "out"
     words = ["launch/export.py", str(run), "--format", "safetensors", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", [*words, "--license", "apache-2.0"])
@@ -264,7 +265,7 @@ def test_pictures_are_shown_only_where_they_are_the_scenes_or_named(private_run,
     write(private_run, tmp_path / "without", "safetensors")
     assert not (tmp_path / "without/kept-patches.webp").exists()
     # Scenes in training, but somebody's own images in the picture.
-    own = load_recipe("demo", ["data.val=/x/val.tar"])
+    own = load_recipe(SMALL_RECIPE, ["data.val=/x/val.tar"])
     run, *_ = write_carded_run(tmp_path / "own", own)
     write(run, tmp_path / "own-out", "safetensors")
     assert not (tmp_path / "own-out/kept-patches.webp").exists()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from run_starts import SIZE, TINY, ZERO1, at, config, save, start
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.continuing import MAY_CHANGE, NEVER_CHANGE
 from aclip.config.recipe_file import dump_recipe, load_recipe
@@ -73,7 +74,7 @@ def test_what_computes_the_same_may_change(run):
 
 def test_a_run_goes_on_with_the_crops_it_began_with_unless_told_otherwise(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    recipe, ds_config = load_recipe("demo", TINY), config(run.parent, ZERO1)
+    recipe, ds_config = load_recipe(SMALL_RECIPE, TINY), config(run.parent, ZERO1)
     assert recipe.data.crops is None
     start(run, overrides=["data.crops=worker"], saves=[8])
 
@@ -87,7 +88,7 @@ def test_a_run_goes_on_with_the_crops_it_began_with_unless_told_otherwise(run, m
     assert with_crops(recipe, found(recipe)).data.crops == "worker"
     assert with_crops(recipe).data.crops == "device"  # a run that begins now
     with pytest.raises(ConfigError, match=r'data.crops "worker" -> "device"'):
-        found(load_recipe("demo", [*TINY, "data.crops=device"]))
+        found(load_recipe(SMALL_RECIPE, [*TINY, "data.crops=device"]))
 
 
 @pytest.mark.parametrize(
@@ -102,13 +103,13 @@ def test_a_run_goes_on_with_the_crops_it_began_with_unless_told_otherwise(run, m
 )
 def test_empty_crops_are_those_that_feed_the_device(own, begun, on_gpu, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
-    recipe = load_recipe("demo", [] if own is None else [f"data.crops={own}"])
+    recipe = load_recipe(SMALL_RECIPE, [] if own is None else [f"data.crops={own}"])
     assert with_crops(recipe, begun).data.crops == expected
 
 
 def test_keys_that_may_change_are_keys_of_the_recipe():
     sources = ["data.train=[]", "data.sources=[{shards: a, weight: 1}]"]
-    values = load_recipe("demo", sources).model_dump()
+    values = load_recipe(SMALL_RECIPE, sources).model_dump()
     for key in MAY_CHANGE | NEVER_CHANGE:
         section = values
         for name in key.split("."):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from recipe_refusal import refusal
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.synthetic import synthetic_batch
@@ -165,7 +166,7 @@ def test_the_student_s_embeddings_count_more_as_the_run_goes_on(monkeypatch):
         "mask.cluster_embeddings=0.8",
         "views.student=1",
     ]
-    recipe = load_recipe("demo", overrides)
+    recipe = load_recipe(SMALL_RECIPE, overrides)
     image = build_student(recipe).image
     cpu = torch.device("cpu")
     inputs = StepInputs(recipe, (), None, image, cpu, torch.float32)

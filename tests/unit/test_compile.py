@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 from torch._dynamo.utils import counters
 
 from aclip.config.ds_config import DsConfig
@@ -87,7 +88,7 @@ def test_scores_of_compiled_blocks_equal_eager_ones(quick_compile):
 
 
 def test_compiled_blocks_are_refused_with_zero3(quick_compile):
-    student = build_student(load_recipe("demo", ["model.compile=true"]))
+    student = build_student(load_recipe(SMALL_RECIPE, ["model.compile=true"]))
     ds_config = DsConfig("some.json", {}, 1, 1, 3, torch.float32)
     with pytest.raises(ConfigError, match="model.compile is true with .*stage 3 in some.json"):
         build_engine(student, OptimizerConfig(), ds_config)

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 from recipe_refusal import refusal
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import dump_recipe, load_recipe, recipe_names
@@ -75,14 +76,14 @@ def test_recipes_of_the_paper_s_code_freeze_the_patch_embedding_and_others_train
 
 
 def test_dump_writes_every_default_out():
-    values = yaml.safe_load(dump_recipe(load_recipe("demo")))
+    values = yaml.safe_load(dump_recipe(load_recipe(SMALL_RECIPE)))
     assert set(values) == set(Recipe.model_fields)
     assert values["loss"]["simclr_temperature"] == 0.1  # a default that demo.yaml leaves out
 
 
 def test_overrides_win_over_the_file_and_keep_the_rest_of_a_section():
     recipe = load_recipe(
-        "demo",
+        SMALL_RECIPE,
         [
             "optimizer.lr=1e-3",
             "views.scale=[0.3, 1]",
@@ -109,7 +110,7 @@ def test_overrides_win_over_the_file_and_keep_the_rest_of_a_section():
 
 
 def test_the_last_of_two_overrides_of_a_key_wins():
-    assert load_recipe("demo", ["train.seed=1", "train.seed=2"]).train.seed == 2
+    assert load_recipe(SMALL_RECIPE, ["train.seed=1", "train.seed=2"]).train.seed == 2
 
 
 def test_override_can_open_a_section_that_the_file_lacks_and_close_one():
@@ -121,14 +122,14 @@ def test_override_can_open_a_section_that_the_file_lacks_and_close_one():
 
 @pytest.mark.parametrize("ratio", ["1", "0.01"])
 def test_both_ends_of_the_keep_ratio_are_allowed(ratio):
-    assert load_recipe("demo", [f"mask.keep_ratio={ratio}"]).mask.keep_ratio == float(ratio)
+    assert load_recipe(SMALL_RECIPE, [f"mask.keep_ratio={ratio}"]).mask.keep_ratio == float(ratio)
 
 
 @pytest.mark.parametrize(
     "policy, byol, needs", [("attentive", 0, True), ("inverse", 0, True), ("random", 2, True)]
 )
 def test_teacher_is_needed_by_scores_or_by_byol(policy, byol, needs):
-    assert load_recipe("demo", [f"mask.policy={policy}", f"loss.byol={byol}"]).needs_teacher
+    assert load_recipe(SMALL_RECIPE, [f"mask.policy={policy}", f"loss.byol={byol}"]).needs_teacher
 
 
 def test_unknown_recipe_names_the_nearest_and_lists_all():
@@ -139,7 +140,7 @@ def test_unknown_recipe_names_the_nearest_and_lists_all():
 
 
 def test_recipe_cannot_be_changed_after_loading():
-    recipe = load_recipe("demo")
+    recipe = load_recipe(SMALL_RECIPE)
     with pytest.raises(ValueError, match="frozen"):
         recipe.mask.policy = "none"
 
@@ -167,4 +168,4 @@ def test_sources_are_checked_like_every_other_section():
 
 
 def test_a_key_that_has_another_name_today_is_still_read():
-    assert load_recipe("demo", ["data.max_slot_side=512"]).data.max_image_side == 512
+    assert load_recipe(SMALL_RECIPE, ["data.max_slot_side=512"]).data.max_image_side == 512

@@ -6,6 +6,7 @@ import shlex
 import pytest
 import yaml
 from recipe_refusal import refusal
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import _apply_override, load_recipe
 from aclip.errors import ConfigError
@@ -122,7 +123,7 @@ def test_value_out_of_range_is_refused_with_its_field(override):
 @pytest.mark.parametrize(
     "recipe, overrides, named",
     [
-        ("demo", ["teacher=null"], ["teacher is empty", "mask.policy attentive needs"]),
+        (SMALL_RECIPE, ["teacher=null"], ["teacher is empty", "mask.policy attentive needs"]),
         ("clip_vitb16", ["teacher.resolution=224"], ["teacher", "none", "teacher=null"]),
         ("random_2x50_vitb16", ["loss.byol=2"], ["teacher", "random", "loss.byol 2"]),
         ("slip_vitb16", ["ssl_augment.blur_sigma=[2,1]"], ["ssl_augment.blur_sigma is [2, 1]"]),
@@ -132,12 +133,12 @@ def test_value_out_of_range_is_refused_with_its_field(override):
             ["teacher.score_layers=4"],
             ["teacher.score_layers is 4", "mask.policy none", "remove the key"],
         ),
-        ("demo", ["views.scale=[0.9, 0.5]"], ["views.scale", "0.9", "0.5"]),
+        (SMALL_RECIPE, ["views.scale=[0.9, 0.5]"], ["views.scale", "0.9", "0.5"]),
         ("random_2x50_vitb16", ["mask.warmup=0.2"], ["mask.warmup is 0.2", "random", "=0"]),
         ("gaussian_1x50_vitb16", ["mask.temperature=2"], ["mask.temperature is 2", "gaussian"]),
         ("clip_vitb16", ["mask.warmup=0.2"], ["mask.warmup is 0.2", "mask.policy none"]),
-        ("demo", ["views.scale=[0, 1]"], ["views.scale"]),
-        ("demo", ["views.scale=[0.5, 1.1]"], ["views.scale", "1.1"]),
+        (SMALL_RECIPE, ["views.scale=[0, 1]"], ["views.scale"]),
+        (SMALL_RECIPE, ["views.scale=[0.5, 1.1]"], ["views.scale", "1.1"]),
     ],
 )
 def test_parts_that_contradict_each_other_are_refused(recipe, overrides, named):
@@ -200,7 +201,7 @@ def test_recipe_that_is_no_text_is_refused(tmp_path):
 )
 def test_value_out_of_range_is_refused(override):
     with pytest.raises(ConfigError, match=override.split("=")[0]):
-        load_recipe("demo", [override])
+        load_recipe(SMALL_RECIPE, [override])
 
 
 @pytest.mark.parametrize(
@@ -274,8 +275,8 @@ def test_pattern_with_braces_in_a_source_is_refused_with_an_example():
     ],
 )
 def test_paths_are_taken_as_they_stand(text, value):
-    assert load_recipe("demo", [f"data.train={text}"]).data.train == value
+    assert load_recipe(SMALL_RECIPE, [f"data.train={text}"]).data.train == value
 
 
 def test_power_of_ten_is_a_number_of_epochs():
-    assert load_recipe("demo", ["train.epochs=1e3"]).train.epochs == 1000
+    assert load_recipe(SMALL_RECIPE, ["train.epochs=1e3"]).train.epochs == 1000

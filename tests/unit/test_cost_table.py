@@ -14,6 +14,7 @@ from statistics import mean, median
 
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 
 from aclip.benchmarks.cost_table import System, format_table, make_row, with_average
 from aclip.benchmarks.device_work import DeviceWork
@@ -138,14 +139,16 @@ def test_synthetic_captions_end_where_their_lengths_say():
 
 @pytest.mark.parametrize("mean_length", [2, 12.5, 22])
 def test_captions_of_a_given_mean_length(mean_length):
-    tokens = batch_of_mean_captions(load_recipe("demo"), mean_length, 32).tokens
+    tokens = batch_of_mean_captions(load_recipe(SMALL_RECIPE), mean_length, 32).tokens
     lengths = tokens.lengths.tolist()
     assert tokens.ids.shape[1] == 32
     assert mean(lengths) == mean_length
     assert max(lengths) - min(lengths) <= 1
 
 
-@pytest.mark.parametrize("name", ["slip_vitb16", "maskclip_vitb16", "random_2x50_vitb16", "demo"])
+@pytest.mark.parametrize(
+    "name", ["slip_vitb16", "maskclip_vitb16", "random_2x50_vitb16", SMALL_RECIPE]
+)
 def test_synthetic_batch_holds_what_the_recipe_reads(name):
     recipe = load_recipe(name)
     batch = synthetic_batch(recipe, 3)
@@ -157,7 +160,7 @@ def test_synthetic_batch_holds_what_the_recipe_reads(name):
 
 
 def test_patch_dropout_of_the_open_clip_step_changes_its_loss_and_none_does_not():
-    recipe = load_recipe("demo", SMALL)
+    recipe = load_recipe(SMALL_RECIPE, SMALL)
     step = OpenClipStep(recipe, 4, torch.device("cpu"))
     first = step.step(0.0)
     assert torch.isfinite(first) and step.step(0.5) != step.step(0.0)

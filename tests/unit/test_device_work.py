@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 
 from aclip.benchmarks.device_work import DeviceWork, OnGpu, Predicted, predict_steps, work_of
 from aclip.benchmarks.step_cost import ON_GPU, System, format_table, make_row
@@ -79,7 +80,7 @@ def test_table_says_so_where_nothing_is_predicted_and_of_a_cpu_it_says_nothing()
 def test_every_system_of_a_known_gpu_is_predicted(tmp_path, monkeypatch):
     (tmp_path / "ds.json").write_text(json.dumps(ON_GPU))
     ds_config = read_ds_config(str(tmp_path / "ds.json"), 8, 1)
-    recipes, device = {"demo": load_recipe("demo", SMALL)}, torch.device("cuda", 0)
+    recipes, device = {"demo": load_recipe(SMALL_RECIPE, SMALL)}, torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     predicted = predict_steps(recipes, ds_config, True, device)
     assert list(predicted) == ["demo", "open_clip"]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_recipe import SMALL_RECIPE
 
 from aclip import distributed
 from aclip.config.recipe_file import load_recipe
@@ -75,7 +76,7 @@ def sees_the_object(embed_kept=lambda views, selection: torch.ones(len(views), 2
 
 
 def test_every_model_is_scored_and_the_mask_measured(shards):
-    evaluator = Evaluator(load_recipe("demo", RECIPE), shards)
+    evaluator = Evaluator(load_recipe(SMALL_RECIPE, RECIPE), shards)
     models = {"student": always(0), "teacher": always(1)}
     signals = {"object_patches_kept": 1.0, "attention_kept": pytest.approx(1, abs=0.01)}
     # All views and captions are embedded alike, so that a loss is the logarithm of their number.
@@ -92,7 +93,7 @@ def test_every_model_is_scored_and_the_mask_measured(shards):
 
 
 def test_chance_is_what_guessing_scores(shards):
-    chance = Evaluator(load_recipe("demo", RECIPE), shards)(
+    chance = Evaluator(load_recipe(SMALL_RECIPE, RECIPE), shards)(
         {"student": always(0)}, sees_the_object()
     ).metrics["chance"]
     assert chance == {
@@ -110,9 +111,9 @@ def test_chance_is_what_guessing_scores(shards):
 
 def test_without_a_mask_or_on_another_rank_nothing_is_pictured(shards, monkeypatch):
     plain = [*RECIPE, "mask.policy=none", "loss.byol=0", "loss.simclr=0", "teacher=null"]
-    evaluation = Evaluator(load_recipe("demo", plain), shards)({"student": always(0)}, None)
+    evaluation = Evaluator(load_recipe(SMALL_RECIPE, plain), shards)({"student": always(0)}, None)
     assert evaluation.picture is None and "mask" not in evaluation.metrics
-    evaluator = Evaluator(load_recipe("demo", RECIPE), shards)
+    evaluator = Evaluator(load_recipe(SMALL_RECIPE, RECIPE), shards)
     found = {"student": {"num_images": 1.0, "zero_shot_top1": 1.0, "num_classes": 3.0}}
     monkeypatch.setattr(during_training, "evaluate_models", lambda *_, **__: found)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
@@ -123,7 +124,7 @@ def test_without_a_mask_or_on_another_rank_nothing_is_pictured(shards, monkeypat
 def test_a_threshold_that_does_not_fit_is_said_once_before_training(shards):
     plain = [*RECIPE, "loss.byol=0", "loss.simclr=0", "teacher=null", "mask.policy=cluster"]
     # One of 4 x 4 patches is the anchor, and no other is as like it.
-    recipe = load_recipe("demo", [*plain, "mask.cluster_threshold=0.999"])
+    recipe = load_recipe(SMALL_RECIPE, [*plain, "mask.cluster_threshold=0.999"])
     evaluator = Evaluator(recipe, shards)
     before = evaluator({"student": always(0)}, None, progress=0.0)
     assert before.metrics["mask"]["clustered"] == pytest.approx(1 / 16)
@@ -143,12 +144,14 @@ def write_set(write_tar, encode_image, *members):
 def test_one_sample_is_scored_and_guessing_is_always_right(write_tar, encode_image, tmp_path):
     shards = write_set(write_tar, encode_image, ("txt", b"one"))
     plain = [*RECIPE, "mask.policy=none", "loss.byol=0", "loss.simclr=0", "teacher=null"]
-    metrics = Evaluator(load_recipe("demo", plain), shards)({"student": always(0)}, None).metrics
+    metrics = Evaluator(load_recipe(SMALL_RECIPE, plain), shards)(
+        {"student": always(0)}, None
+    ).metrics
     assert metrics["student"]["image_to_text_r1"] == metrics["chance"]["image_to_text_r1"] == 1.0
 
 
 def test_a_set_without_any_score_is_refused_by_the_first_evaluation(write_tar, encode_image):
     shards = write_set(write_tar, encode_image, ("cls", b"0"))
-    evaluator = Evaluator(load_recipe("demo", RECIPE), shards)
+    evaluator = Evaluator(load_recipe(SMALL_RECIPE, RECIPE), shards)
     with pytest.raises(ConfigError, match="data.val is .*small.tar.*neither captions nor labels"):
         evaluator({"student": always(0)}, sees_the_object())

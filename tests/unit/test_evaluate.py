@@ -5,6 +5,7 @@ import json
 
 import pytest
 from PIL import Image
+from small_recipe import SMALL_RECIPE
 from written_run import write_run
 
 from aclip.config.recipe_file import load_recipe
@@ -55,7 +56,7 @@ def write_colours(folder, images_per_class=10):
 
 
 def test_results_are_printed_and_written(tmp_path, capsys):
-    write_run(tmp_path / "run", load_recipe("demo", SMALL))
+    write_run(tmp_path / "run", load_recipe(SMALL_RECIPE, SMALL))
     write_colours(tmp_path / "colours")
     evaluate(arguments_for(tmp_path, linear_probe=True))
     output = capsys.readouterr().out

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from small_recipe import SMALL_RECIPE
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -107,7 +108,7 @@ def test_exported_towers_compute_what_aclip_computes(name, write_run, tmp_path):
 def test_a_moved_folder_of_another_tower_is_refused_by_open_clip_not_read_as_another_tower(
     write_run, tmp_path
 ):
-    run, *_ = write_run(load_recipe("demo"))
+    run, *_ = write_run(load_recipe(SMALL_RECIPE))
     run_export(run, tmp_path / "out", "open_clip")
     os.rename(tmp_path / "out", tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match="config.json"):
@@ -115,7 +116,7 @@ def test_a_moved_folder_of_another_tower_is_refused_by_open_clip_not_read_as_ano
 
 
 def test_plain_export_holds_the_model_and_its_recipe(write_run, tmp_path, capsys):
-    recipe = load_recipe("demo", ["loss.simclr=1", "loss.byol=2"])
+    recipe = load_recipe(SMALL_RECIPE, ["loss.simclr=1", "loss.byol=2"])
     run, _, teacher = write_run(recipe)
     run_export(run, tmp_path / "out", "safetensors")
     weights = load_file(tmp_path / "out/model.safetensors")
@@ -161,7 +162,7 @@ def levels(normalised, recipe):
 
 
 def test_preprocessing_is_aclips_evaluation_preprocessing(write_run, tmp_path):
-    recipe = load_recipe("demo", ["augment.mean=[0.4, 0.5, 0.6]"])
+    recipe = load_recipe(SMALL_RECIPE, ["augment.mean=[0.4, 0.5, 0.6]"])
     run, *_ = write_run(recipe)
     run_export(run, tmp_path / "open_clip", "open_clip")
     run_export(run, tmp_path / "huggingface", "huggingface")
@@ -247,7 +248,7 @@ def test_entities_and_full_width_signs_are_resolved_as_in_training():
 
 
 def test_200_odd_captions_get_the_same_tokens(write_run, tmp_path):
-    run, *_ = write_run(load_recipe("demo", ["model.text.context_length=77"]))
+    run, *_ = write_run(load_recipe(SMALL_RECIPE, ["model.text.context_length=77"]))
     run_export(run, tmp_path / "open_clip", "open_clip")
     run_export(run, tmp_path / "huggingface", "huggingface")
     rows = captions()
@@ -277,7 +278,7 @@ def test_200_odd_captions_get_the_same_tokens(write_run, tmp_path):
 
 
 def test_refusals_are_one_sentence_and_leave_nothing_behind(write_run, tmp_path):
-    run, *_ = write_run(load_recipe("demo"), has_teacher=False)
+    run, *_ = write_run(load_recipe(SMALL_RECIPE), has_teacher=False)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("mine")
     (tmp_path / "file").write_text("mine")
@@ -297,7 +298,7 @@ def test_refusals_are_one_sentence_and_leave_nothing_behind(write_run, tmp_path)
 
 
 def test_damaged_checkpoints_and_foreign_recipes_are_refused(write_run, tmp_path):
-    run, *_ = write_run(load_recipe("demo"))
+    run, *_ = write_run(load_recipe(SMALL_RECIPE))
     recipe = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(
         recipe.replace("embed_dim: 96\n  init", "embed_dim: 48\n  init")
@@ -325,7 +326,7 @@ def test_damaged_checkpoints_and_foreign_recipes_are_refused(write_run, tmp_path
 )
 def test_towers_that_hugging_faces_vit_cant_hold_are_refused(kwargs, words, write_run, tmp_path):
     tower = f"{{patch_size: 8, embed_dim: 96, depth: 2, num_heads: 3, {kwargs}}}"
-    recipe = load_recipe("demo", [f"model.image.kwargs={tower}"])
+    recipe = load_recipe(SMALL_RECIPE, [f"model.image.kwargs={tower}"])
     run, _, teacher = write_run(recipe)
     with pytest.raises(ConfigError, match=words):
         run_export(run, tmp_path / "out", "huggingface")

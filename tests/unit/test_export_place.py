@@ -5,6 +5,7 @@ import resource
 from contextlib import contextmanager
 
 import pytest
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError, NotWritten
@@ -30,7 +31,7 @@ def no_file_over(size):
 
 @pytest.mark.parametrize("output_format", ["open_clip", "huggingface", "safetensors"])
 def test_disk_that_fills_up_is_one_sentence_and_leaves_nothing(write_run, tmp_path, output_format):
-    run, *_ = write_run(load_recipe("demo"))
+    run, *_ = write_run(load_recipe(SMALL_RECIPE))
     out = tmp_path / "out"
     with no_file_over(100_000), pytest.raises(NotWritten) as refusal:
         run_export(run, out, output_format)
@@ -41,7 +42,7 @@ def test_disk_that_fills_up_is_one_sentence_and_leaves_nothing(write_run, tmp_pa
 def test_second_of_two_exports_into_one_folder_leaves_the_first_ones_files(
     write_run, tmp_path, monkeypatch
 ):
-    run, *_ = write_run(load_recipe("demo"))
+    run, *_ = write_run(load_recipe(SMALL_RECIPE))
     write = write_export.write_export
 
     def meet_another(folder, out, output_format, weights):
@@ -58,7 +59,7 @@ def test_second_of_two_exports_into_one_folder_leaves_the_first_ones_files(
 
 
 def test_a_models_file_in_a_checkpoint_stands_for_that_model(write_run, tmp_path, capsys):
-    run, *_ = write_run(load_recipe("demo"))
+    run, *_ = write_run(load_recipe(SMALL_RECIPE))
     (folder,) = (run / "checkpoints").glob("samples-*")
     run_export(folder / "student.safetensors", tmp_path / "out")
     assert f"wrote the student of {folder}" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from PIL import Image
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
@@ -39,7 +40,9 @@ def run_visualize(*paths, out=None):
 @pytest.mark.parametrize(
     "recipe, overrides, num_columns, words",
     [
-        pytest.param("demo", [AT_32], 5, ["Teacher attention", "8 of 16 patches"], id="A-CLIP"),
+        pytest.param(
+            SMALL_RECIPE, [AT_32], 5, ["Teacher attention", "8 of 16 patches"], id="A-CLIP"
+        ),
         pytest.param(
             "aclip_eff_vitb16", ["teacher.resolution=16", "loss.byol_widths=[8, 4]"],
             5, ["16 x 16 pixels"], id="A-CLIP-eff",
@@ -65,7 +68,7 @@ def run_visualize(*paths, out=None):
             id="cluster",
         ),
         pytest.param(
-            "demo", [AT_32, "mask.warmup=0.125", "mask.temperature=2"],
+            SMALL_RECIPE, [AT_32, "mask.warmup=0.125", "mask.temperature=2"],
             5, ["first 12.5 % of the run", "temperature 2; shown is one draw"], id="noise",
         ),
     ],
@@ -93,7 +96,7 @@ def test_any_recipe_gives_pictures_and_a_page(
 def test_captions_beside_image_files_are_those_that_a_conversion_takes(
     write_run, tmp_path, encode_image
 ):
-    run, *_ = write_run(load_recipe("demo", [*TINY, AT_32]))
+    run, *_ = write_run(load_recipe(SMALL_RECIPE, [*TINY, AT_32]))
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in ("A.JPG", "b.jpeg", "c.jpg", "d\udcff.jpg", "._A.JPG"):
@@ -114,7 +117,7 @@ def test_attention_is_the_teachers_of_the_checkpoint(layers, write_run, photos, 
         lambda images, scores, *rest: seen.update(images=images, scores=scores) or [],
     )
     of_layers = [] if layers is None else [f"teacher.score_layers={layers}"]
-    run, _, teacher = write_run(load_recipe("demo", [*TINY, AT_32, *of_layers]))
+    run, _, teacher = write_run(load_recipe(SMALL_RECIPE, [*TINY, AT_32, *of_layers]))
     with pytest.raises(IndexError):  # nothing to draw
         run_visualize(run, photos)
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
@@ -129,8 +132,8 @@ def test_built_in_scenes_come_with_the_overlap(write_run, tmp_path, monkeypatch,
     monkeypatch.setattr("aclip.data.demo.TRAIN_SHARDS", 1)
     monkeypatch.setattr("aclip.data.demo.TRAIN_SHARD_SIZE", 1)
     monkeypatch.setattr("aclip.data.demo.VAL_SHARD", 1)
-    monkeypatch.setattr("aclip.data.demo.VAL_PER_CLASS", 1)
-    run, *_ = write_run(load_recipe("demo", [*TINY, AT_32]))
+    monkeypatch.setattr("aclip.data.demo.VAL_SIZE", 24)
+    run, *_ = write_run(load_recipe(SMALL_RECIPE, [*TINY, AT_32]))
     run_visualize(run, out=tmp_path / "out")
     page = (tmp_path / "out" / "figure.html").read_text()
     shares = dict(re.findall(r"<td>(\w+)</td><td>([\d.]+) %</td>", page))
@@ -157,14 +160,14 @@ def test_built_in_scenes_come_with_the_overlap(write_run, tmp_path, monkeypatch,
     ],
 )
 def test_what_is_not_there_ends_with_one_sentence(write_run, tmp_path, paths, words):
-    run, *_ = write_run(load_recipe("demo", [*TINY, AT_32]))
+    run, *_ = write_run(load_recipe(SMALL_RECIPE, [*TINY, AT_32]))
     with pytest.raises(ConfigError) as caught:
         run_visualize(*(path.format(run=run, tmp=tmp_path) for path in paths))
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
 def test_a_folder_that_cannot_be_written_is_named(write_run, photos, tmp_path):
-    run, *_ = write_run(load_recipe("demo", [*TINY, AT_32]))
+    run, *_ = write_run(load_recipe(SMALL_RECIPE, [*TINY, AT_32]))
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--out is .*file/x"):
         run_visualize(run, photos, out=tmp_path / "file" / "x")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.fingerprint import check_continues, count_shards, fingerprint, list_lines
@@ -25,7 +26,7 @@ OVERRIDES = ("train.global_batch_size=8", "data.lanes=2", "data.shuffle_block=4"
 
 
 def make(*overrides):
-    return load_recipe("demo", [*OVERRIDES, *overrides])
+    return load_recipe(SMALL_RECIPE, [*OVERRIDES, *overrides])
 
 
 def make_shards(folder="/data", num=3, source=0):

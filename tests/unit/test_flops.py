@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 from torch import nn
 
 from aclip.config.recipe_file import load_recipe, recipe_names
@@ -19,7 +20,7 @@ EMBED, BATCH = 96, 32
 CAPTION = 12  # tokens, ten of them word pieces
 
 
-def measured(overrides=(), caption=CAPTION, num_ranks=1, modes=("none",), name="demo"):
+def measured(overrides=(), caption=CAPTION, num_ranks=1, modes=("none",), name=SMALL_RECIPE):
     recipe = load_recipe(name, list(overrides))
     context = recipe.model.text.context_length
     batch = batch_of_mean_captions(recipe, caption, context)
@@ -109,7 +110,7 @@ def test_teacher_runs_the_blocks_of_its_scores_and_the_others_only_for_a_loss():
     ],
 )
 def test_of_a_run_the_teacher_counts_by_its_share_of_the_steps(overrides, share):
-    recipe = load_recipe("demo", ["train.epochs=4", *overrides])
+    recipe = load_recipe(SMALL_RECIPE, ["train.epochs=4", *overrides])
     batch = batch_of_mean_captions(recipe, CAPTION, CONTEXT)
     every_step = measure_step(recipe, batch, modes=("none",))
     of_run = measure_run(recipe, batch, num_samples=100 * BATCH, modes=("none",))

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 import yaml
+from small_recipe import SMALL_RECIPE
 from text_folders import CAUSAL, KINDS, POSITIONS, WORDS, write_text_folder
 from transformers import AutoModel, AutoTokenizer
 
@@ -153,7 +154,7 @@ TINY = ["mask.policy=random", "teacher=null", "model.embed_dim=8"]
 
 def recipe_of(folder, *overrides):
     text = f"model.text={{name: {folder}, context_length: {CONTEXT}}}"
-    return load_recipe("demo", [*TINY, text, *overrides])
+    return load_recipe(SMALL_RECIPE, [*TINY, text, *overrides])
 
 
 def test_plans_and_benchmarks_read_ids_of_the_models_own_vocabulary(folders):

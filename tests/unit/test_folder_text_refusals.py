@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from small_recipe import SMALL_RECIPE
 from text_folders import write_text_folder
 
 from aclip.config.recipe_file import load_recipe
@@ -122,14 +123,14 @@ def test_a_pooling_that_reads_nothing_is_refused(folders, kind, pooling, words):
 )
 def test_keys_that_do_not_go_together_are_refused(override, words):
     with pytest.raises(ConfigError, match=words):
-        load_recipe("demo", [override])
+        load_recipe(SMALL_RECIPE, [override])
 
 
 def test_losses_and_compilation_of_clips_own_tower_are_refused():
     text = "model.text={name: /x}"
     with pytest.raises(ConfigError, match="loss.mlm is 1, .* but model.text.name is /x"):
-        load_recipe("demo", [text, "loss.mlm=1"])
+        load_recipe(SMALL_RECIPE, [text, "loss.mlm=1"])
     with pytest.raises(ConfigError, match="text.reduce is block, .* but model.text.name is /x"):
-        load_recipe("demo", [text, "text.reduce=block"])
+        load_recipe(SMALL_RECIPE, [text, "text.reduce=block"])
     with pytest.raises(ConfigError, match="model.compile is true, but model.text.name is /x"):
-        load_recipe("demo", [text, "model.compile=true"])
+        load_recipe(SMALL_RECIPE, [text, "model.compile=true"])

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from run_starts import at, start
+from small_recipe import SMALL_RECIPE
 from text_folders import write_text_folder
 
 from aclip.config.recipe_file import load_recipe
@@ -22,7 +23,7 @@ CAPTIONS = ["a photo of a red circle", "dog", ""]
 
 def recipe_of(folder, *overrides):
     text = f"model.text={{name: {folder}, context_length: 12}}"
-    return load_recipe("demo", [*TINY, text, *overrides])
+    return load_recipe(SMALL_RECIPE, [*TINY, text, *overrides])
 
 
 def embeds_of(loaded):

@@ -10,6 +10,7 @@ import timm
 import torch
 from released_model import DEMO, released_model
 from safetensors.torch import save_file
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
@@ -23,7 +24,7 @@ from aclip.weights.names import tower_facts
 
 @pytest.mark.parametrize("output_format", ["open_clip", "huggingface", "safetensors"])
 def test_own_exports_are_read_as_folder_and_as_file(output_format, write_run, tmp_path):
-    recipe = load_recipe("demo", ["loss.byol=2"])
+    recipe = load_recipe(SMALL_RECIPE, ["loss.byol=2"])
     run, student, _ = write_run(recipe)
     out = tmp_path / "out"
     export(
@@ -34,7 +35,7 @@ def test_own_exports_are_read_as_folder_and_as_file(output_format, write_run, tm
     for path in (f"{out}", f"{out}/", f"local-dir:{out}", str(file)):
         if not path.startswith("local-dir:"):
             check_init(path)
-        other = build_student(load_recipe("demo", ["loss.byol=2", "train.seed=5"]))
+        other = build_student(load_recipe(SMALL_RECIPE, ["loss.byol=2", "train.seed=5"]))
         load_initial_weights(other, path)
         loaded = load_model(path)
         assert loaded.recipe.model.image.resolution == recipe.model.image.resolution
@@ -47,7 +48,7 @@ def test_own_exports_are_read_as_folder_and_as_file(output_format, write_run, tm
 
 
 def test_a_checkpoints_own_files_are_read_where_they_are_and_copied_elsewhere(write_run, tmp_path):
-    run, student, teacher = write_run(load_recipe("demo", ["loss.byol=2"]))
+    run, student, teacher = write_run(load_recipe(SMALL_RECIPE, ["loss.byol=2"]))
     (folder,) = (run / "checkpoints").glob("samples-*")
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes((folder / "student.safetensors").read_bytes())
@@ -60,7 +61,7 @@ def test_a_checkpoints_own_files_are_read_where_they_are_and_copied_elsewhere(wr
         (folder / "teacher.safetensors", teacher),
         (copy, student),
     ):
-        ours = build_student(load_recipe("demo"))
+        ours = build_student(load_recipe(SMALL_RECIPE))
         report = load_initial_weights(ours, str(path))
         assert torch.equal(ours.model_parameters()[name], expected.model_parameters()[name])
     assert report.ignored and all(key.startswith("byol") for key in report.ignored)
@@ -146,7 +147,7 @@ def test_what_is_no_weights_is_named_by_what_was_found(tmp_path):
         "vit.pt": "a timm image tower; write timm:",
         "resnet.pt": r"no known layout \(layer0.weight, layer1.weight, layer2.weight and 2 more\)",
     }
-    student = build_student(load_recipe("demo"))
+    student = build_student(load_recipe(SMALL_RECIPE))
     for name, words in (early | later).items():
         path = str(tmp_path / name)
         if name in early:
@@ -177,7 +178,7 @@ def no_hub(tmp_path, monkeypatch):
 def test_pretrained_model_without_a_network_is_refused_in_seconds(no_hub):
     begin = time.monotonic()
     with pytest.raises(ConfigError, match=r"--init is timm:vit_tiny.*127\.0\.0\.1:9 can't be"):
-        load_initial_weights(build_student(load_recipe("demo")), "timm:vit_tiny_patch16_224")
+        load_initial_weights(build_student(load_recipe(SMALL_RECIPE)), "timm:vit_tiny_patch16_224")
     assert time.monotonic() - begin < 10
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
@@ -191,6 +192,6 @@ def test_cached_pretrained_model_is_loaded_without_a_network(no_hub):
     save_file(vit.state_dict(), snapshot / "model.safetensors")
     (no_hub / f"models--{repository}" / "refs").mkdir()
     (no_hub / f"models--{repository}" / "refs" / "main").write_text("0" * 40)
-    student = build_student(load_recipe("demo", [*kwargs, f"model.image.name={name}"]))
+    student = build_student(load_recipe(SMALL_RECIPE, [*kwargs, f"model.image.name={name}"]))
     load_initial_weights(student, f"timm:{name}")
     assert torch.equal(student.image.vit.blocks[3].mlp.fc1.weight, vit.blocks[3].mlp.fc1.weight)

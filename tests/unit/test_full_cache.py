@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe
@@ -197,7 +198,7 @@ def test_a_full_disk_is_recognised_in_what_a_protocols_client_raises(monkeypatch
 
 def find_remote(cache: Path):
     overrides = [f"data.cache={cache}", "data.train=pipe:cat x.tar", "data.val=[]"]
-    return find_data(load_recipe("demo", overrides))
+    return find_data(load_recipe(SMALL_RECIPE, overrides))
 
 
 def test_a_cache_folder_that_can_not_be_made_is_refused_before_anything_is_fetched(tmp_path):

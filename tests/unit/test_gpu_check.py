@@ -17,7 +17,7 @@ from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
 from aclip.training.run_schedule import RunSchedule
 
-DEMO_SAMPLES = 7680
+DEMO_SAMPLES = 51_200
 
 
 def program(code: str) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from released_model import DEMO, released_model, save_released
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.arguments import parser as pretrain_parser
 from aclip.config.arguments import read_recipe
@@ -143,7 +144,7 @@ def test_the_recipes_values_know_the_home_folder(tmp_path, monkeypatch):
         list_shards("~nobody-here/a.tar", "data.val")
     assert Uploader("~/copies")._root == f"{tmp_path}/copies"
     save_released(tmp_path / "slip.pt", released_model(DEMO).state_dict())
-    student = build_student(load_recipe("demo", ["model.text.context_length=77"]))
+    student = build_student(load_recipe(SMALL_RECIPE, ["model.text.context_length=77"]))
     assert load_initial_weights(student, recipe.model.init).layout == "SLIP checkpoint"
     torch.save(released_model(DEMO).visual.state_dict(), tmp_path / "vit.pt")
     assert load_initial_weights(student, "timm:~/vit.pt").layout == "timm image tower"

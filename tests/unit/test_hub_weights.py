@@ -16,6 +16,7 @@ import yaml
 from hub_server import OWNER
 from released_model import inputs
 from run_starts import at, start
+from small_recipe import SMALL_RECIPE
 from written_run import write_run
 
 from aclip.config.recipe_file import load_recipe
@@ -44,7 +45,7 @@ FORMATS = {
 def exported(tmp_path_factory):
     """(the teacher of a run, folder by format with the files that a push sends)."""
     folder = tmp_path_factory.mktemp("exported")
-    run, _, teacher = write_run(folder / "run", load_recipe("demo"))
+    run, _, teacher = write_run(folder / "run", load_recipe(SMALL_RECIPE))
     for output_format in FORMATS:
         options = {"checkpoint": str(run), "format": output_format, "model": None, "push": NAME}
         options |= {"out": str(folder / output_format), "private": False, "revision": None}
@@ -90,7 +91,7 @@ def test_an_export_comes_back_by_its_name_and_then_from_the_cache(
     without_network(monkeypatch)
     for name in (INIT, f"{INIT}@{sha}"):
         check_init(name)
-        student = build_student(load_recipe("demo", ["train.seed=5"]))
+        student = build_student(load_recipe(SMALL_RECIPE, ["train.seed=5"]))
         report = load_initial_weights(student, name)
         assert torch.equal(student.image.vit.cls_token, exported[0].image.vit.cls_token)
     assert f"starting from {INIT}@{sha}" in report.summary()

@@ -10,6 +10,7 @@ import timm
 import torch
 from released_model import DEMO, SMALL, inputs, released_model, save_released
 from safetensors.torch import save_file
+from small_recipe import SMALL_RECIPE
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
@@ -21,7 +22,7 @@ from aclip.weights.export import export
 from aclip.weights.initial_weights import load_initial_weights
 
 DEMO_RECIPE = ["model.text.context_length=77"]
-SMALL_RECIPE = ["model.image.kwargs={num_heads: 12, depth: 2}", "model.text.layers=1"]
+ONE_LAYER = ["model.image.kwargs={num_heads: 12, depth: 2}", "model.text.layers=1"]
 
 
 def image_mlp():
@@ -46,8 +47,8 @@ def assert_same_outputs(student, model, side, lengths=(3, 77, 20)):
 @pytest.mark.parametrize(
     "recipe_name, overrides, shape, side",
     [
-        ("demo", [*DEMO_RECIPE, "loss.simclr=1"], DEMO, 64),
-        ("slip_vits16", SMALL_RECIPE, SMALL, 224),
+        (SMALL_RECIPE, [*DEMO_RECIPE, "loss.simclr=1"], DEMO, 64),
+        ("slip_vits16", ONE_LAYER, SMALL, 224),
     ],
 )
 def test_slip_checkpoint_computes_the_same(recipe_name, overrides, shape, side, tmp_path):
@@ -86,7 +87,7 @@ def aclip_state(trained, average):
 def test_aclip_checkpoint_starts_from_its_average(tmp_path):
     trained, average = released_model(DEMO, 0), released_model(DEMO, 1)
     path = save_released(tmp_path / "aclip.pt", aclip_state(trained, average))
-    student = build_student(load_recipe("demo", DEMO_RECIPE))
+    student = build_student(load_recipe(SMALL_RECIPE, DEMO_RECIPE))
     report = load_initial_weights(student, path)
     for name in ("token_embedding", "ln_final"):  # these have no average
         getattr(average, name).load_state_dict(getattr(trained, name).state_dict())
@@ -102,7 +103,7 @@ def test_positions_are_resized_to_another_grid_and_cut_to_a_shorter_context(tmp_
     model = released_model(DEMO)
     path = save_released(tmp_path / "slip.pt", model.state_dict())
     overrides = ["model.image.resolution=96", "teacher.resolution=96"]
-    student = build_student(load_recipe("demo", overrides))
+    student = build_student(load_recipe(SMALL_RECIPE, overrides))
     report = load_initial_weights(student, path)
     assert report.resized == ["positional_embedding", "visual.pos_embed"]
     larger = timm.create_model(DEMO[0], num_classes=0, **{**DEMO[1], "img_size": 96}).eval()
@@ -122,7 +123,7 @@ def test_timm_file_starts_the_image_tower_alone(suffix, tmp_path):
         save_file(state, path)
     else:
         torch.save({"model": state} if suffix == "nested" else state, path)
-    recipe = load_recipe("demo")
+    recipe = load_recipe(SMALL_RECIPE)
     student, untouched = build_student(recipe).eval(), build_student(recipe)
     report = load_initial_weights(student, f"timm:{path}")
     pixels, _ = inputs(64)
@@ -139,9 +140,9 @@ def test_timm_file_starts_the_image_tower_alone(suffix, tmp_path):
 def test_a_locked_tower_that_gets_no_weights_is_refused(tmp_path):
     path = tmp_path / "vit.pth"
     torch.save(timm.create_model(DEMO[0], num_classes=0, **DEMO[1]).state_dict(), path)
-    image = build_student(load_recipe("demo", ["optimizer.image={lr_scale: 0}"]))
+    image = build_student(load_recipe(SMALL_RECIPE, ["optimizer.image={lr_scale: 0}"]))
     load_initial_weights(image, f"timm:{path}")
-    text = build_student(load_recipe("demo", ["optimizer.text={lr_scale: 0}"]))
+    text = build_student(load_recipe(SMALL_RECIPE, ["optimizer.text={lr_scale: 0}"]))
     with pytest.raises(ConfigError, match=r"has no text\..* but the recipe locks it"):
         load_initial_weights(text, f"timm:{path}")
     text.text.pretrained = True  # as a folder's tower may be
@@ -150,7 +151,7 @@ def test_a_locked_tower_that_gets_no_weights_is_refused(tmp_path):
 
 @pytest.mark.parametrize("output_format", ["open_clip", "safetensors", "run"])
 def test_own_exports_and_runs_come_back_exactly(output_format, write_run, tmp_path):
-    recipe = load_recipe("demo", ["loss.byol=2"])
+    recipe = load_recipe(SMALL_RECIPE, ["loss.byol=2"])
     run, _, teacher = write_run(recipe)
     init = run
     if output_format != "run":
@@ -158,14 +159,14 @@ def test_own_exports_and_runs_come_back_exactly(output_format, write_run, tmp_pa
         arguments = {"checkpoint": str(run), "out": str(out), "format": output_format}
         export(argparse.Namespace(**arguments, model="teacher"))
         init = out / "model.safetensors" if output_format == "safetensors" else out
-    student = build_student(load_recipe("demo", ["loss.byol=2", "train.seed=5"]))
+    student = build_student(load_recipe(SMALL_RECIPE, ["loss.byol=2", "train.seed=5"]))
     report = load_initial_weights(student, str(init))
     ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
     loaded = ours.keys() - set(report.random)
     assert all(torch.equal(ours[n], theirs[n]) for n in loaded if not n.startswith("logit_scale"))
     assert all(name.startswith("byol") for name in report.random)
     other_heads = "{patch_size: 8, embed_dim: 96, depth: 4, num_heads: 6}"
-    student = build_student(load_recipe("demo", [f"model.image.kwargs={other_heads}"]))
+    student = build_student(load_recipe(SMALL_RECIPE, [f"model.image.kwargs={other_heads}"]))
     with pytest.raises(ConfigError, match=r"has 3 heads.*num_heads=3"):
         load_initial_weights(student, str(init))
 
@@ -180,7 +181,7 @@ class RunsCode:
 
 def test_wrong_files_are_refused_in_one_sentence_and_change_nothing(tmp_path):
     state = released_model(DEMO).state_dict()
-    student = build_student(load_recipe("demo", DEMO_RECIPE))
+    student = build_student(load_recipe(SMALL_RECIPE, DEMO_RECIPE))
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
 
     def without(*names):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from recipe_refusal import refusal
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.geometry import kept_blocks
 from aclip.config.recipe import MaskConfig
@@ -58,7 +59,7 @@ def test_the_number_kept_goes_from_start_to_end(shape, start, end, progress, exp
 def test_a_step_keeps_what_its_place_in_the_run_says(policy, num_views):
     teacher = ["teacher.resolution=64", "loss.simclr=0", "loss.byol=0"]
     recipe = load_recipe(
-        "demo",
+        SMALL_RECIPE,
         [*TINY, *TO_ALL, f"mask.policy={policy}", f"views.student={num_views}"]
         + (teacher if policy in ("attentive", "inverse") else RANDOM[len(TINY) : -1]),
     )
@@ -81,11 +82,11 @@ def test_a_step_keeps_what_its_place_in_the_run_says(policy, num_views):
 
 
 def test_a_constant_ratio_is_not_logged():
-    assert RunSchedule(load_recipe("demo", RANDOM), 32).keep_ratio(3) is None
+    assert RunSchedule(load_recipe(SMALL_RECIPE, RANDOM), 32).keep_ratio(3) is None
 
 
 def test_the_average_step_is_that_of_all_steps():
-    recipe = load_recipe("demo", [*RANDOM, *TO_ALL, "mask.block_size=1", "train.epochs=1"])
+    recipe = load_recipe(SMALL_RECIPE, [*RANDOM, *TO_ALL, "mask.block_size=1", "train.epochs=1"])
     batch = batch_of_mean_captions(recipe, 8, 16, 2)
     num_samples = 4 * 9  # so many steps
     kinds = step_kinds(recipe, batch, num_samples)
@@ -109,7 +110,7 @@ def test_the_average_step_is_that_of_all_steps():
 @pytest.mark.parametrize("epochs, warmup, shape", [(3, 0.3, "cosine"), (4, 0.9, "linear")])
 def test_shares_are_exact_for_numbers_and_their_squares_and_none_is_negative(epochs, warmup, shape):
     recipe = load_recipe(
-        "demo",
+        SMALL_RECIPE,
         [*TINY, "teacher.resolution=64", "loss.simclr=0", "loss.byol=0", "mask.block_size=1"]
         + [f"train.epochs={epochs}", f"mask.warmup={warmup}", "teacher.reuse=2"]
         + [*TO_ALL, f"mask.keep_ratio_shape={shape}"],
@@ -126,7 +127,7 @@ def test_shares_are_exact_for_numbers_and_their_squares_and_none_is_negative(epo
 
 def test_kinds_of_step_join_the_teachers_rest_and_the_blocks():
     recipe = load_recipe(
-        "demo",
+        SMALL_RECIPE,
         [*TINY, "teacher.resolution=64", "loss.simclr=0", "loss.byol=0", "mask.warmup=0.5"]
         + ["mask.keep_ratio=0.25", "mask.keep_ratio_end=0.5", "train.epochs=1"],
     )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.shards.listing import Skip
@@ -71,7 +72,7 @@ def whole_views(num_views=2):
 
 
 def test_policies_keep_the_object_as_the_attention_on_it_says(scenes):
-    recipe = load_recipe("demo", whole_views())
+    recipe = load_recipe(SMALL_RECIPE, whole_views())
     pictured = read_picture_set(recipe, TarShard(scenes).walk(), num_measured=10)
     assert pictured.captions == [f"scene {n}" for n in range(11) if n != 3]
     assert pictured.skipped == {"unreadable_image": 1}
@@ -104,7 +105,7 @@ def test_pictures_show_and_say_what_the_mask_does_while_it_warms_up(
 ):
     warming = ["mask.warmup=0.5", f"mask.warmup_change={change}"]
     pictured = read_picture_set(
-        load_recipe("demo", [*whole_views(), *warming]), TarShard(scenes).walk()
+        load_recipe(SMALL_RECIPE, [*whole_views(), *warming]), TarShard(scenes).walk()
     )
     scores = torch.rand(8, 4, 4, generator=torch.Generator().manual_seed(0))
     kept = pictured.keep_ids("attentive", scores, progress)
@@ -122,7 +123,7 @@ def test_pictures_show_and_say_what_the_mask_does_while_it_warms_up(
 def test_pictures_keep_as_many_as_the_run_does_at_that_moment(scenes, policy):
     growing = ["mask.keep_ratio=0.25", "mask.keep_ratio_end=1", "mask.keep_ratio_shape=cosine"]
     pictured = read_picture_set(
-        load_recipe("demo", [*whole_views(), *growing]), TarShard(scenes).walk()
+        load_recipe(SMALL_RECIPE, [*whole_views(), *growing]), TarShard(scenes).walk()
     )
     scores = torch.rand(8, 4, 4, generator=torch.Generator().manual_seed(0))
     for progress, number in ((0.0, 4), (0.5, 10), (1.0, 16)):
@@ -138,14 +139,14 @@ def test_mask_of_another_size_than_the_image_is_counted(write_tar):
         members.append((f"{number}.mask.png", png(np.full((side, side), 255))))
         members.append((f"{number}.txt", str(number).encode()))
     samples = TarShard(write_tar("masks.tar", members)).walk()
-    pictured = read_picture_set(load_recipe("demo", TINY), samples, num_measured=10)
+    pictured = read_picture_set(load_recipe(SMALL_RECIPE, TINY), samples, num_measured=10)
     assert pictured.captions == ["0"]
     assert pictured.skipped == {"object_mask_of_another_size": 2}
 
 
 def test_eight_are_read_where_no_object_is_known(write_tar):
     members = [(f"{n:02d}.png", png(np.zeros((32, 32, 3)))) for n in range(12)]
-    recipe = load_recipe("demo", TINY)
+    recipe = load_recipe(SMALL_RECIPE, TINY)
     samples = TarShard(write_tar("plain.tar", members)).walk()
     pictured = read_picture_set(recipe, samples, num_measured=100)
     assert pictured.captions == [f"{n:02d}" for n in range(8)]  # no captions: named by their keys
@@ -159,7 +160,7 @@ def test_eight_are_read_where_no_object_is_known(write_tar):
 
 def test_nothing_usable_gives_no_pictures():
     samples = [Skip("truncated_shard"), loose_sample("x.jpg", b"broken", "x")]
-    assert read_picture_set(load_recipe("demo", TINY), samples) is None
+    assert read_picture_set(load_recipe(SMALL_RECIPE, TINY), samples) is None
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_nothing_usable_gives_no_pictures():
     ],
 )
 def test_a_recipe_without_attentive_mask_is_pictured_with_one(scenes, overrides, kept):
-    recipe = load_recipe("demo", [*whole_views(1), *overrides])
+    recipe = load_recipe(SMALL_RECIPE, [*whole_views(1), *overrides])
     pictured = read_picture_set(recipe, TarShard(scenes).walk())
     assert pictured.images.shape == (8, 3, 32, 32)
     assert pictured.keep_ids("attentive", torch.rand(8, 4, 4)).shape == (8, 1, kept)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from released_model import DEMO, SMALL, inputs, released_model, save_released
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
@@ -32,7 +33,7 @@ def assert_encodes_like(loaded, image, text, side, context_length=77):
 
 @pytest.mark.parametrize("model", ["student", "teacher", None])
 def test_run_gives_its_student_or_its_teacher(model, write_run):
-    recipe = load_recipe("demo", ["loss.simclr=1", "loss.byol=2"])
+    recipe = load_recipe(SMALL_RECIPE, ["loss.simclr=1", "loss.byol=2"])
     run, student, teacher = write_run(recipe)
     loaded = load_model(str(run), model)
     expected = student if model == "student" else teacher
@@ -95,7 +96,7 @@ def test_of_an_aclip_checkpoint_the_average_is_evaluated(tmp_path):
 
 @pytest.mark.parametrize("output_format", ["open_clip", "safetensors"])
 def test_exports_come_back_with_their_preprocessing(output_format, write_run, tmp_path):
-    recipe = load_recipe("demo", ["augment.mean=[0.4, 0.5, 0.6]"])
+    recipe = load_recipe(SMALL_RECIPE, ["augment.mean=[0.4, 0.5, 0.6]"])
     run, _, teacher = write_run(recipe)
     out = tmp_path / "out"
     arguments = {"checkpoint": str(run), "out": str(out), "format": output_format, "model": None}
@@ -120,7 +121,7 @@ def test_exports_come_back_with_their_preprocessing(output_format, write_run, tm
 
 
 def test_what_is_no_model_is_refused_in_one_sentence(tmp_path, write_run):
-    run, *_ = write_run(load_recipe("demo"))
+    run, *_ = write_run(load_recipe(SMALL_RECIPE))
     (tmp_path / "text.pt").write_text("no weights")
     (tmp_path / "empty").mkdir()
     cases = {
@@ -140,7 +141,7 @@ def test_what_is_no_model_is_refused_in_one_sentence(tmp_path, write_run):
 def test_class_embeddings_are_cached_by_weights_and_prompts(tmp_path, write_run):
     from aclip.evaluation.sets.prompts import ClassPrompts
 
-    run, *_ = write_run(load_recipe("demo"))
+    run, *_ = write_run(load_recipe(SMALL_RECIPE))
     calls = []
 
     def embed(model, prompts):

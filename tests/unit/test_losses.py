@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.method.losses.byol import byol
@@ -213,7 +214,7 @@ def terms_of(**weights):
     """The demo's loss terms with these weights; others have none."""
     values = {"simclr": 0, "byol": 0, "distill": 0, "mlm": 0} | weights
     overrides = [f"loss.{name}={weight}" for name, weight in values.items()]
-    return load_recipe("demo", [*overrides, "loss.simclr_temperature=0.2"]).terms
+    return load_recipe(SMALL_RECIPE, [*overrides, "loss.simclr_temperature=0.2"]).terms
 
 
 def full_output():

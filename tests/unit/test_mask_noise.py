@@ -5,6 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aclip.config.recipe_file import load_recipe
@@ -214,7 +215,7 @@ class Operations(TorchDispatchMode):
 
 def select_in_a_step(overrides, progress):
     """(operations, kept ids) of the selection in a step of the demo's recipe."""
-    recipe = load_recipe("demo", [*RECIPE, *overrides])
+    recipe = load_recipe(SMALL_RECIPE, [*RECIPE, *overrides])
     inputs = StepInputs(
         recipe, (), None, build_student(recipe).image, torch.device("cpu"), torch.float32
     )

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.evaluation.mask_signals import (
@@ -68,7 +69,7 @@ def knows_captions_by(patch):
 
 
 def signals_of(overrides=(), **options):
-    recipe = load_recipe("demo", ["mask.block_size=1", "mask.keep_ratio=0.25", *overrides])
+    recipe = load_recipe(SMALL_RECIPE, ["mask.block_size=1", "mask.keep_ratio=0.25", *overrides])
     return MaskSignals(recipe, pictured(recipe.mask, **options))
 
 
@@ -226,7 +227,7 @@ def stepper_of(*overrides):
         "model.text={width: 16, heads: 2, layers: 1, context_length: 16}",
         "model.embed_dim=12",
     ]
-    recipe, device = load_recipe("demo", [*tiny, *overrides]), torch.device("cpu")
+    recipe, device = load_recipe(SMALL_RECIPE, [*tiny, *overrides]), torch.device("cpu")
     teacher = Teacher(build_student(recipe), torch.float32, device)
     return SimpleNamespace(recipe=recipe, teacher=teacher, device=device, dtype=torch.float32)
 

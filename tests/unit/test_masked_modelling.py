@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 from torch import nn
 
 from aclip.config.recipe_file import load_recipe
@@ -162,7 +163,7 @@ SMALL = [
 )
 def test_part_without_weight_builds_no_module(overrides, names):
     always = {"image", "text", "image_projection", "text_projection", "logit_scale"}
-    student = build_student(load_recipe("demo", [*SMALL, *overrides]))
+    student = build_student(load_recipe(SMALL_RECIPE, [*SMALL, *overrides]))
     assert {name.split(".")[0] for name, _ in student.named_parameters()} == always | names
 
 
@@ -184,7 +185,7 @@ def test_part_without_weight_builds_no_module(overrides, names):
 )
 def test_parts_that_do_not_fit_are_refused_in_one_sentence(overrides, words):
     with pytest.raises(ConfigError) as caught:
-        load_recipe("demo", overrides)
+        load_recipe(SMALL_RECIPE, overrides)
     assert all(word in str(caught.value) for word in words)
 
 
@@ -217,7 +218,7 @@ def test_sample_is_decoded_once_and_cut_for_the_parts_that_read_it(
     monkeypatch.setattr(samples, "decode_image", counted("decode_image", samples.decode_image))
     shard = write_tar("0.tar", [("0.jpg", encode_image(90, 70)), ("0.txt", b"a thing")])
     (raw,) = TarShard(shard).walk()
-    sample = SampleMaker(load_recipe("demo", overrides), [Shard("0.tar", 1)]).make(
+    sample = SampleMaker(load_recipe(SMALL_RECIPE, overrides), [Shard("0.tar", 1)]).make(
         0, Place(0, 0, 0, 0), raw
     )
     assert calls == {"crop": num_crops, "decode_image": 1}

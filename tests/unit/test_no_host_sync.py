@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.geometry import kept_blocks
 from aclip.config.recipe_file import load_recipe
@@ -48,7 +49,7 @@ def make(*shape, dtype=torch.float32):
 
 @pytest.fixture(scope="module")
 def recipe():
-    return load_recipe("demo", RECIPE)
+    return load_recipe(SMALL_RECIPE, RECIPE)
 
 
 @pytest.fixture

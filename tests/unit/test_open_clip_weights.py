@@ -7,6 +7,7 @@ import pytest
 import torch
 from released_model import DEMO, inputs, released_model
 from safetensors.torch import save_file
+from small_recipe import SMALL_RECIPE
 from torch import nn
 
 from aclip.config.recipe_file import dump_recipe, load_recipe
@@ -28,7 +29,7 @@ OWN_VIT_RECIPE = [
 
 
 def student_of(overrides=RECIPE):
-    return build_student(load_recipe("demo", list(overrides))).eval()
+    return build_student(load_recipe(SMALL_RECIPE, list(overrides))).eval()
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_open_clips_own_image_tower_computes_the_same(tmp_path):
     with pytest.raises(ConfigError, match=r"does not tell its towers.*--recipe"):
         load_model(path)
     recipe = tmp_path / "towers.yaml"
-    recipe.write_text(dump_recipe(load_recipe("demo", OWN_VIT_RECIPE)))
+    recipe.write_text(dump_recipe(load_recipe(SMALL_RECIPE, OWN_VIT_RECIPE)))
     loaded = load_model(path, recipe_name=str(recipe))
     assert_same(loaded.student, model.encode_image, model.encode_text)
     config = {"embed_dim": 96, "quick_gelu": True, "vision_cfg": OWN_VIT, "text_cfg": TEXT}

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from recipe_refusal import refusal
+from small_recipe import SMALL_RECIPE
 from torch import nn
 
 from aclip.config.ds_config import read_ds_config
@@ -28,7 +29,7 @@ ALONE = ["teacher=null", "mask.policy=random", "loss.byol=0", "loss.simclr=0"]
 
 def groups_of(*overrides):
     """The groups of the demo, with the names of their parameters."""
-    recipe = load_recipe("demo", list(overrides))
+    recipe = load_recipe(SMALL_RECIPE, list(overrides))
     with META:
         student = build_student(recipe)
     names = {p: name for name, p in student.named_parameters()}
@@ -43,7 +44,9 @@ def rate_of(groups, name):
 def test_adamw_has_the_two_groups_that_it_always_had():
     student, groups = groups_of()
     names = {p: name for name, p in student.named_parameters()}
-    before = parameter_groups(student, weight_decay=load_recipe("demo").optimizer.weight_decay)
+    before = parameter_groups(
+        student, weight_decay=load_recipe(SMALL_RECIPE).optimizer.weight_decay
+    )
     assert [g["params"] for g in groups] == [[names[p] for p in g["params"]] for g in before]
     assert [g["weight_decay"] for g in groups] == [g["weight_decay"] for g in before]
     assert [g["lr_scale"] for g in groups] == [1.0, 1.0]
@@ -198,7 +201,7 @@ def products(m, n):
 
 
 def test_muons_products_are_in_the_plan():
-    recipe = load_recipe("demo", ["optimizer.name=muon"])
+    recipe = load_recipe(SMALL_RECIPE, ["optimizer.name=muon"])
     batch = batch_of_mean_captions(recipe, 12, recipe.model.text.context_length)
     trace = trace_step(recipe, batch)
     image = products(288, 96) + products(96, 96) + 2 * products(384, 96)
@@ -209,10 +212,10 @@ def test_muons_products_are_in_the_plan():
 
 
 def test_a_locked_tower_costs_no_backward_pass_and_no_state():
-    recipe = load_recipe("demo", [LOCKED, *ALONE, "train.average=0.9"])
+    recipe = load_recipe(SMALL_RECIPE, [LOCKED, *ALONE, "train.average=0.9"])
     batch = batch_of_mean_captions(recipe, 12, recipe.model.text.context_length)
     workload = describe_workload(recipe, batch, 1, {torch.float32}, modes=("none",))
-    trained = load_recipe("demo", ALONE)
+    trained = load_recipe(SMALL_RECIPE, ALONE)
     other = describe_workload(trained, batch, 1, {torch.float32}, modes=("none",))
     locked, open_ = workload.measured[4].flops["image"], other.measured[4].flops["image"]
     assert locked.forward == open_.forward > 0

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from plain_towers import compare
+from small_recipe import SMALL_RECIPE
 from torch import nn
 
 from aclip.config.recipe_file import load_recipe
@@ -233,7 +234,7 @@ IMAGE = (
 )
 def test_scores_that_a_tower_has_not_are_refused(overrides, sentence):
     with pytest.raises(ConfigError, match=sentence) as caught, torch.device("meta"):
-        build_student(load_recipe("demo", overrides))
+        build_student(load_recipe(SMALL_RECIPE, overrides))
     assert "\n" not in str(caught.value)
 
 

@@ -6,6 +6,7 @@ import argparse
 import open_clip
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
@@ -54,7 +55,7 @@ DRAWN = {
 def recipe_of(kind):
     name, kwargs, rest = TOWERS[kind]
     image = f"model.image={{name: {name}, resolution: 32, kwargs: {{{SIZES}, {kwargs}}}}}"
-    return load_recipe("demo", [*TINY, image, *rest])
+    return load_recipe(SMALL_RECIPE, [*TINY, image, *rest])
 
 
 def run_export(checkpoint, out, output_format):

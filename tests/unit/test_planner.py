@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.synthetic import synthetic_batch
@@ -217,7 +218,13 @@ def test_time_of_a_plan_without_a_stated_mfu_is_predicted(plan):
 
 
 def test_a_plan_averages_over_the_run_and_says_so(plan):
-    demo = {"recipe": "demo", "mfu": None, "samples": 32 * 100, "gpus_per_node": 1, "nodes": 1}
+    demo = {
+        "recipe": SMALL_RECIPE,
+        "mfu": None,
+        "samples": 32 * 100,
+        "gpus_per_node": 1,
+        "nodes": 1,
+    }
     overrides = ["train.epochs=4", "teacher.resolution=128"]
     every_step = plan(**demo, overrides=overrides)
     of_run = plan(**demo, overrides=[*overrides, "mask.warmup=0.25"])
@@ -237,7 +244,7 @@ def test_a_plan_averages_over_the_run_and_says_so(plan):
 
 
 def test_a_plan_says_what_kept_scores_take_on_the_disk(plan):
-    demo = {"recipe": "demo", "samples": 3200, "gpus_per_node": 1, "nodes": 1}
+    demo = {"recipe": SMALL_RECIPE, "samples": 3200, "gpus_per_node": 1, "nodes": 1}
     kept = plan(**demo, overrides=["teacher.reuse=4"])
     # Two files, each a page and, for every sample, 8 x 8 patches, epoch and checksum.
     assert kept.kept_scores_bytes == 2 * (4096 + 3200 * (64 + 4 + 4))

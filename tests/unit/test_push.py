@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import OWNER, TOKEN
+from small_recipe import SMALL_RECIPE
 from text_folders import write_text_folder
 from written_run import write_run
 
@@ -25,7 +26,7 @@ NAME = f"{OWNER}/tiny"
 def run(tmp_path_factory):
     """A run whose recipe names a folder of this machine."""
     folder = tmp_path_factory.mktemp("push")
-    return write_run(folder / "run", load_recipe("demo", [f"data.train={folder}/*.tar"]))[0]
+    return write_run(folder / "run", load_recipe(SMALL_RECIPE, [f"data.train={folder}/*.tar"]))[0]
 
 
 def run_push(checkpoint, output_format="open_clip", name=NAME, **options):
@@ -79,7 +80,7 @@ def test_no_token_and_no_place_of_this_machine_is_sent(hub, tmp_path):
         f"stages=[{{data: {{train: {shards}}}, train: {{epochs: 1}}}}]",
     ]
     text = f"model.text={{name: {folder}, context_length: 12}}"
-    recipe = load_recipe("demo", [*places, text])
+    recipe = load_recipe(SMALL_RECIPE, [*places, text])
     run, *_ = write_run(tmp_path / "run", recipe, has_teacher=False)
     run_push(run, "safetensors")
     assert "text_tower/tokenizer_config.json" in files_of(hub)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from saved_activations import saved_activation_bytes
+from small_recipe import SMALL_RECIPE
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -117,5 +118,5 @@ def test_kept_bytes_of_known_layers():
 
 def test_recipe_sets_both_towers():
     overrides = ["model.image.recompute=blocks", "model.text.recompute=elementwise"]
-    student = build_student(load_recipe("demo", overrides))
+    student = build_student(load_recipe(SMALL_RECIPE, overrides))
     assert (student.image.recompute, student.text.recompute) == ("blocks", "elementwise")

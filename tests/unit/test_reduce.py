@@ -12,6 +12,7 @@ import torch
 from open_clip import SimpleTokenizer
 from recipe_refusal import refusal
 from shard_batches import assert_equal_batches, make_recipe, take
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe, recipe_names
 from aclip.data.batch import collate
@@ -169,7 +170,7 @@ def make_samples(write_tar, encode_image):
     def make(overrides, epochs=1):
         content = [("0.jpg", encode_image(40, 36)), ("0.txt", LONG.encode())]
         (raw,) = TarShard(write_tar("0.tar", content)).walk()
-        recipe = load_recipe("demo", ["model.image.resolution=32", "loss.mlm=1", *overrides])
+        recipe = load_recipe(SMALL_RECIPE, ["model.image.resolution=32", "loss.mlm=1", *overrides])
         shards = [Shard("0.tar", 1)]
         tokenizer, reducer = build_text(recipe, shards)
         maker = SampleMaker(recipe, shards, reducer=reducer)
@@ -292,7 +293,7 @@ def test_a_measured_step_reads_the_shorter_captions():
     from aclip.planning.measure_step import measure_run
 
     def text_flops(*overrides):
-        recipe = load_recipe("demo", ["train.global_batch_size=16", *overrides])
+        recipe = load_recipe(SMALL_RECIPE, ["train.global_batch_size=16", *overrides])
         batch = synthetic_batch(recipe, 16)
         measured = measure_run(recipe, batch, modes=("none",))
         return batch.tokens.lengths, measured.flops["text"].forward

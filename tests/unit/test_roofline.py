@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.synthetic import batch_of_mean_captions
@@ -136,7 +137,7 @@ def test_the_engine_reduces_in_each_backward_pass_from_stage_2_on():
 
 
 def demo(overrides=(), size=32):
-    recipe = load_recipe("demo", [f"train.global_batch_size={size}", *overrides])
+    recipe = load_recipe(SMALL_RECIPE, [f"train.global_batch_size={size}", *overrides])
     context = recipe.model.text.context_length
     return recipe, batch_of_mean_captions(recipe, 12, context, size)
 
@@ -249,11 +250,11 @@ def test_of_a_run_with_stages_only_those_with_a_teacher_count_as_taught(monkeypa
 
     monkeypatch.setattr(predictions, "predict", predict)
     unmasked = "stages=[{mask: {policy: none, warmup: 0}, teacher: null, train: {epochs: 1}}]"
-    taught = load_recipe("demo", ["train.epochs=3", "mask.warmup=0.5", unmasked])
+    taught = load_recipe(SMALL_RECIPE, ["train.epochs=3", "mask.warmup=0.5", unmasked])
     assert predictions.predict_run("own", taught, None, TOY, 17)[-1].teaching_share == (
         pytest.approx(0.75 * 0.5, abs=1e-4)
     )
-    untaught = load_recipe("demo", ["train.epochs=3", "mask.policy=random", "teacher=null"])
+    untaught = load_recipe(SMALL_RECIPE, ["train.epochs=3", "mask.policy=random", "teacher=null"])
     untaught = untaught.model_copy(update={"stages": taught.stages})
     *_, of_run = predictions.predict_run("own", untaught, None, TOY, 17)
     assert of_run.teaching_share == 1, "all its steps are alike"

@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 from ablation_runs import DATA, evaluated, write_metrics
+from small_recipe import SMALL_RECIPE
 
 from aclip.ablation.cases import make_cases
 from aclip.ablation.prepare import choose
@@ -32,7 +33,7 @@ def write_rows(tmp_path):
 
 
 def test_rows_of_a_file_are_trained_at_each_ratio_and_compared(write_rows, tmp_path):
-    cases = make_cases(read_rows(write_rows(ROWS)), "demo", ["train.epochs=2"], [0.5, 0.25])
+    cases = make_cases(read_rows(write_rows(ROWS)), SMALL_RECIPE, ["train.epochs=2"], [0.5, 0.25])
     names = ["cold-keep50", "cold-keep25", "warm-keep50", "warm-keep25", "whole"]
     assert [case.name for case in cases] == names
     assert [case.recipe.mask.warmup for case in cases] == [0, 0, 0.25, 0.25, 0]
@@ -106,7 +107,7 @@ def test_a_file_of_rows_comes_first_and_alone(write_rows):
 
 def test_braces_of_a_row_are_yamls_and_not_a_place_to_fill_in(write_rows):
     text = 'a: {label: "{a} of {keep} %", overrides: ["views={student: 1, scale: [0.7, 1]}"]}'
-    (case,) = make_cases(read_rows(write_rows(text)), "demo", [], [0.5])
+    (case,) = make_cases(read_rows(write_rows(text)), SMALL_RECIPE, [], [0.5])
     assert case.label == "{a} of 50 %" and case.recipe.views.scale == (0.7, 1)
 
 

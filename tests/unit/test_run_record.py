@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.shards.listing import Shard
@@ -25,7 +26,7 @@ def start(tmp_path, monkeypatch):
 
     def record(samples, *overrides, stage=2, commit="abc", init_report=None):
         monkeypatch.setattr(run_record, "_git_commit", lambda: commit)
-        recipe = load_recipe("demo", list(overrides))
+        recipe = load_recipe(SMALL_RECIPE, list(overrides))
         ds_values = {"zero_optimization": {"stage": stage}}
         record_run(tmp_path, recipe, ds_values, init_report, SHARDS, samples)
         return recipe
@@ -98,8 +99,8 @@ def test_folder_without_records_gets_the_first_ones_where_it_continues(start, tm
 
 
 def test_checkpoint_comes_with_its_runs_latest_recipe(write_run):
-    run, *_ = write_run(load_recipe("demo"))
-    later = load_recipe("demo", ["mask.keep_ratio=0.25"])
+    run, *_ = write_run(load_recipe(SMALL_RECIPE))
+    later = load_recipe(SMALL_RECIPE, ["mask.keep_ratio=0.25"])
     record_run(run, later, {}, None, SHARDS, 8)
     assert read(run / "recipe.yaml").mask.keep_ratio == 0.5
     assert load_checkpoint_weights(str(run), None).recipe.mask.keep_ratio == 0.25

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.batch import collate, join
@@ -22,7 +23,7 @@ def make_sample(write_tar, encode_image):
     def make(overrides, text=b"a thing", epoch=0):
         shard = write_tar("0.tar", [("0.jpg", encode_image(50, 40)), ("0.txt", text)])
         (raw,) = TarShard(shard).walk()
-        maker = SampleMaker(load_recipe("demo", overrides), [Shard("0.tar", 1)])
+        maker = SampleMaker(load_recipe(SMALL_RECIPE, overrides), [Shard("0.tar", 1)])
         return maker.make(0, Place(0, 0, epoch, 0), raw)
 
     return make
@@ -77,9 +78,9 @@ def test_of_several_lines_one_is_drawn_an_epoch_and_a_single_one_draws_nothing(m
     alone, ended = make_sample(NO_TEACHER, b"a thing"), make_sample(NO_TEACHER, b"a thing\n\n")
     assert ended.caption == alone.caption == "a thing"
     # What comes after the caption's draw is as it was when a text was never split.
-    rng = sample_rng(load_recipe("demo", NO_TEACHER).train.seed, 0, 0, 0, 0)
+    rng = sample_rng(load_recipe(SMALL_RECIPE, NO_TEACHER).train.seed, 0, 0, 0, 0)
     rng.integers(1)
-    boxes, _ = draw_boxes(rng, 40, 50, 2, load_recipe("demo", NO_TEACHER).views.scale)
+    boxes, _ = draw_boxes(rng, 40, 50, 2, load_recipe(SMALL_RECIPE, NO_TEACHER).views.scale)
     np.testing.assert_array_equal(alone.student_boxes, boxes)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.synthetic import synthetic_batch
@@ -52,7 +53,7 @@ def test_each_image_has_its_own_highest_score():
 def test_fresh_and_stored_scores_keep_the_same_patches(monkeypatch):
     overrides = ["model.image.kwargs={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}"]
     overrides += ["model.text={width: 8, heads: 2, layers: 1, context_length: 16}"]
-    recipe = load_recipe("demo", [*overrides, "teacher.reuse=2"])
+    recipe = load_recipe(SMALL_RECIPE, [*overrides, "teacher.reuse=2"])
     torch.manual_seed(0)
     student = build_student(recipe)
     device = torch.device("cpu")

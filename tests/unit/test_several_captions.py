@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.batch import join
@@ -126,7 +127,7 @@ def test_other_captions_are_different_and_none_is_invented():
 
 
 def test_tokens_are_split_and_joined_by_images():
-    recipe = load_recipe("demo", THREE)
+    recipe = load_recipe(SMALL_RECIPE, THREE)
     ids = torch.arange(6 * 8).view(6, 8)
     tokens = Tokens(ids, torch.arange(1, 7), num_captions=torch.tensor([3, 1]))
     batch = replace(synthetic_batch(recipe, 2), tokens=tokens)
@@ -146,7 +147,7 @@ def test_tokens_are_split_and_joined_by_images():
 
 @torch.no_grad()
 def test_packed_captions_have_the_features_that_each_has_alone():
-    student = build_student(load_recipe("demo", [*THREE, "mask.policy=none", "teacher=null"]))
+    student = build_student(load_recipe(SMALL_RECIPE, [*THREE, "mask.policy=none", "teacher=null"]))
     texts = ["a red ring", "two stars", "one long caption of many words", "blue", "", ""]
     tokenizer = Tokenizer(student.text.context_length)
     tokens = replace(tokenizer.encode(texts), num_captions=torch.tensor([3, 1]))
@@ -159,13 +160,13 @@ def test_packed_captions_have_the_features_that_each_has_alone():
 
 def test_masked_language_modelling_takes_one_caption():
     with pytest.raises(ConfigError, match="loss.mlm is 1 with data.captions_per_image 3"):
-        load_recipe("demo", [*THREE, "loss.mlm=1"])
+        load_recipe(SMALL_RECIPE, [*THREE, "loss.mlm=1"])
 
 
 @pytest.mark.parametrize("loss", ["contrastive", "sigmoid"])
 def test_planner_counts_every_caption(loss):
     chosen = ["loss.contrastive=0", "loss.sigmoid=1"] if loss == "sigmoid" else []
-    one, three = load_recipe("demo", chosen), load_recipe("demo", [*chosen, *THREE])
+    one, three = load_recipe(SMALL_RECIPE, chosen), load_recipe(SMALL_RECIPE, [*chosen, *THREE])
     plain, several = (
         measure_step(recipe, batch_of_mean_captions(recipe, 12, 32), modes=("none",))
         for recipe in (one, three)

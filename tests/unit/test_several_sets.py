@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from evaluation_folders import png, write_tar
+from small_recipe import SMALL_RECIPE
 from test_evaluate import SMALL, _own_cache, arguments_for, write_colours  # noqa: F401
 from written_run import write_run
 
@@ -22,7 +23,7 @@ from aclip.lock import claim, release
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("model") / "run", load_recipe("demo", SMALL))[0]
+    return write_run(tmp_path_factory.mktemp("model") / "run", load_recipe(SMALL_RECIPE, SMALL))[0]
 
 
 @pytest.fixture

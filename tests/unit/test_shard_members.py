@@ -8,6 +8,7 @@ import tarfile
 
 import pytest
 from PIL import Image
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.find_data import find_data
@@ -39,7 +40,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 def find(url, **values):
     overrides = [f"data.train={url}", "data.val=[]", *(f"{k}={v}" for k, v in values.items())]
-    return find_data(load_recipe("demo", overrides))[0]
+    return find_data(load_recipe(SMALL_RECIPE, overrides))[0]
 
 
 def refusal(url, **values) -> str:
@@ -182,7 +183,7 @@ def test_shards_without_a_pair_are_refused_with_what_was_found(write_tar, names,
     # In other words for a validation set, whose classes are texts too.
     good = write_tar("good.tar", [("0.jpg", b"x"), ("0.txt", b"x")])
     with pytest.raises(ConfigError, match=r"^data.val .* KEY.txt or KEY.json or KEY.cls"):
-        find_data(load_recipe("demo", [f"data.train={good}", f"data.val={url}"]))
+        find_data(load_recipe(SMALL_RECIPE, [f"data.train={good}", f"data.val={url}"]))
 
 
 def test_a_single_pair_among_many_shards_is_enough(write_tar):
@@ -236,7 +237,7 @@ def test_samples_that_lack_an_image_are_named_by_what_they_hold_once(tmp_path, w
             (f"{n}.txt", b"x"),
         ]
     recipe = load_recipe(
-        "demo",
+        SMALL_RECIPE,
         ["train.global_batch_size=4", "data.lanes=4", "data.workers=0", f"data.train={tmp_path}"],
     )
     url = write_tar("x.tar", members)
@@ -252,6 +253,8 @@ def test_a_lane_that_finds_nothing_usable_says_what_the_samples_hold(write_tar):
     from aclip.data.loader import build_train_loader
 
     url = write_tar("x.tar", [(f"{n}.heic", b"x") for n in range(8)])
-    recipe = load_recipe("demo", ["train.global_batch_size=4", "data.lanes=1", "data.workers=0"])
+    recipe = load_recipe(
+        SMALL_RECIPE, ["train.global_batch_size=4", "data.lanes=1", "data.workers=0"]
+    )
     with pytest.raises(ConfigError, match=re.escape("(no_caption ") + ".*; samples held heic; rep"):
         next(iter(build_train_loader(recipe, [Shard(url, 8)], 0, 1)))

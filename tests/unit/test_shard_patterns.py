@@ -11,6 +11,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.shards.listing import Shard, index_shards, list_shards, read_shard
@@ -47,8 +48,8 @@ def test_data_sets_joined_as_for_open_clip_are_refused_with_both_ways_to_write_t
     way = message.split("; write ")[1]
     (as_list,) = shlex.split(way.split(", or, with a weight")[0])
     (weighted,) = shlex.split(way.split("upsampling-factors, ")[1])
-    assert load_recipe("demo", [as_list]).data.train == entry.split("::")
-    sources = load_recipe("demo", ["data.train=[]", weighted]).data.sources
+    assert load_recipe(SMALL_RECIPE, [as_list]).data.train == entry.split("::")
+    sources = load_recipe(SMALL_RECIPE, ["data.train=[]", weighted]).data.sources
     assert [(source.shards, source.weight) for source in sources] == [
         (part, 1) for part in entry.split("::")
     ]

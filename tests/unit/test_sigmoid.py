@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
@@ -59,22 +60,22 @@ def test_loss_in_uneven_chunks_equals_the_whole(monkeypatch):
 
 def test_the_student_learns_a_bias_that_belongs_to_the_model():
     for for_training in (True, False):
-        student = build_student(load_recipe("demo", SIGLIP), for_training)
+        student = build_student(load_recipe(SMALL_RECIPE, SIGLIP), for_training)
         assert student.model_parameters()["logit_bias.logit_bias"].item() == -10
         assert student.logit_scale().item() == pytest.approx(10)
-    assert not hasattr(build_student(load_recipe("demo")), "logit_bias")
+    assert not hasattr(build_student(load_recipe(SMALL_RECIPE)), "logit_bias")
 
 
 def test_two_losses_that_would_share_a_scale_are_refused():
     with pytest.raises(ConfigError, match="loss.sigmoid is 1 with loss.contrastive 1"):
-        load_recipe("demo", ["loss.sigmoid=1"])
+        load_recipe(SMALL_RECIPE, ["loss.sigmoid=1"])
     with pytest.raises(ConfigError, match="loss.contrastive is 0 and loss.sigmoid is 0"):
-        load_recipe("demo", ["loss.contrastive=0"])
+        load_recipe(SMALL_RECIPE, ["loss.contrastive=0"])
 
 
 @torch.no_grad()
 def test_open_clip_gets_the_bias_and_gives_the_same_logits(write_run, tmp_path):
-    run, student, _ = write_run(load_recipe("demo", SIGLIP))
+    run, student, _ = write_run(load_recipe(SMALL_RECIPE, SIGLIP))
     arguments = {"checkpoint": str(run), "out": str(tmp_path / "out"), "model": "student"}
     export(argparse.Namespace(**arguments, format="open_clip"))
     theirs = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 from timm.layers import resample_abs_pos_embed
 
 from aclip.config.recipe_file import dump_recipe, load_recipe, recipe_of_values, stages_of
@@ -14,7 +15,7 @@ from aclip.weights.initial_weights import resize_image_positions
 TUNE = "{mask: {policy: none}, teacher: null, train: {epochs: 0.5}}"
 
 
-def stages(*overrides, name="demo"):
+def stages(*overrides, name=SMALL_RECIPE):
     return stages_of(load_recipe(name, list(overrides)))
 
 
@@ -107,7 +108,7 @@ def test_one_value_of_a_stage_can_be_given_on_the_command_line():
     ],
 )
 def test_a_wrong_stage_is_refused_by_its_number(stage, words):
-    with pytest.raises(ConfigError, match=f"stage 3 of demo: .*{words}"):
+    with pytest.raises(ConfigError, match=f"stage 3 of .*small.yaml: .*{words}"):
         stages(f"stages=[{{train: {{epochs: 1}}}}, {stage}]")
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.shards.listing import Shard
@@ -46,7 +47,7 @@ def test_a_run_says_at_its_start_what_an_epoch_leaves_to_the_next(capsys):
     from aclip.training.checked_run import print_headline
 
     stage = Stage(
-        load_recipe("demo", ["train.global_batch_size=8"]),
+        load_recipe(SMALL_RECIPE, ["train.global_batch_size=8"]),
         SimpleNamespace(dtype="fp32", micro_batch_size=8, num_micro_steps=1, stage=0),
         shards=[Shard("a.tar", 20), Shard("b.tar", 9)],
         val_shards=[],
@@ -77,7 +78,7 @@ def test_each_stage_says_where_its_learning_rate_only_rises(capsys):
     from aclip.training.start import check_warmup
 
     def check(*overrides, number=1):
-        recipe = load_recipe("demo", ["train.warmup_epochs=1", *overrides])
+        recipe = load_recipe(SMALL_RECIPE, ["train.warmup_epochs=1", *overrides])
         check_warmup(Stage(recipe, None, [Shard("a.tar", 1000)], [], StagePlace(number)))
         return capsys.readouterr().out
 

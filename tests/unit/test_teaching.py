@@ -2,6 +2,7 @@
 
 import pytest
 from recipe_refusal import refusal
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.method.teaching import Teaching
@@ -72,7 +73,7 @@ def test_an_epoch_begins_where_the_order_of_samples_begins_it():
     ],
 )
 def test_a_recipe_says_when_the_teacher_runs(overrides, expected):
-    teaching = load_recipe("demo", [*MASK_ALONE, *overrides]).teaching(num_samples=80)
+    teaching = load_recipe(SMALL_RECIPE, [*MASK_ALONE, *overrides]).teaching(num_samples=80)
     assert (teaching.reuse, teaching.warmup, teaching.is_blind) == expected
     assert (teaching.num_samples, teaching.batch_size, teaching.num_steps) == (80, 16, 50)
 

@@ -7,6 +7,7 @@ and dropped patches removed from the sequence by hand.
 import pytest
 import torch
 from plain_towers import CONTEXT, captions, compare, image_towers, text_towers
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.errors import ConfigError
@@ -208,7 +209,7 @@ def test_masked_tokens_read_the_mask_token_at_their_position():
 )
 def test_mask_that_does_not_fit_the_image_tower_is_refused(override, sentence):
     with pytest.raises(ConfigError, match=sentence), torch.device("meta"):
-        build_student(load_recipe("demo", [override]))
+        build_student(load_recipe(SMALL_RECIPE, [override]))
 
 
 @pytest.mark.parametrize(

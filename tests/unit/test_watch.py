@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.training.metrics.host_bound import HostBound
@@ -60,7 +61,7 @@ def test_a_step_that_the_device_has_ended_is_ready(ended):
 
 def look_at(looks, capsys, data_wait_percent=1.0, compiled=False, zero_stage=2):
     overrides = ["train.global_batch_size=64", f"model.compile={str(compiled).lower()}"]
-    host_bound = HostBound(load_recipe("demo", overrides), zero_stage)
+    host_bound = HostBound(load_recipe(SMALL_RECIPE, overrides), zero_stage)
     for was_ready in looks:
         host_bound.look(was_ready, data_wait_percent)
     return capsys.readouterr().out

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.convert import word_counts as command
@@ -67,7 +68,7 @@ def test_the_command_counts_the_words_of_all_shards(corpus, convert, tmp_path, c
     output = capsys.readouterr().out
     assert "36 words in 10 captions of 11 samples; wrote the 4 different ones" in output
     assert f"{path}\n2 samples have no caption" in output
-    recipe = load_recipe("demo", [*FREQUENCY, f"data.train={tmp_path}/*.tar"])
+    recipe = load_recipe(SMALL_RECIPE, [*FREQUENCY, f"data.train={tmp_path}/*.tar"])
     assert find_word_counts(recipe, [Shard(url, 1) for url in corpus]) == COUNTS
     with pytest.raises(ConfigError, match="--output is .*word_counts.json, which exists"):
         convert(*corpus)
@@ -146,7 +147,7 @@ def test_bad_arguments_are_one_sentence_and_nothing_is_written(
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"words": {}}', '{"words": {"a": "1"}}'])
 def test_a_file_without_counts_is_refused(tmp_path, content):
     path = tmp_path / "c.json"
-    recipe = load_recipe("demo", [*FREQUENCY, "data.train=/x", f"text.word_counts={path}"])
+    recipe = load_recipe(SMALL_RECIPE, [*FREQUENCY, "data.train=/x", f"text.word_counts={path}"])
     with pytest.raises(ConfigError, match="text.word_counts is .*, but there is no such file"):
         build_text(recipe, [])
     path.write_text(content)
@@ -156,7 +157,7 @@ def test_a_file_without_counts_is_refused(tmp_path, content):
 
 def test_counts_beside_the_shards_of_several_folders_are_added_up(tmp_path):
     shards = [Shard(f"{tmp_path}/{folder}/{n}.tar", 1) for folder in "ab" for n in range(2)]
-    recipe = load_recipe("demo", [*FREQUENCY, "data.train=/x"])
+    recipe = load_recipe(SMALL_RECIPE, [*FREQUENCY, "data.train=/x"])
     for folder in "ab":
         words = rf"no word_counts.json in .*/{folder}; make it with .* word-counts SHARDS, and"
         with pytest.raises(ConfigError, match=words):
@@ -170,7 +171,7 @@ def test_counts_beside_the_shards_of_several_folders_are_added_up(tmp_path):
 
 
 def test_the_demos_words_are_counted_on_first_use(corpus, monkeypatch, tmp_path):
-    recipe = load_recipe("demo", FREQUENCY)
+    recipe = load_recipe(SMALL_RECIPE, FREQUENCY)
     shards = [Shard(url, 1) for url in corpus]
     assert find_word_counts(recipe, shards) == COUNTS
     monkeypatch.setattr("aclip.data.word_counts.count_words", None)  # not again
@@ -190,16 +191,16 @@ def test_the_command_takes_the_demo_for_its_shards(corpus, monkeypatch, tmp_path
 
 def test_other_counts_are_no_continuation(tmp_path):
     shards = [Shard(f"{tmp_path}/0.tar", 1)]
-    recipe = load_recipe("demo", [*FREQUENCY, "data.train=/x"])
+    recipe = load_recipe(SMALL_RECIPE, [*FREQUENCY, "data.train=/x"])
     path = tmp_path / "word_counts.json"
     path.write_text('{"words": {"x": 5}}')
     then = json.loads(json.dumps(fingerprint(recipe, shards)))
     check_continues(recipe, shards, then, tmp_path)
     moved = path.rename(tmp_path / "moved.json")
-    named = load_recipe("demo", [*FREQUENCY, "data.train=/x", f"text.word_counts={moved}"])
+    named = load_recipe(SMALL_RECIPE, [*FREQUENCY, "data.train=/x", f"text.word_counts={moved}"])
     check_continues(named, shards, then, tmp_path)
     moved.write_text('{"words": {"x": 6}}')
     with pytest.raises(ConfigError, match="the counts of words .* are not those that .* put that"):
         check_continues(named, shards, then, tmp_path)
     # Another rule is another setting, which is asked for elsewhere.
-    check_continues(load_recipe("demo", ["data.train=/x"]), shards, then, tmp_path)
+    check_continues(load_recipe(SMALL_RECIPE, ["data.train=/x"]), shards, then, tmp_path)

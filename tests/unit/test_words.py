@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.synthetic import batch_of_mean_captions, synthetic_batch
@@ -74,7 +75,7 @@ def targets_of(step_input):
 
 @pytest.mark.parametrize("micro_batch", [4, 2, 1])
 def test_targets_of_three_steps_are_the_rules(micro_batch):
-    recipe = load_recipe("demo", WORDS)
+    recipe = load_recipe(SMALL_RECIPE, WORDS)
     student, rule = build_student(recipe), Rule()
     inputs = StepInputs(recipe, student.terms, None, student.image, CPU, torch.float32)
     for captions in STEPS:
@@ -95,7 +96,7 @@ def test_targets_of_three_steps_are_the_rules(micro_batch):
 
 
 def test_targets_of_the_first_step_by_hand():
-    term = term_of(load_recipe("demo", WORDS))
+    term = term_of(load_recipe(SMALL_RECIPE, WORDS))
     weights = term.statistic([], [tokens_of([[3, 4], [3, 5], [3], [3, 4]])], lambda x: x)
     # n = 1 and N = 4: held by all, by two, by one and by none.
     assert weights[[3, 4, 5, 6]].tolist() == pytest.approx(
@@ -142,7 +143,7 @@ def test_loss_and_gradients_equal_float64_loops(num_views, chunk, monkeypatch):
 
 @pytest.mark.parametrize("captions", [[[], []], [[3], [3, 3]]], ids=["empty", "held by all"])
 def test_a_batch_without_targets_has_a_loss_of_zero(captions):
-    recipe = load_recipe("demo", WORDS)
+    recipe = load_recipe(SMALL_RECIPE, WORDS)
     student = build_student(recipe)
     inputs = StepInputs(recipe, student.terms, None, student.image, CPU, torch.float32)
     batch = synthetic_batch(recipe, 2, tokens_of(captions))
@@ -155,7 +156,7 @@ def test_a_batch_without_targets_has_a_loss_of_zero(captions):
 
 
 def test_counts_go_on_from_a_saved_state():
-    recipe = load_recipe("demo", WORDS)
+    recipe = load_recipe(SMALL_RECIPE, WORDS)
     whole, first, second = term_of(recipe), term_of(recipe), term_of(recipe)
     captions = [tokens_of(step) for step in STEPS]
     for tokens in captions[:2]:
@@ -168,18 +169,18 @@ def test_counts_go_on_from_a_saved_state():
 
 
 def test_the_head_exists_in_training_alone():
-    recipe = load_recipe("demo", WORDS)
+    recipe = load_recipe(SMALL_RECIPE, WORDS)
     student = build_student(recipe)
     assert student.words_head.weight.shape == (VOCAB_SIZE, student.image.width)
     assert not any("words" in name for name in student.model_parameters())
     assert not hasattr(build_student(recipe, for_training=False), "words_head")
-    assert not hasattr(build_student(load_recipe("demo", WORDS[:2])), "words_head")
-    plain = build_student(load_recipe("demo", WORDS[:2])).state_dict()
+    assert not hasattr(build_student(load_recipe(SMALL_RECIPE, WORDS[:2])), "words_head")
+    plain = build_student(load_recipe(SMALL_RECIPE, WORDS[:2])).state_dict()
     assert all(torch.equal(student.state_dict()[name], value) for name, value in plain.items())
 
 
 def test_export_leaves_the_head_out(write_run, tmp_path):
-    run, student, _ = write_run(load_recipe("demo", WORDS))
+    run, student, _ = write_run(load_recipe(SMALL_RECIPE, WORDS))
     assert hasattr(student, "words_head")
     arguments = {"checkpoint": str(run), "out": str(tmp_path / "out"), "model": "student"}
     export(argparse.Namespace(**arguments, format="safetensors"))
@@ -190,11 +191,11 @@ def test_export_leaves_the_head_out(write_run, tmp_path):
 
 def test_words_alone_bring_no_images_and_captions_together():
     with pytest.raises(ConfigError, match="nothing brings images and captions together"):
-        load_recipe("demo", [*WORDS, "loss.contrastive=0"])
+        load_recipe(SMALL_RECIPE, [*WORDS, "loss.contrastive=0"])
 
 
 def test_planner_counts_the_head_and_one_chunk_of_its_logits(monkeypatch):
-    recipe = load_recipe("demo", WORDS)
+    recipe = load_recipe(SMALL_RECIPE, WORDS)
     batch = batch_of_mean_captions(recipe, 12, 32)
     step = measure_step(recipe, batch, modes=("none",))
     product = 2 * 2 * 96 * VOCAB_SIZE  # two views of the demo's width
@@ -202,7 +203,7 @@ def test_planner_counts_the_head_and_one_chunk_of_its_logits(monkeypatch):
     assert flops.forward == pytest.approx(product)
     assert flops.backward == pytest.approx(3 * product)  # two gradients, and the logits again
     rows = 2 * len(batch) * VOCAB_SIZE * 4
-    plain = measure_step(load_recipe("demo", WORDS[:2]), batch, modes=("none",))
+    plain = measure_step(load_recipe(SMALL_RECIPE, WORDS[:2]), batch, modes=("none",))
 
     def more(measured):
         return len(batch) * (measured.encoding["none"].kept - plain.encoding["none"].kept)
