@@ -92,7 +92,7 @@ def default_sets() -> list[DataSet]:
         DataSet("YFCC-15M", [10_115] * 1483, 4096),
         DataSet("CC12M", [10_000] * 1242, 4096),
         DataSet("CC3M", [10_000] * 332, 4096),
-        DataSet("the built-in scenes", [TRAIN_SHARD_SIZE] * TRAIN_SHARDS, 32),
+        DataSet("the built-in scenes", [TRAIN_SHARD_SIZE] * TRAIN_SHARDS, 128),
         DataSet("1,024 shards of 600 to 1,000", uneven.tolist(), 4096),
     ]
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_recipe import SMALL_RECIPE
 
 from aclip.data import demo
 
-NUM_SCENES = 8000
+NUM_SCENES = 3200
 ROOT = Path(__file__).parents[2]
 
 
@@ -176,7 +177,7 @@ def small_run(tmp_path_factory) -> list[str]:
                     tar.addfile(info, io.BytesIO(content))
     return [
         "--recipe",
-        "demo",
+        SMALL_RECIPE,
         "--train",
         f"{folder}/{{0..3}}.tar",
         "train.global_batch_size=16",

@@ -7,7 +7,8 @@ import pytest
 
 pytestmark = pytest.mark.e2e
 TINY = [
-    "train.epochs=0.1667",
+    "train.global_batch_size=32",
+    "train.samples=1280",
     "train.warmup_epochs=0.01",
     "train.log_every=5",
     "model.image.kwargs={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}",
@@ -55,7 +56,7 @@ def test_wrong_arguments_end_with_a_sentence(launcher, tmp_path):
         (["--seeds", "0"], "--seeds is 0; give 1 to 1000"),
         (["--rows", "all"], "--rows names all; take some of masks, systems, clip"),
         (["--keep_ratio", "0.5", "0.5"], "--keep_ratio is 0.5 0.5; give each value once"),
-        (["train.epochs=0.01"], "train.epochs is 0.01, which is 2 steps, but"),
+        (["train.epochs=0.1"], "train.epochs is 0.1, which is 2 steps, but"),
         (["mask.keep_ratio=0.1"], "override is mask.keep_ratio=0.1, but an ablation decides"),
         (["loss.simclr=1"], "override is loss.simclr=1, but an ablation decides"),
         (["--recipe", "clip_vitb16"], "data.train is empty in clip_vitb16; give shards"),

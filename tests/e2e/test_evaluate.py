@@ -19,7 +19,7 @@ def test_two_ranks_print_and_write_what_one_does(launcher, tmp_path, monkeypatch
     from aclip.evaluation.evaluate import evaluate
 
     run, *_ = write_run(tmp_path / "run", load_recipe(SMALL_RECIPE, SMALL))
-    # 960 images in calls of at most 90 leave a last one that is not full, and the captions too.
+    # 480 images in calls of at most 90 leave a last one that is not full, and the captions too.
     arguments = [str(run), "--suite", "scenes", "--batch_size", "90"]
     result = launcher.run(*arguments, "--output", str(tmp_path / "2"), script="evaluate.py")
     assert result.status == 0, result.output
@@ -40,6 +40,6 @@ def test_two_ranks_print_and_write_what_one_does(launcher, tmp_path, monkeypatch
     assert (one.pop("ranks"), two.pop("ranks")) == (1, 2)
     assert one == two
     metrics = one["sets"]["scenes"]["metrics"]
-    assert metrics["num_images"] == 960 and metrics["num_captions"] == 960
+    assert metrics["num_images"] == 480 and metrics["num_captions"] == 480
     text = (tmp_path / "1" / "results.md").read_text()
     assert f"| {100 * metrics['zero_shot_top1']:.1f} |" in text and text.startswith("# Evaluation")

@@ -45,7 +45,7 @@ def test_a_set_smaller_than_a_batch_gives_none_in_the_first_epoch():
 
 def test_the_default_sets_are_those_of_the_manual():
     sets = {each.name: (len(each.sizes), each.batch_size) for each in default_sets()}
-    assert sets["YFCC-15M"] == (1483, 4096) and sets["the built-in scenes"] == (48, 32)
+    assert sets["YFCC-15M"] == (1483, 4096) and sets["the built-in scenes"] == (100, 128)
     assert len(sets) == 5
 
 
