@@ -91,7 +91,9 @@ def make_report(page: Page) -> dict[str, bytes]:
         known = [result for result in group if result.outcomes]
         if not known:
             continue
-        name = f"{_metric(known)}, %, {keep} % of the patches kept"
+        name = f"{_metric(known)}, %"
+        if any(result.keep_ratio is not None for result in group):
+            name += f", {keep} % of the patches kept"
         chart = Picture(name, draw_chart(_curves(known)), f"accuracy-keep{keep}.png")
         pictures.append(chart)
         blocks += [Heading(name), _table(group)]

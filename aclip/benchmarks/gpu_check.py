@@ -130,7 +130,7 @@ def make_parts(out: Path, num_gpus: int, memory_gib: float, compiled: bool) -> l
         Part(
             f"the demo with zero2 on {ranks} GPU{'s'[: ranks > 1]}, stopped",
             started,
-            60,
+            90,  # the first start draws the scenes
             status=EXIT_STOPPED_BY_SIGNAL,
             stop_when=partial(has_trained, runs / "demo"),
             check=partial(check_stopped, runs / "demo"),

@@ -20,7 +20,7 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-from aclip.data.convert.progress import progress_bar
+from aclip.data.progress import progress_bar
 from aclip.data.scene_captions import (
     CAPTIONS,
     FILLED_SHARE,
@@ -59,7 +59,7 @@ TRAIN_SHARDS, TRAIN_SHARD_SIZE = 100, 512
 VAL_SIZE = 2000
 CAPTIONS_PER_SCENE = 3
 VAL_SHARD = TRAIN_SHARDS  # a shard's number is its seed
-MAX_PROCESSES = 4
+MAX_PROCESSES = 8
 PROMPTS = ("a photo of a {c}", "a picture of a {c}", "a {c}", "the {c}")
 JPEG_QUALITY = 90
 

@@ -5,6 +5,7 @@ Objects are pictographs of DejaVu Sans, the font that matplotlib ships. A change
 needs a new VERSION in demo.py. scene_captions.py writes what the captions say.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -67,8 +68,11 @@ TYPICAL_SHARE = 0.8
 """Share of the scenes of a class that show it in one of its two typical colours. A class that has
 any colour is a shape alone, which small towers hardly learn in the minutes that the demo takes."""
 BACKGROUNDS = ("striped", "dotted", "checkered", "cloudy", "grainy", "wavy")
-PLACES = 8
-"""Times that a place without an object is looked for; a scene without one has an object less."""
+TRIES = 8
+"""How often another object is drawn anew until it touches none; after that the scene has one less,
+so that OTHERS_SHARE is an upper bound."""
+SHOWN = 84
+"""A pixel is the object's from a third of 255 on; with a half, thin outlines would have no mask."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def draw_scene(rng: np.random.Generator, name: str, color: str, background: str)
     others = int(rng.integers(1, 3)) if rng.random() < OTHERS_SHARE else 0
     for other in rng.choice([each for each in CLASSES if each != name], others, replace=False):
         other_color = draw_color(rng, str(other))
-        for _ in range(PLACES):
+        for _ in range(TRIES):
             placed = _place_object(rng, canvas, str(other), other_color, OTHER_SIDE, objects)
             if placed is not None:
                 objects.append(placed)
@@ -125,22 +129,23 @@ def _place_object(
     name: str,
     color: str,
     side: tuple[float, float],
-    others: list[SceneObject] | None = None,
+    others: Sequence[SceneObject] = (),
 ) -> SceneObject | None:
-    """Draws an object into the canvas at a random place; none where it would touch another."""
+    """Draws an object into the canvas at a random place. Returns None, and draws nothing, where it
+    would touch one of `others`."""
     alpha = _draw_object(rng, name, side)
     whole = Image.new("L", canvas.size)
     whole.paste(alpha, tuple(int(rng.integers(1, IMAGE_SIDE - each)) for each in alpha.size))
     # A rim keeps the object apart from a background of its own colour.
     rim = whole.filter(ImageFilter.MaxFilter(3))
-    for other in others or []:
+    for other in others:
         if ImageChops.multiply(
             rim, other.mask.convert("L").filter(ImageFilter.MaxFilter(3))
         ).getbbox():
             return None
     canvas.paste((225, 225, 225) if color == "black" else (25, 25, 25), mask=rim)
     canvas.paste(COLORS[color], mask=whole)
-    mask = whole.point(lambda value: 255 * (value > 84)).convert("1", dither=Image.Dither.NONE)
+    mask = whole.point(lambda value: 255 * (value > SHOWN)).convert("1", dither=Image.Dither.NONE)
     left, top, right, bottom = mask.getbbox()
     return SceneObject(name, color, (top, left, bottom - top, right - left), mask)
 

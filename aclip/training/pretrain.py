@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 from aclip.cli import text_table
-from aclip.config.arguments import read_recipe
+from aclip.config.arguments import DEMO, read_recipe
 from aclip.distributed import say
 from aclip.run_folder.layout import REPORT_PAGE, picture_path
 from aclip.training.demo_comparison import compare_with_kept_results
@@ -38,6 +38,9 @@ def pretrain(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
+    """Prints what other masks reached in the demo's place, where the run was the demo."""
+    if arguments.recipe != DEMO:
+        return
     if comparison := compare_with_kept_results(read_recipe(arguments)):
         say(comparison)
 

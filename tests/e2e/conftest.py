@@ -20,7 +20,7 @@ from small_recipe import SMALL_RECIPE
 
 from aclip.data import demo
 
-NUM_SCENES = 3200
+TRAIN_SCENES, VAL_SCENES = 3200, 480
 ROOT = Path(__file__).parents[2]
 
 
@@ -132,12 +132,12 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def _write_few_scenes(cache: Path) -> None:
-    """The built-in data under their own name, but NUM_SCENES of them: all would take a minute."""
+    """The built-in data under their own name, but fewer of them: all would take a minute."""
     with pytest.MonkeyPatch.context() as patch:
         name = demo._folder_name()
         patch.setattr(demo, "_folder_name", lambda: name)
-        patch.setattr(demo, "TRAIN_SHARD_SIZE", NUM_SCENES // demo.TRAIN_SHARDS)
-        patch.setattr(demo, "VAL_SIZE", 480)
+        patch.setattr(demo, "TRAIN_SHARD_SIZE", TRAIN_SCENES // demo.TRAIN_SHARDS)
+        patch.setattr(demo, "VAL_SIZE", VAL_SCENES)
         patch.setenv("ACLIP_CACHE", str(cache))
         demo.ensure_demo_data()
 

@@ -1,4 +1,7 @@
-"""The commands of launch/README.md from a download to a table, on small sets of the same layout."""
+"""The commands of launch/README.md from a download to a table, on small sets of the same layout.
+
+Left out are img2dataset, which needs the web, and the doctor, which looks for GPUs.
+"""
 
 import io
 import json
@@ -89,7 +92,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line) for line in lines.splitlines() if "launch/" in line]
 
 
-@pytest.mark.parametrize("name", ["cc3m", "cc12m", "yfcc15m"])
+@pytest.mark.parametrize("name", ["cc12m", "yfcc15m"])  # cc3m differs in its name alone
 def test_the_commands_lead_to_a_table(launcher, tmp_path, name):
     data = tmp_path / "data"
     data.mkdir()
@@ -103,7 +106,7 @@ def test_the_commands_lead_to_a_table(launcher, tmp_path, name):
     counting = [words for words in converting if "word-counts" in words]
     done = []
     for words in ours + counting + later:
-        script, *arguments = words[words.index(next(w for w in words if "launch/" in w)) :]
+        script, *arguments = words[1:]
         arguments = [
             each.replace("cc3m", name) if words not in ours else each for each in arguments
         ]
@@ -114,14 +117,16 @@ def test_the_commands_lead_to_a_table(launcher, tmp_path, name):
         if script == "evaluate.py":  # of the papers' sets, the one that is there
             arguments[arguments.index("paper")] = "food101"
             arguments.remove("--download")
-        if script in ("plan.py", "doctor.py"):  # for machines that are not here
+        if script == "doctor.py":
             continue
         result = launcher.run(*arguments, ranks=1, launcher=False, script=script)
         assert result.status == 0, (words, result.output)
         done.append(script)
-    assert done == ["convert.py", "convert.py", "pretrain.py", "evaluate.py", "report.py"]
+    assert done == [
+        *("convert.py", "convert.py", "plan.py", "pretrain.py", "evaluate.py", "report.py")
+    ]
     sizes = json.loads((data / name / "sizes.json").read_text())
     assert sum(sizes.values()) == NUM_PAIRS
     table = (tmp_path / f"results/{name}/results.md").read_text()
-    assert "food101" in table.lower() or "Food101" in table
+    assert "Food101" in table
     assert (tmp_path / f"results/{name}/report/report.html").is_file()

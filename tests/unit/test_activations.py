@@ -46,7 +46,7 @@ def kept_bytes(monkeypatch):
     return measure
 
 
-# Small towers of the demo: 64 patches of 8 px.
+# Small towers: 64 patches of 8 px.
 STEPS = [
     pytest.param(["loss.simclr=1", "loss.byol=2"], id="A-CLIP"),
     pytest.param(
@@ -89,7 +89,7 @@ def test_activations_are_what_autograd_keeps(kept_bytes, overrides, dtype, mode)
     assert step.heads == pytest.approx(kept + embeds, rel=0.02)
 
 
-TOKENS, WIDTH, HEADS, VIEWS = 1 + 32, 96, 3, 2  # half of the demo's 64 patches
+TOKENS, WIDTH, HEADS, VIEWS = 1 + 32, 96, 3, 2  # half of 64 patches
 # A token: 8 tensors of the width and 2 of the MLP's: input, norm, query, key, value, attention's
 # output, second input, second norm; the MLP before and behind its activation.
 ROW = 8 * WIDTH + 2 * 4 * WIDTH

@@ -78,7 +78,7 @@ def test_recipes_of_the_paper_s_code_freeze_the_patch_embedding_and_others_train
 def test_dump_writes_every_default_out():
     values = yaml.safe_load(dump_recipe(load_recipe(SMALL_RECIPE)))
     assert set(values) == set(Recipe.model_fields)
-    assert values["loss"]["simclr_temperature"] == 0.1  # a default that demo.yaml leaves out
+    assert values["loss"]["simclr_temperature"] == 0.1  # a default that the file leaves out
 
 
 def test_overrides_win_over_the_file_and_keep_the_rest_of_a_section():
@@ -163,7 +163,7 @@ def test_sources_are_checked_like_every_other_section():
     assert "data.sources.0.wieght" in message and "data.sources.0.weight?" in message
     message = refusal("data.sources=[{shards: /a.tar, weight: 0}]", recipe="clip_vitb16")
     assert "data.sources.0.weight is 0" in message
-    message = refusal(sources)  # the demo has data.train
+    message = refusal(sources)  # which has data.train
     assert "data.train is demo" in message and "one of the two" in message
 
 

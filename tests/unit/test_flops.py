@@ -13,7 +13,7 @@ from aclip.planning.measure_step import MODES, measure_run, measure_step
 from aclip.planning.meter import Flops, add_up
 from aclip.planning.run_flops import sample_flops
 
-# The demo's towers: 64 patches of 8 x 8 pixels, of which a view keeps 32 in 8 blocks of 4.
+# The small recipe's towers: 64 patches of 8 x 8 pixels, of which a view keeps 32 in 8 blocks of 4.
 WIDTH, DEPTH, HEADS, PATCHES, KEPT, PIXELS = 96, 4, 3, 64, 32, 3 * 8 * 8
 TEXT_WIDTH, TEXT_LAYERS, TEXT_HEADS, CONTEXT = 96, 2, 3, 32
 EMBED, BATCH = 96, 32

@@ -109,7 +109,7 @@ def test_positions_are_resized_to_another_grid_and_cut_to_a_shorter_context(tmp_
     larger = timm.create_model(DEMO[0], num_classes=0, **{**DEMO[1], "img_size": 96}).eval()
     larger.load_state_dict(checkpoint_filter_fn(model.visual.state_dict(), larger))
     model.visual = larger
-    assert_same_outputs(student, model, 96, lengths=(3, 32, 20))  # the demo's context is 32
+    assert_same_outputs(student, model, 96, lengths=(3, 32, 20))  # the small recipe's context is 32
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors", "nested"])

@@ -211,7 +211,7 @@ def test_bf16_embeds_are_read_exactly_and_give_an_fp32_loss():
 
 
 def terms_of(**weights):
-    """The demo's loss terms with these weights; others have none."""
+    """The small recipe's loss terms with these weights; others have none."""
     values = {"simclr": 0, "byol": 0, "distill": 0, "mlm": 0} | weights
     overrides = [f"loss.{name}={weight}" for name, weight in values.items()]
     return load_recipe(SMALL_RECIPE, [*overrides, "loss.simclr_temperature=0.2"]).terms

@@ -214,7 +214,7 @@ class Operations(TorchDispatchMode):
 
 
 def select_in_a_step(overrides, progress):
-    """(operations, kept ids) of the selection in a step of the demo's recipe."""
+    """(operations, kept ids) of the selection in a step of the small recipe."""
     recipe = load_recipe(SMALL_RECIPE, [*RECIPE, *overrides])
     inputs = StepInputs(
         recipe, (), None, build_student(recipe).image, torch.device("cpu"), torch.float32

@@ -22,13 +22,13 @@ from aclip.planning.trace_step import UPDATE, trace_step
 from aclip.planning.workload import describe_workload
 from aclip.planning.zero_memory import ZeroSettings, zero_states
 
-# The demo's towers: four blocks of 96 and two of 96 channels.
+# The small recipe's towers: four blocks of 96 and two of 96 channels.
 LOCKED = "optimizer.image={lr_scale: 0}"
 ALONE = ["teacher=null", "mask.policy=random", "loss.byol=0", "loss.simclr=0"]
 
 
 def groups_of(*overrides):
-    """The groups of the demo, with the names of their parameters."""
+    """The groups of the small recipe, with the names of their parameters."""
     recipe = load_recipe(SMALL_RECIPE, list(overrides))
     with META:
         student = build_student(recipe)

@@ -198,7 +198,7 @@ def test_planner_counts_the_head_and_one_chunk_of_its_logits(monkeypatch):
     recipe = load_recipe(SMALL_RECIPE, WORDS)
     batch = batch_of_mean_captions(recipe, 12, 32)
     step = measure_step(recipe, batch, modes=("none",))
-    product = 2 * 2 * 96 * VOCAB_SIZE  # two views of the demo's width
+    product = 2 * 2 * 96 * VOCAB_SIZE  # two views of the small recipe's width
     flops = step.flops["words_head"]
     assert flops.forward == pytest.approx(product)
     assert flops.backward == pytest.approx(3 * product)  # two gradients, and the logits again

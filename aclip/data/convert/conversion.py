@@ -18,7 +18,6 @@ from aclip.data.convert.identity import differences, stamps
 from aclip.data.convert.images import ImageRule
 from aclip.data.convert.plan import ConversionPlan, shard_bounds, write_plan
 from aclip.data.convert.pool import ShardTask, write_shards
-from aclip.data.convert.progress import progress_bar
 from aclip.data.convert.report import (
     REPORT_FILE,
     format_report,
@@ -27,6 +26,7 @@ from aclip.data.convert.report import (
     write_json,
 )
 from aclip.data.convert.shard_writer import ShardRecord
+from aclip.data.progress import progress_bar
 from aclip.data.shards.counts import SIZES_FILE
 from aclip.errors import ConfigError, NotWritten
 from aclip.files import (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aclip.data.convert.entries import Entry, Note, Source
-from aclip.data.convert.progress import progress_bar
+from aclip.data.progress import progress_bar
 
 OPTIONS = {
     "min_side": "--min-side",

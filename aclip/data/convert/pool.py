@@ -13,8 +13,8 @@ from pathlib import Path
 
 from aclip.data.convert.images import FileReader, ImageRule
 from aclip.data.convert.plan import ConversionPlan
-from aclip.data.convert.progress import progress_bar
 from aclip.data.convert.shard_writer import ShardRecord, write_shard
+from aclip.data.progress import progress_bar
 from aclip.errors import ConfigError
 
 SECONDS_BETWEEN_LOOKS = 0.5

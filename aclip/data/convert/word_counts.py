@@ -11,8 +11,8 @@ from aclip.config.arguments import DEMO
 from aclip.config.caption_keys import split_key
 from aclip.config.sections import DataConfig
 from aclip.data.convert.pool import end_with_parent
-from aclip.data.convert.progress import progress_bar
 from aclip.data.demo import ensure_demo_data
+from aclip.data.progress import progress_bar
 from aclip.data.shards.listing import list_shards, remote_shards
 from aclip.data.shards.remote import RemoteShards, is_remote
 from aclip.data.shards.tar import ShardError

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aclip.data.convert.pool import end_with_parent
-from aclip.data.convert.progress import progress_bar
 from aclip.data.convert.report import write_json
 from aclip.data.convert.sources.text_files import existing_folder
 from aclip.data.images.suffixes import is_litter
 from aclip.data.members import IMAGE_SUFFIXES
+from aclip.data.progress import progress_bar
 from aclip.data.shards.counts import SIZES_FILE
 from aclip.data.shards.tar import TarShard
 from aclip.errors import ConfigError

@@ -9,9 +9,9 @@ from urllib.parse import unquote
 import numpy as np
 
 from aclip.data.captions import NOTE_KINDS
-from aclip.data.convert.progress import progress_bar
 from aclip.data.convert.sources.text_files import TextLines, existing_file
 from aclip.data.convert.sources.yfcc import NUM_IDS
+from aclip.data.progress import progress_bar
 from aclip.errors import ConfigError
 from aclip.files import appearing
 

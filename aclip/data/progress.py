@@ -1,4 +1,4 @@
-"""How far a conversion is: a bar on a terminal, and a line now and then in a log."""
+"""How far long work on data is: a bar on a terminal, and a line now and then in a log."""
 
 import sys
 
