@@ -128,5 +128,5 @@ def test_the_commands_lead_to_a_table(launcher, tmp_path, name):
     sizes = json.loads((data / name / "sizes.json").read_text())
     assert sum(sizes.values()) == NUM_PAIRS
     table = (tmp_path / f"results/{name}/results.md").read_text()
-    assert "Food101" in table
+    assert "| Food-101 | top-1 | 6 |" in table
     assert (tmp_path / f"results/{name}/report/report.html").is_file()
