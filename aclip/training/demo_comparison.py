@@ -20,14 +20,14 @@ def compare_with_kept_results(recipe: Recipe) -> str:
     """
     if recipe != load_recipe(DEMO) or not KEPT.is_file():
         return ""
-    outcomes = {row["row"]: row["outcomes"] for row in json.loads(KEPT.read_text())["rows"]}
-    ends = {
-        row: 100 * fmean(outcome["points"][-1] for outcome in of_row.values())
-        for row, of_row in outcomes.items()
-    }
+    rows = {row["row"]: row for row in json.loads(KEPT.read_text())["rows"]}
+
+    def end(name: str) -> str:
+        return f"{fmean(100 * each['points'][-1] for each in rows[name]['outcomes'].values()):.1f}%"
+
+    ratio = rows["none"]["flops"][-1] / rows["attentive"]["flops"][-1]
     return (
-        f"in earlier runs of this recipe (means of {len(outcomes['attentive'])} seeds) the student "
-        f"reached {ends['attentive']:.1f}%; after as many samples with a random mask of as many "
-        f"patches {ends['random']:.1f}%, and without a mask {ends['none']:.1f}% "
-        "(aclip/ablation/README.md)"
+        f"in earlier runs of this recipe the student reached {end('attentive')} on average; after "
+        f"as many samples with a random mask of as many patches {end('random')}, and without a "
+        f"mask, for {ratio:.2f} times the FLOPs, {end('none')} (aclip/ablation/README.md)"
     )

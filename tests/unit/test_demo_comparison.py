@@ -15,11 +15,13 @@ CAPTION_TOKENS = 17  # the default of launch/ablate.py
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """Two seeds of each row, whose last points count."""
+    """Two seeds of each row, whose last points count, and the FLOPs of a run."""
     ends = {"attentive": (0.7, 0.74), "random": (0.6, 0.63), "none": (0.71, 0.712)}
+    flops = {"attentive": 40, "random": 35, "none": 60}
     rows = [
         {
             "row": row,
+            "flops": [0, 9, flops[row]],
             "outcomes": {seed: {"points": [0.04, 0.9, end]} for seed, end in enumerate(of)},
         }
         for row, of in ends.items()
@@ -29,10 +31,11 @@ def kept(tmp_path, monkeypatch):
     return tmp_path / "kept.json"
 
 
-def test_the_means_of_the_last_points_are_told(kept):
+def test_means_of_the_last_points_and_a_ratio_of_flops_are_told(kept):
     line = compare_with_kept_results(load_recipe("demo"))
-    assert "(means of 2 seeds) the student reached 72.0%;" in line and "\n" not in line
-    assert "random mask of as many patches 61.5%, and without a mask 71.1%" in line
+    assert "the student reached 72.0% on average;" in line and "\n" not in line
+    assert "random mask of as many patches 61.5%" in line
+    assert "without a mask, for 1.50 times the FLOPs, 71.1%" in line
 
 
 def test_nothing_is_told_of_another_run_or_without_the_results(kept):
