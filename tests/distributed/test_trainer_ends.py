@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_recipe import SMALL_RECIPE
 from trainer_run import BATCH, RECIPE, STEPS, run_trainer, train_in, write_shards
 
 from aclip.config.arguments import parse
@@ -156,7 +157,14 @@ def test_evaluation_that_fails_at_the_end_costs_nothing_that_was_trained(
 
 def test_ranks_end_after_rank_0_has_uploaded(run_distributed, shards, tmp_path):
     words = ["--ds_config", str(tmp_path / "ds.json"), "--output", str(tmp_path / "run")]
-    words += ["--train", str(Path(shards[0].url).parent / "*.tar"), *RECIPE, "train.epochs=2"]
+    words += [
+        "--recipe",
+        SMALL_RECIPE,
+        "--train",
+        str(Path(shards[0].url).parent / "*.tar"),
+        *RECIPE,
+        "train.epochs=2",
+    ]
     words += ["data.val=[]", f"train.upload_to=file://{tmp_path}/remote"]
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     last = tmp_path / "remote" / checkpoint_folder.LATEST
@@ -226,7 +234,7 @@ def test_run_that_begins_from_another_ones_checkpoint_is_a_run_of_its_own(
         "data.val=[]",
         "train.wandb=project",
     ]
-    words += ["--train", str(Path(shards[0].url).parent / "*.tar")]
+    words += ["--recipe", SMALL_RECIPE, "--train", str(Path(shards[0].url).parent / "*.tar")]
     first, second = tmp_path / "first", tmp_path / "second"
 
     def run(*more):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from aclip.config.sections import DataConfig
-from aclip.data.convert import progress
+from aclip.data import progress
 from aclip.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
