@@ -1,11 +1,13 @@
 """Rows of one's own: what a file of them gives, and what is wrong with one that gives none."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 from ablation_runs import DATA, evaluated, write_metrics
 from small_recipe import SMALL_RECIPE
 
+import aclip.ablation
 from aclip.ablation.cases import make_cases
 from aclip.ablation.prepare import choose
 from aclip.ablation.report import write_report
@@ -14,6 +16,7 @@ from aclip.ablation.rows_file import read_rows
 from aclip.ablation.runs import make_runs
 from aclip.errors import ConfigError
 
+ROOM = Path(aclip.ablation.__file__).parent
 ROWS = """
 cold: {label: "cold, {keep} %", overrides: [mask.policy=attentive]}
 warm: {overrides: [mask.policy=attentive, mask.warmup=0.25], against: cold}
@@ -119,3 +122,10 @@ def test_some_rows_of_a_file_can_be_chosen_with_those_that_they_are_compared_wit
         read_rows(path, ["a", "d"])
     with pytest.raises(ConfigError, match="names b, which .* compares with a; name that too"):
         read_rows(path, ["b", "c"])
+
+
+@pytest.mark.parametrize("path", sorted(ROOM.glob("*.yaml")), ids=lambda path: path.stem)
+def test_rows_that_ship_fit_their_recipe_and_no_two_are_the_same(path):
+    base = "aclip_vits16" if path.stem == "field_224" else "demo"
+    cases = make_cases(read_rows(str(path)), base, [], [0.5])
+    assert len({case.recipe.model_dump_json() for case in cases}) == len(cases) > 1
