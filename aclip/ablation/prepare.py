@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from aclip.ablation.runs import Run, make_runs
 from aclip.ablation.sweep import KEY, SEED, Sweep
 from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.recipe import Recipe
-from aclip.config.recipe_file import load_recipe
+from aclip.config.recipe_file import load_recipe, stages_of
 from aclip.data.find_data import find_data
 from aclip.data.fingerprint import count_shards
+from aclip.data.shards.listing import Shard
+from aclip.data.word_counts import find_word_counts
 from aclip.errors import ConfigError
 from aclip.files import check_writable
 
@@ -101,6 +104,7 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
     dataset_size = sum(shard.num_samples for shard in shards)
     _check_length(recipe, dataset_size)
     cases = make_cases(rows, arguments.recipe, arguments.overrides, arguments.keep_ratio)
+    check_word_counts(cases, shards)
     data = count_shards(recipe.data, shards)
     data["val_samples"] = sum(shard.num_samples for shard in val_shards)
     cases, swept = _with_lengths(arguments, cases, dataset_size, ds_config)
@@ -113,6 +117,14 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
     for run in sweep.runs if sweep is not None else prepared.runs():
         run.check()
     return prepared
+
+
+def check_word_counts(cases: Sequence[Case], shards: list[Shard]) -> None:
+    """Raises ConfigError if a row or a stage of it needs counts of words that are not there."""
+    for case in cases:
+        for stage in stages_of(case.recipe):
+            if stage.text.reduce == "frequency":
+                find_word_counts(stage, shards)
 
 
 def choose(arguments: argparse.Namespace) -> list[Row]:

@@ -9,11 +9,12 @@ from small_recipe import SMALL_RECIPE
 
 import aclip.ablation
 from aclip.ablation.cases import make_cases
-from aclip.ablation.prepare import choose
+from aclip.ablation.prepare import check_word_counts, choose
 from aclip.ablation.report import write_report
 from aclip.ablation.results import Page, read_results
 from aclip.ablation.rows_file import read_rows
 from aclip.ablation.runs import make_runs
+from aclip.data.shards.listing import Shard
 from aclip.errors import ConfigError
 
 ROOM = Path(aclip.ablation.__file__).parent
@@ -122,6 +123,18 @@ def test_some_rows_of_a_file_can_be_chosen_with_those_that_they_are_compared_wit
         read_rows(path, ["a", "d"])
     with pytest.raises(ConfigError, match="names b, which .* compares with a; name that too"):
         read_rows(path, ["b", "c"])
+
+
+def test_counts_of_words_that_a_row_needs_are_missed_before_the_first_run(tmp_path, write_rows):
+    stage = "{train: {epochs: 1}, text: {tokens: 8, reduce: frequency}}"
+    text = f"plain: {{overrides: []}}\nshort: {{overrides: ['stages=[{stage}]']}}"
+    own = ["data.train=x.tar", "data.val=x.tar"]
+    cases = make_cases(read_rows(write_rows(text)), SMALL_RECIPE, own, [0.5])
+    shards = [Shard(str(tmp_path / "x.tar"), 9)]
+    with pytest.raises(ConfigError, match="there is no word_counts.json in .*; make it with"):
+        check_word_counts(cases, shards)
+    (tmp_path / "word_counts.json").write_text('{"words": {"cat": 7}}')
+    check_word_counts(cases, shards)
 
 
 @pytest.mark.parametrize("path", sorted(ROOM.glob("*.yaml")), ids=lambda path: path.stem)
