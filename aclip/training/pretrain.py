@@ -39,7 +39,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> None:
     """Prints what other masks reached in the demo's place, where the run was the demo."""
-    if arguments.recipe != DEMO:
+    if arguments.recipe != DEMO:  # another recipe's file may be gone by now
         return
     if comparison := compare_with_kept_results(read_recipe(arguments)):
         say(comparison)
