@@ -144,7 +144,7 @@ def check_with_ds_config(optimizer: OptimizerConfig, ds_config: DsConfig) -> Non
     raise ConfigError(
         f"{name}, whose matrices are orthogonalised on the GPUs, but "
         f"zero_optimization.offload_optimizer is set in {ds_config.path}; take stage 1, 2 or 3 "
-        "without it"
+        "without it, or optimizer.name=adamw with a learning rate for it"
     )
 
 
