@@ -27,7 +27,7 @@ def compare_with_kept_results(recipe: Recipe) -> str:
 
     ratio = rows["none"]["flops"][-1] / rows["attentive"]["flops"][-1]
     return (
-        f"in earlier runs of this recipe the student reached {end('attentive')} on average; after "
-        f"as many samples with a random mask of as many patches {end('random')}, and without a "
-        f"mask, for {ratio:.2f} times the FLOPs, {end('none')} (aclip/ablation/README.md)"
+        f"kept results of this recipe after as many samples: {end('attentive')} as it is, "
+        f"{end('random')} with a random mask of as many patches, and {end('none')} without a mask, "
+        f"for {ratio:.2f} times the FLOPs (aclip/ablation/README.md)"
     )
