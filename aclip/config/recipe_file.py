@@ -153,6 +153,9 @@ def _apply_override(values: dict, override: str) -> None:
             raise ConfigError(f"override is {override}, but {parent} is a value, not a section")
     if isinstance(values, list):
         raise ConfigError(f"override is {override}, but a list is given whole, as key=[...]")
+    if parents and parents[-1] == "train":  # a length replaces the one that is there in other units
+        if leaf == "epochs" or (leaf == "samples" and parents[0] == "stages"):
+            values.pop("samples" if leaf == "epochs" else "epochs", None)
     values[leaf] = value
 
 

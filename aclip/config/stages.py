@@ -62,6 +62,11 @@ def values_of_next_stage(values: dict[str, Any]) -> dict[str, Any]:
             f"a stage in stages is {changes}, which does not say how long it is; give it "
             "train: {epochs: ...} or train: {samples: ...}"
         )
+    if train.get("epochs") is not None and train.get("samples") is not None:
+        raise ConfigError(
+            f"a stage in stages gives train.epochs {train['epochs']} and train.samples "
+            f"{train['samples']}, two lengths; remove one of them"
+        )
     merged = _merge(values | {"model": values["model"] | {"init": ""}}, changes)
     for key in (*FIXED, *OF_RUN):
         before, after = _value(values, key), _value(merged, key)

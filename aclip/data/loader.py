@@ -118,7 +118,7 @@ class LaneDataset(IterableDataset):
                 yield Part(batch, warnings, seconds=time.perf_counter() - start)
         except ConfigError as error:
             # DataLoader would wrap the message in a traceback of the worker.
-            types = {ShardError: DataError, NotWritten: NotWritten}
+            types = {ShardError: DataError, DataError: DataError, NotWritten: NotWritten}
             fitting = (types[kind] for kind in types if isinstance(error, kind))
             yield Part(None, error=str(error), error_type=next(fitting, ConfigError))
 

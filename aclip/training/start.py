@@ -87,9 +87,9 @@ def check_start(arguments: argparse.Namespace) -> Start:
         _check_text_folder(recipe)
     recipe = with_init(recipe, beginning.init)
     recipes = stages_of(with_crops(recipe, beginning.crops))[beginning.stage - 1 :]
-    for each in recipes:
-        if each.keeps_scores and num_ranks > 1:
-            check_shared(run_folder, each)
+    keeping = [each for each in recipes if each.keeps_scores]
+    if keeping and num_ranks > 1:
+        check_shared(run_folder, keeping[0])  # once: rank 0 would write a second word meanwhile
     if beginning.checkpoint is None:
         check_init(recipe.model.init)
         check_locked(recipe)

@@ -49,6 +49,23 @@ def test_a_gpu_whose_memory_is_unknown_counts_as_free(nvidia_smi, value):
     assert [device["CUDA_VISIBLE_DEVICES"] for device in choose_devices(None, 4)] == ["0"]
 
 
+def test_an_ablation_takes_free_gpus_among_those_that_the_environment_shows(
+    nvidia_smi, monkeypatch
+):
+    nvidia_smi("A, 70000, 81920\nA, 3, 81920\nA, 5, 81920")
+    for value, names in ((None, ["1", "2"]), ("2, 0, 1", ["2", "1"]), ("0,2,-1,1", ["2"])):
+        if value is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        else:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        devices = choose_devices(None, 4)
+        assert [device["CUDA_VISIBLE_DEVICES"] for device in devices] == names
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert choose_devices(2, 4) == [{"OMP_NUM_THREADS": "3"}] * 2
+
+
 def test_only_the_gpus_that_the_environment_shows_are_asked_about(nvidia_smi):
     nvidia_smi("A, 70000, 81920\nA, 3, 81920\nA, 5, 81920")
     assert shown_gpus(gpus(), None) == gpus()

@@ -10,7 +10,7 @@ from shard_batches import BATCH, NUM_SHARDS, SHARD_SIZE, make_recipe, write_shar
 from aclip.data.batch import join
 from aclip.data.loader import build_train_loader
 from aclip.data.stored_scores import DUE, MISSING, TOO_NEW, ScoreFiles, ScoreWriter
-from aclip.errors import ConfigError
+from aclip.errors import ConfigError, DataError
 
 SIDE = 2  # teacher views of 16 pixels, patches of 8
 NO_LOSS = {"simclr": 0, "byol": 0}
@@ -112,3 +112,16 @@ def test_parts_with_and_without_a_teacher_view_are_joined_with_zeros(shards, tmp
 def test_data_of_less_than_a_batch_are_refused(shards):
     with pytest.raises(ConfigError, match="teacher.reuse is 2, but the data hold 14 samples, less"):
         build_train_loader(recipe(), shards[:2], 0, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_scores_that_can_not_be_read_are_data_that_may_come_back(shards, tmp_path, workers):
+    """So that the run starts again by itself, see the exit statuses."""
+    files = ScoreFiles(tmp_path / "scores", SIDE, NUM_SHARDS * SHARD_SIZE, "")
+    loader = iter(build_train_loader(recipe(workers), shards, 0, 1, scores=files))
+    for _ in range(3):
+        next(loader)
+    files.let_read(1)
+    with pytest.raises(DataError, match="epoch-00000.scores can't be read .No such file"):
+        next(loader)
+    loader.close()

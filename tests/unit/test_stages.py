@@ -71,6 +71,19 @@ def test_a_later_stage_reads_no_initial_weights():
 def test_one_value_of_a_stage_can_be_given_on_the_command_line():
     _, second = stages(f"stages=[{TUNE}]", "stages.0.train.epochs=3", "stages.0.optimizer.lr=2e-5")
     assert (second.train.epochs, second.optimizer.lr) == (3, 2e-5)
+    _, second = stages(f"stages=[{TUNE}]", "stages.0.train.samples=640")
+    assert second.num_steps(1000) * second.train.global_batch_size == 640
+    first, second = stages(
+        "train.samples=640",
+        "train.epochs=2",
+        f"stages=[{TUNE}]",
+        "stages.0.train.samples=640",
+        "stages.0.train.epochs=3",
+    )
+    assert [each.num_steps(640) * each.train.global_batch_size for each in (first, second)] == [
+        1280,
+        1920,
+    ]
     for override, words in (
         ("stages.1.train.epochs=3", "has 1 items, which count from 0"),
         ("stages.x.train.epochs=3", "has 1 items, which count from 0"),
@@ -87,6 +100,7 @@ def test_one_value_of_a_stage_can_be_given_on_the_command_line():
         ("{train: {epochs: 1}, mask: {polcy: none}}", "mask.polcy is not a key .*mask.policy"),
         ("{train: {epochs: 1}, mask: {policy: none}}", "teacher.resolution is 64, but neither"),
         ("{train: {epochs: -1}}", "train.epochs is -1"),
+        ("{train: {epochs: 1, samples: 64}}", "train.epochs 1 and train.samples 64, two lengths"),
         ("{train: 5}", "does not say how long it is"),
         ("{train: {epochs: 1}, model: null}", "model is None, but input should be"),
         ("{train: {epochs: 1}, model: {text: 3}}", "model.text is 3, but input should be"),
