@@ -201,9 +201,11 @@ def _differences(group: list[Result]) -> Table:
 
 
 def _name(result: Result, results: list[Result]) -> str:
-    """Its label, with what is kept where other results have that label too."""
-    is_alone = sum(other.label == result.label for other in results) == 1
-    return result.label if is_alone else f"{result.label}, {100 * result.keep_ratio:g} %"
+    """Its label, with what is kept, or its row, where other results have that label too."""
+    if sum(other.label == result.label for other in results) == 1:
+        return result.label
+    kept = result.row if result.keep_ratio is None else f"{100 * result.keep_ratio:g} %"
+    return f"{result.label}, {kept}"
 
 
 def _curves(group: list[Result]) -> list[Line]:

@@ -46,8 +46,7 @@ class Run:
 
     def check(self) -> None:
         """Raises ConfigError if the folder holds anything else than a run with these settings."""
-        entries = self.folder.iterdir() if self.folder.is_dir() else ()
-        if all(entry.name == CLAIM_FILE for entry in entries):
+        if not (self.folder / STATE_FILE).exists() and not self._holds_other_files():
             return
         then = self._state().get("settings", {})
         changes = ["it holds no run"]
@@ -69,6 +68,14 @@ class Run:
                 f"now: {', '.join(changes)}); give another --output, or the settings that it was "
                 "started with"
             )
+
+    def _holds_other_files(self) -> bool:
+        """Whether there is more in the folder than a start leaves that has not noted its settings
+        yet: its claim, and that note as far as it is written."""
+        entries = self.folder.iterdir() if self.folder.is_dir() else ()
+        return any(
+            entry.name != CLAIM_FILE and not entry.match(f"{STATE_FILE}.*.tmp") for entry in entries
+        )
 
     def note(self, finished: bool, diverged: bool = False) -> None:
         state = {"settings": self.settings, "finished": finished}

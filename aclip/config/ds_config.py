@@ -156,6 +156,11 @@ def read_ds_config(path: str, global_batch_size: int, world_size: int) -> DsConf
             f"{num_micro_steps} micro_steps, whose gradients DeepSpeed would not add up; use stage "
             "3 or a larger train_micro_batch_size_per_gpu"
         )
+    if offload.get("device") == "nvme":
+        raise ConfigError(
+            f"zero_optimization.offload_optimizer.device is 'nvme' in {path}, but checkpoints are "
+            "made of a state that lies in memory; use cpu"
+        )
     # Unset means 1.0 to DeepSpeed, which clips silently.
     values.setdefault("gradient_clipping", 0.0)
     if stage == 3:
@@ -195,7 +200,8 @@ def _refuse_unknown_keys(values: dict, path: str) -> None:
 
 def _refuse_malformed_sections(values: dict, path: str) -> None:
     zero = values.get("zero_optimization", {})
-    sections = {name: values.get(name, {}) for name in ("zero_optimization", "bf16", "fp16")}
+    names = ("zero_optimization", "bf16", "fp16", "data_types")
+    sections = {name: values.get(name, {}) for name in names}
     if isinstance(zero, dict):
         sections["zero_optimization.offload_optimizer"] = zero.get("offload_optimizer", {})
     for name, section in sections.items():

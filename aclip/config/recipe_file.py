@@ -153,9 +153,11 @@ def _apply_override(values: dict, override: str) -> None:
             raise ConfigError(f"override is {override}, but {parent} is a value, not a section")
     if isinstance(values, list):
         raise ConfigError(f"override is {override}, but a list is given whole, as key=[...]")
-    if parents and parents[-1] == "train":  # a length replaces the one that is there in other units
-        if leaf == "epochs" or (leaf == "samples" and parents[0] == "stages"):
-            values.pop("samples" if leaf == "epochs" else "epochs", None)
+    # A length replaces the one in other units; a recipe's own epochs are a default behind samples.
+    if parents[-1:] == ["train"] and leaf == "epochs":
+        values.pop("samples", None)
+    elif parents[-1:] == ["train"] and leaf == "samples" and parents[0] == "stages":
+        values.pop("epochs", None)
     values[leaf] = value
 
 

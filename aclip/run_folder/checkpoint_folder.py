@@ -60,6 +60,11 @@ def locate(path: Path) -> Path | None:
     return None
 
 
+def lies_in(root: Path, folder: Path) -> bool:
+    """Whether a checkpoint is one of a run's own, and not another run's."""
+    return folder.resolve().parent == root.resolve()
+
+
 def publish(root: Path, partial: Path, folder: Path) -> None:
     """Gives a written checkpoint its manifest and its name, and makes it the latest.
 

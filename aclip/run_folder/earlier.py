@@ -39,7 +39,8 @@ def set_aside(run_folder: Path) -> Path | None:
     """
     if not (run_folder / METRICS_FILE).is_file() or not read_metrics(run_folder).steps:
         return None
-    number = 1 + sum(1 for _ in run_folder.glob(f"{EARLIER_FOLDER}-*"))
+    taken = (path.name.rpartition("-")[2] for path in run_folder.glob(f"{EARLIER_FOLDER}-*"))
+    number = 1 + max((int(number) for number in taken if number.isdecimal()), default=0)
     earlier = run_folder / f"{EARLIER_FOLDER}-{number}"
     later = [path.name for name in RECORDS for path in later_records(run_folder, name)]
     make_folder(earlier)

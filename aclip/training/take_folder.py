@@ -158,7 +158,7 @@ def find_beginning(run_folder: Path, resume: str) -> Beginning:
     if word == NONE:
         raise ConfigError(f"{holds} already (its latest checkpoint is {latest.name}); {advice}")
     found = checkpoint_folder.find(root, resume)
-    if found.resolve().parent != root.resolve():
+    if not checkpoint_folder.lies_in(root, found):
         raise ConfigError(f"{holds} that did not begin there; {advice}")
     return Beginning(str(found), word, is_rewind=True)
 

@@ -12,6 +12,7 @@ from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import Shard
 from aclip.distributed import all_gather_rows, rank, world_size
 from aclip.evaluation.during_training import Evaluator
+from aclip.run_folder.checkpoint_folder import lies_in
 from aclip.run_folder.layout import CHECKPOINTS_FOLDER
 from aclip.run_folder.metrics_file import EvaluationLine, StepLine
 from aclip.training import checkpoint
@@ -79,7 +80,7 @@ class Trainer:
         cursors, saved = None, None
         if resume_from is not None:
             cursors = self._resume(resume_from, shards, begins_stage)
-            saved = self._moment
+            saved = self._moment if lies_in(self.checkpoints, resume_from) else None
         self._saver = Saver(
             self.checkpoints, self.stepper.engine, self.stepper.teacher, recipe.train, saved
         )
@@ -281,8 +282,7 @@ class Trainer:
         self._scores.forget(self.checkpoints, self.step)
 
     def _resume(self, folder: Path, shards: list[Shard], begins_stage: bool) -> Tensor | None:
-        """Continues from a checkpoint; returns the cursors of all ranks' lanes, or None where the
-        stage begins."""
+        """Continues from a checkpoint; returns all lanes' cursors, None where the stage begins."""
         state = checkpoint.read_state(folder)
         if begins_stage:
             self.stepper.begin_stage(folder)
@@ -294,6 +294,6 @@ class Trainer:
         self.evaluations = state["evaluations"]
         if self.step < self.num_steps:
             self.evaluations.pop("end", None)  # of a shorter schedule
-        if folder.resolve().parent == self.checkpoints.resolve():
+        if lies_in(self.checkpoints, folder):
             self.wandb_id = state.get("wandb_id", "")  # that of another run stays that run's
         return None if begins_stage else torch.tensor(state["cursors"])

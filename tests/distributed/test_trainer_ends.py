@@ -258,6 +258,7 @@ def test_run_that_begins_from_another_ones_checkpoint_is_a_run_of_its_own(
         "resume": str(first),
         "checkpoint": str(first / "checkpoints" / f"samples-{5 * BATCH:012d}"),
     }
+    run("--output", str(tmp_path / "third"), "train.epochs=1")  # is complete, and has a checkpoint
     again = ["train.epochs=3", "--allow_changes"]
     assert run("--output", str(second), *again) == second_id
     assert "continuing from " + str(second) in capfd.readouterr().out

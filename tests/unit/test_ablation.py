@@ -1,5 +1,6 @@
 """Ablations: what each row changes, which runs are started, and the figures of finished ones."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -146,6 +147,10 @@ def test_the_page_shows_the_table_the_differences_and_the_order(tmp_path):
     assert "attentive, 2 x 50 % ~ random, 2 x 50 % (~: less than two standard errors apart" in text
     assert (tmp_path / "accuracy-keep50.png").read_bytes()[1:4] == b"PNG"
     assert page_of_json(tmp_path / "ablation.json") == Page("Ablation", "", results)
+    alike = [replace(each, label="same", keep_ratio=None) for each in results]
+    write_report(Page("Ablation", "", alike), tmp_path / "alike")
+    page = (tmp_path / "alike" / "ablation.md").read_text()
+    assert {f"same, {each.row}" for each in results} <= set(re.findall(r"same, \w+", page))
 
 
 def test_a_run_with_an_evaluation_missing_is_named(tmp_path):

@@ -161,6 +161,10 @@ def test_a_folder_with_other_settings_is_refused(tmp_path):
         make_runs(cases_of("clip", overrides=["optimizer.lr=2e-3"]), 1, tmp_path, {}, DATA)[
             0
         ].check()
+    killed = make_runs(cases_of("clip"), 1, tmp_path / "killed", {}, DATA)[0]
+    killed.folder.mkdir(parents=True)
+    (killed.folder / "ablation.json.123.tmp").touch()
+    killed.check()  # a start that was killed while it noted its settings
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()
     with pytest.raises(ConfigError, match="it holds no run"):

@@ -210,6 +210,11 @@ def test_what_the_recipe_owns_is_refused(write, key):
         ({"fp16": None}, "fp16"),
         ({"zero_optimization": 2}, "zero_optimization"),
         ({"zero_optimization": {"stage": 1, "offload_optimizer": None}}, "offload_optimizer"),
+        ({"data_types": None}, "data_types is null"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "offload_optimizer.device is 'nvme'",
+        ),
         ({"amp": {"enabled": True}}, "amp"),
         ({"gradient_clipping": None}, "gradient_clipping"),
         (
