@@ -69,12 +69,15 @@ def check_gpus() -> None:
     """Refuses a machine with GPUs on which a run would take the CPU, or fail in its first step.
 
     The CPU is taken on purpose where there is no GPU, where CUDA_VISIBLE_DEVICES is empty or -1,
-    and where DS_ACCELERATOR says so.
+    and where DS_ACCELERATOR says so. DeepSpeed alone heeds that; the GPUs are then hidden from
+    torch too, or the loader would prepare batches for them.
 
     Raises:
         ConfigError: torch can't use a GPU that is there; what Triton compiles with is missing; or
             there are fewer GPUs than ranks on this machine.
     """
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        os.environ[VISIBLE] = ""
     if os.environ.get(VISIBLE, "0").strip() in ("", "-1") or "DS_ACCELERATOR" in os.environ:
         return
     import torch

@@ -10,13 +10,13 @@ from aclip.ablation.cases import Case, make_cases
 from aclip.ablation.devices import choose_devices
 from aclip.ablation.rows import Row, choose_rows, decided_by
 from aclip.ablation.rows_file import SUFFIXES, read_rows
-from aclip.ablation.runs import Run, make_runs
+from aclip.ablation.runs import CONTENT, Run, make_runs
 from aclip.ablation.sweep import KEY, SEED, Sweep
 from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe, stages_of
 from aclip.data.find_data import find_data
-from aclip.data.fingerprint import count_shards
+from aclip.data.fingerprint import count_shards, digests
 from aclip.data.shards.listing import Shard
 from aclip.data.word_counts import find_word_counts
 from aclip.errors import ConfigError
@@ -107,6 +107,7 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
     check_word_counts(cases, shards)
     data = count_shards(recipe.data, shards)
     data["val_samples"] = sum(shard.num_samples for shard in val_shards)
+    data[CONTENT] = {"train": digests(shards), "val": digests(val_shards)}
     cases, swept = _with_lengths(arguments, cases, dataset_size, ds_config)
     sweep = None
     if arguments.lr_sweep:

@@ -14,6 +14,8 @@ from aclip.files import write_whole
 STATE_FILE, LOG_FILE = "ablation.json", "log.txt"
 CLAIM_FILE = ".ablation"
 """The lock of the ablation that trains a run; the run itself has its own."""
+CONTENT = "content"
+"""Of the data's counts: digests of what lies in the shards, which may be unknown."""
 PLACES = {"data.train", "data.sources.shards", "text.word_counts"}
 """Keys that may differ where a run goes on on another machine; the data are compared by what lies
 in them."""
@@ -57,11 +59,9 @@ class Run:
                 for change in recipe_changes(before, now)
                 if not may_change(change) and key_of(change).removeprefix("stages.") not in PLACES
             ]
-            changes += [
-                f"{key} {then.get(key)} -> {self.settings[key]}"
-                for key in ("ds_config", "data")
-                if then.get(key) != self.settings[key]
-            ]
+            changes += _changes_of_data(then.get("data", {}), self.settings["data"])
+            if then.get("ds_config") != self.settings["ds_config"]:
+                changes.append(f"ds_config {then.get('ds_config')} -> {self.settings['ds_config']}")
         if changes:
             raise ConfigError(
                 f"--output holds {self.folder}, which was trained with other settings (then -> "
@@ -124,3 +124,19 @@ def _recipe_of(settings: dict, folder: Path) -> Recipe:
         return recipe_of_values(settings["recipe"], f"{folder / STATE_FILE}")
     except (ConfigError, KeyError) as error:
         raise ConfigError(f"{folder / STATE_FILE} is damaged ({error}); remove {folder}") from None
+
+
+def _changes_of_data(then: dict, now: dict) -> list[str]:
+    """What differs between the data of two runs. A digest counts where both have one: an earlier
+    version noted none, and remote shards have no marks."""
+    counts = [{key: each[key] for key in each if key != CONTENT} for each in (then, now)]
+    if counts[0] != counts[1]:
+        return [f"data {counts[0]} -> {counts[1]}"]
+    return [
+        f"data.{split}, whose shards hold other samples"
+        for split, digests in now.get(CONTENT, {}).items()
+        if any(
+            None not in (before, digests[kind]) and before != digests[kind]
+            for kind, before in then.get(CONTENT, {}).get(split, {}).items()
+        )
+    ]

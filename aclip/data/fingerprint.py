@@ -62,6 +62,16 @@ def fingerprint(recipe: Recipe, shards: list[Shard]) -> dict:
     }
 
 
+def digests(shards: list[Shard]) -> dict[str, str | None]:
+    """What tells two sets of equal counts apart, wherever they lie: a SHA-256 of list_lines, and
+    one of the marks of shard_marks, which is None where a shard has no mark."""
+    marks = shard_marks(shards)
+    return {
+        LIST: _digest(list_lines(shards)),
+        MARKS: None if None in marks else _digest(marks),
+    }
+
+
 def list_lines(shards: list[Shard]) -> list[str]:
     """A line for each shard in order: its name, samples and source. The name leaves out what all
     paths of a source begin with, since data may lie elsewhere on another machine."""

@@ -76,7 +76,7 @@ class StepInputs:
         rows = [row for row, reason in enumerate(micro.to_teach) if reason]
         if rows:
             is_whole = len(rows) == len(micro.to_teach)
-            view = micro.teacher_view if is_whole else micro.teacher_view[rows]
+            view = micro.teacher_view if is_whole else self._rows_of(micro.teacher_view, rows)
             output = self._teacher.forward(
                 self._augment(view, None),
                 self._recipe.teacher.score_layers,
@@ -223,6 +223,12 @@ class StepInputs:
     def _augment(self, views: Tensor, params: Tensor | None) -> Tensor:
         views, params = self._to_device(views), self._to_device(params)
         return augment(views, params, self._recipe.augment, self._dtype)
+
+    def _rows_of(self, tensor: Tensor, rows: list[int]) -> Tensor:
+        """Some rows of a tensor. An index that is a list would be copied to a GPU in a way that
+        waits for it."""
+        index = torch.tensor(rows)
+        return tensor.index_select(0, index if tensor.is_cpu else self._to_device(index))
 
     def _to_device(self, tensor: Tensor | None) -> Tensor | None:
         if tensor is None:

@@ -141,6 +141,23 @@ def test_a_run_goes_on_where_its_data_lie_elsewhere(tmp_path):
     run.check()
 
 
+def test_a_run_on_shards_of_other_content_is_refused_where_that_is_known(tmp_path):
+    def data(*marks):
+        kinds = [{"sha256": "a", "marks": mark} for mark in marks]
+        return DATA | {"content": dict(zip(("train", "val"), kinds, strict=True))}
+
+    def run_with(data):
+        return make_runs(cases_of("clip"), 1, tmp_path, {}, data)[0]
+
+    run_with(data("b", "c")).note(finished=True)
+    for alike in (data("b", "c"), data("b", None), data(None, "c")):
+        run_with(alike).check()
+    with pytest.raises(ConfigError, match="now: data.val, whose shards hold other samples"):
+        run_with(data("b", "d")).check()
+    run_with(DATA).note(finished=True)  # of an earlier version
+    run_with(data("b", "d")).check()
+
+
 def test_a_folder_with_other_settings_is_refused(tmp_path):
     (run,) = make_runs(cases_of("clip"), 1, tmp_path, {}, DATA)
     run.check()

@@ -12,7 +12,13 @@ import pytest
 from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
-from aclip.data.fingerprint import check_continues, count_shards, fingerprint, list_lines
+from aclip.data.fingerprint import (
+    check_continues,
+    count_shards,
+    digests,
+    fingerprint,
+    list_lines,
+)
 from aclip.data.marks import _mark
 from aclip.data.shards.listing import Shard
 from aclip.data.shards.remote import RemoteShards
@@ -213,6 +219,15 @@ def test_shard_replaced_by_one_of_as_many_samples_is_refused(checkpoint, change,
     assert message.startswith(
         f"shard {folder}/1.tar is not the one that {checkpoint} was trained on: {words}; put that"
     )
+
+
+def test_digests_tell_sets_of_equal_counts_apart_wherever_they_lie(tmp_path):
+    one = digests(write_shards(tmp_path / "one"))
+    assert digests(write_shards(tmp_path / "two")) == one
+    other = digests(write_shards(tmp_path / "one", "2", text="CAPTION of 2"))
+    assert other["sha256"] == one["sha256"] and other["marks"] not in (None, one["marks"])
+    assert digests(make_shards("s3://bucket"))["marks"] is None
+    assert digests(make_shards())["sha256"] != digests(make_shards(num=2))["sha256"]
 
 
 def test_shards_that_are_copied_packed_again_or_not_known_continue(checkpoint):

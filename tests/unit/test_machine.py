@@ -106,6 +106,14 @@ def test_machine_that_can_be_used_as_it_is(on_machine, facts):
     machine.check_gpus()
 
 
+def test_gpus_are_hidden_from_torch_where_deepspeed_takes_the_cpu(on_machine, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # so that it is as before behind this test
+    for value, shown in (("cuda", None), ("cpu", "")):
+        on_machine(files=NVIDIA, devices=2, DS_ACCELERATOR=value)
+        machine.check_gpus()
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == shown
+
+
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
