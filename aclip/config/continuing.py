@@ -55,9 +55,6 @@ DS_RESULT = {
     "gradient_clipping": 0.0,
     "communication_data_type": None,
     "sparse_gradients": False,
-    "compression_training": None,
-    "curriculum_learning": None,
-    "data_efficiency": None,
 }
 """Keys of the ds_config that change what is learned, with DeepSpeed's defaults; all others, such as
 ZeRO, micro-batch and buckets, say how it is computed, and may change."""

@@ -42,10 +42,8 @@ KNOWN_KEYS = frozenset(
         "log_level",
         "comms_logger",
         "flops_profiler",
-        "activation_checkpointing",
         "aio",
         "compile",
-        "compression_training",
         "tensorboard",
         "wandb",
         "csv_monitor",
@@ -56,8 +54,6 @@ KNOWN_KEYS = frozenset(
         "autotuning",
         "monitor_config",
         "disable_python_gc",
-        "data_efficiency",
-        "curriculum_learning",
         "tensor_parallel",
         "hybrid_engine",
         "sparse_attention",
@@ -71,6 +67,13 @@ KNOWN_KEYS = frozenset(
         "torch_autocast",
     )
 )
+NO_EFFECT = {
+    "activation_checkpointing": "the towers compute activations anew by model.image.recompute",
+    "compression_training": "aclip compresses no model",
+    "curriculum_learning": "aclip reads the data by itself",
+    "data_efficiency": "aclip reads the data by itself",
+}
+"""Keys that DeepSpeed reads, but which would change nothing here, and why."""
 RECIPE_KEYS = {
     "optimizer": "optimizer",
     "scheduler": "optimizer (lr, warmup_start_lr, final_lr) and train.warmup_epochs",
@@ -189,6 +192,10 @@ def _refuse_unknown_keys(values: dict, path: str) -> None:
             raise ConfigError(
                 f"{key} is set in {path}, but the recipe owns it; remove it there and set the "
                 f"recipe's {RECIPE_KEYS[key]}"
+            )
+        if key in NO_EFFECT:
+            raise ConfigError(
+                f"{key} is set in {path}, but would have no effect: {NO_EFFECT[key]}; remove it"
             )
         if key not in KNOWN_KEYS:
             nearest = difflib.get_close_matches(key, KNOWN_KEYS, n=1)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from aclip.cli import EXIT_NON_FINITE, EXIT_NOT_SAVED, EXIT_STOPPED_BY_SIGNAL
+from aclip.config.recipe import MaskConfig
 from aclip.data.dealing import describe_rests
 from aclip.data.find_data import check_same_shards
 from aclip.distributed import rank, say, world_size
@@ -130,7 +131,7 @@ def print_headline(stage: Stage, trainer: Trainer, resume_from: Path | None) -> 
         f"{recipe.train.global_batch_size} images on {world_size()} "
         f"rank{'s'[: world_size() > 1]} ({device}, micro-batch "
         f"{ds_config.micro_batch_size} x {ds_config.num_micro_steps}), ZeRO-{ds_config.stage}, "
-        f"{precision}; run folder {trainer.run_folder}"
+        f"{precision}; {_kept(recipe.mask)}; run folder {trainer.run_folder}"
     )
     for sentence in describe_rests(recipe, stage.shards):
         say(sentence)
@@ -138,6 +139,13 @@ def print_headline(stage: Stage, trainer: Trainer, resume_from: Path | None) -> 
         say(f"continuing from {resume_from} at {trainer.samples:,} samples")
     if trainer.stepper.init_report is not None:
         say(trainer.stepper.init_report.summary())
+
+
+def _kept(mask: MaskConfig) -> str:
+    """Which patches the student sees, so that a mask that was forgotten is noticed."""
+    end = "" if mask.keep_ratio_end is None else f" to {mask.keep_ratio_end:.4g}"
+    share = "all" if mask.policy == "none" else f"{mask.keep_ratio:.4g}{end}"
+    return f"each view keeps {share} of its patches (mask.policy {mask.policy})"
 
 
 def _train_stage(trainer: Trainer) -> int:

@@ -112,6 +112,7 @@ def check_start(arguments: argparse.Namespace) -> Start:
     ]
     for stage in stages:
         check_warmup(stage)
+    check_evaluate_at(stages[0])
     start = Start(run_folder, beginning, stages)
     if start.resume_from is not None and not beginning.begins_stage:
         progress = read_progress(start.resume_from)
@@ -217,4 +218,17 @@ def check_warmup(stage: Stage) -> None:
         say(
             f"train.warmup_epochs is {train.warmup_epochs:g} and {length}{number}, so "
             f"the learning rate only rises; set it lower, e.g. to {epochs / 25:g}"
+        )
+
+
+def check_evaluate_at(stage: Stage) -> None:
+    """Says so where a run ends before an evaluation that its recipe names."""
+    recipe, size = stage.recipe, sum(shard.num_samples for shard in stage.shards)
+    steps = recipe.num_steps(size)
+    end, _ = stage.place.run_length(steps * recipe.train.global_batch_size, steps)
+    late = ", ".join(f"{samples:,}" for samples in recipe.train.evaluate_at if samples > end)
+    if late:
+        say(
+            f"train.evaluate_at names {late} samples, but the run ends after {end:,}, so that it "
+            "is not evaluated there"
         )

@@ -210,6 +210,8 @@ def test_what_the_recipe_owns_is_refused(write, key):
         ({"fp16": None}, "fp16"),
         ({"zero_optimization": 2}, "zero_optimization"),
         ({"zero_optimization": {"stage": 1, "offload_optimizer": None}}, "offload_optimizer"),
+        ({"activation_checkpointing": {}}, "no effect: .*model.image.recompute; remove it"),
+        ({"curriculum_learning": {"enabled": True}}, "curriculum_learning is set"),
         ({"data_types": None}, "data_types is null"),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},

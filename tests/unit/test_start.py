@@ -59,7 +59,11 @@ def test_a_run_says_at_its_start_what_an_epoch_leaves_to_the_next(capsys):
         run_folder="runs/x",
     )
     print_headline(stage, trainer, None)
-    assert capsys.readouterr().out.splitlines()[-1:] == [
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.endswith(
+        "each view keeps 0.5 of its patches (mask.policy attentive); run folder runs/x"
+    )
+    assert rest == [
         "an epoch of 29 samples is 3 batches of 8; the 5 left over begin the next epoch"
     ]
 
@@ -89,6 +93,19 @@ def test_each_stage_says_where_its_learning_rate_only_rises(capsys):
     assert check(*late, "train.samples=2500") == "", "which are two epochs and a half"
     with pytest.raises(ConfigError, match="cooldown is 0.6, but the warm-up already takes 50%"):
         check(*late, "train.samples=2000")
+
+
+def test_a_run_says_which_evaluations_it_ends_before(capsys):
+    from aclip.training.start import check_evaluate_at
+
+    # 15 steps of 64 in this stage, between 500 samples before it and 300 behind it.
+    place = StagePlace(2, samples=500, steps=5, rest_samples=300, rest_steps=3)
+    for points, said in (("[900, 1760]", ""), ("[900, 1761, 5000]", "1,761, 5,000 samples")):
+        changes = [f"train.evaluate_at={points}", "train.samples=960"]
+        recipe = load_recipe(SMALL_RECIPE, ["train.global_batch_size=64", *changes])
+        check_evaluate_at(Stage(recipe, None, [Shard("a.tar", 1000)], [], place))
+        output = capsys.readouterr().out
+        assert (said in output and "ends after 1,760" in output) if said else output == ""
 
 
 @pytest.fixture
