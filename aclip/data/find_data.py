@@ -126,7 +126,7 @@ def check_same_shards(shards: list[Shard]) -> None:
     for other, seen in enumerate(every):
         if seen[0] != every[0][0]:
             raise ConfigError(
-                f"data.train and data.val give {every[0][1]} shards with {every[0][2]} samples on "
+                f"training and validation have {every[0][1]} shards with {every[0][2]} samples on "
                 f"rank 0, but {seen[1]} with {seen[2]} on rank {other}; let all nodes see the same "
                 "shards and sizes.json"
             )

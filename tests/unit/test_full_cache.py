@@ -73,8 +73,8 @@ def test_a_disk_that_stays_full_is_named_with_the_folder_and_what_is_in_use(tmp_
     assert str(caught.value) == (
         f"the cache folder {tmp_path} is full (No space left on device): 2 shards with 0.0 GB are "
         "in use there, and data.cache_gb would allow 100 GB; make room on that disk, set "
-        "data.cache to a folder on a larger one, or lower data.lanes and data.shuffle_block, by "
-        "which so many are read at once"
+        "data.cache to a folder on a larger one, or, in a new run, lower data.lanes and "
+        "data.shuffle_block, by which so many are read at once"
     )
     assert isinstance(caught.value, NotWritten) and not isinstance(caught.value, OSError)
     cache.open("c", disk.fill(100)).close()  # what is in use no longer makes room

@@ -36,8 +36,8 @@ def resolve_workers(workers: int | None, lanes: int, world_size: int, cores_per_
     if lanes % world_size:
         raise ConfigError(
             f"{world_size} ranks do not divide the {lanes} data lanes; run on "
-            f"{_nearest_divisors(lanes, world_size)} ranks, or set data.lanes to a multiple of the "
-            "ranks that divides train.global_batch_size"
+            f"{_nearest_divisors(lanes, world_size)} ranks, or, in a new run, set data.lanes to a "
+            "multiple of the ranks that divides train.global_batch_size"
         )
     per_rank = lanes // world_size
     if workers is None:

@@ -140,6 +140,6 @@ class Patience:
         held = f"; samples held {', or '.join(found)}" if found else ""
         raise ConfigError(
             f"data lane {self.lane} found nothing usable in {self._unusable.total()} samples in a "
-            f"row ({kinds}), of the shards {named}{held}; repair them or remove them from "
-            "data.train"
+            f"row ({kinds}), of the shards {named}{held}; repair them or take them out "
+            "of the data"
         )

@@ -137,7 +137,7 @@ class ShardCache:
             self._warned.add(self.folder)
             logger.warning(
                 "the shards that are read at once fill %s beyond its limit of %.1f GB, by %.1f GB; "
-                "raise data.cache_gb, or lower data.lanes",
+                "raise data.cache_gb, or, in a new run, lower data.lanes",
                 self.folder,
                 self.limit / 1e9,
                 excess / 1e9,
@@ -174,8 +174,8 @@ class ShardCache:
             f"the cache folder {self.folder} is full ({reason}): {len(held)} shards with "
             f"{sum(held) / 1e9:.1f} GB are in use there, and data.cache_gb would allow "
             f"{self.limit / 1e9:g} GB; make room on that disk, set data.cache to a folder on a "
-            "larger one, or lower data.lanes and data.shuffle_block, by which so many are read at "
-            "once"
+            "larger one, or, in a new run, lower data.lanes and data.shuffle_block, by which so "
+            "many are read at once"
         )
 
     def _files(self) -> list[tuple[Path, os.stat_result]]:
