@@ -92,7 +92,12 @@ def _check_mask(recipe) -> None:
                 f"the teacher's scores; set mask.{name}=0, or mask.policy to attentive or "
                 "inverse"
             )
-    readers = {key: policy.name for policy in POLICIES.values() for key in policy.keys}
+    readers = {
+        key: policy.name
+        for policy in POLICIES.values()
+        if policy.keys
+        for key in policy.keys.model_fields
+    }
     for key, reader in readers.items():
         value, default = getattr(recipe.mask, key), type(recipe.mask).model_fields[key].default
         if value != default and reader != recipe.mask.policy:

@@ -1,7 +1,7 @@
 """The recipe: everything that defines a run but what the ds_config owns (precision, micro-batch).
 
 A recipe is YAML checked against the sections that are put together here (recipe_file.py reads it).
-What a term of the loss adds stands in the term's own file of aclip/method/losses/.
+What a term of the loss or a mask policy adds stands in its own file of aclip/method/.
 """
 
 from typing import Any, Literal
@@ -31,7 +31,9 @@ from aclip.method.teaching import Teaching
 from aclip.section import Section
 
 
-class MaskConfig(Section):
+class CommonMaskKeys(Section):
+    """The keys of the section `mask` that every policy has."""
+
     policy: Literal[tuple(POLICIES)] = "attentive"
     """Which blocks are kept, a policy of aclip/method/masks: those that the teacher attends to
     (attentive), the others (inverse), any (random), the middle (gaussian), those that look like no
@@ -55,16 +57,10 @@ class MaskConfig(Section):
     """Above 0, blocks are drawn by the teacher's scores once the warm-up is over, so that an image
     does not always keep the same ones: without replacement, with odds of score ** (1 / temperature)
     or, if the mask is inverse, score ** (-1 / temperature). 0 keeps the best."""
-    anchor_ratio: float = Field(0.03, gt=0, le=1)
-    """Share of the blocks, rounded up, whose patches are the anchors of a cluster mask."""
-    cluster_threshold: float = Field(0.65, gt=-1, lt=1)
-    """A patch is in an anchor's cluster where the cosine of their standardised pixels is above it.
-    At 0.65 the clusters hold half of the patches of eight photographs in patches of 16 px; for
-    other images the run's first evaluation says what would fit. The number kept does not depend on
-    it."""
-    cluster_embeddings: float = Field(0.0, ge=0, le=1)
-    """How much the cosine of the student's patch embeddings counts at the end of the run, beside
-    that of the pixels; from 0 at the start it rises with the progress."""
+
+
+class MaskConfig(*(policy.keys for policy in POLICIES.values() if policy.keys), CommonMaskKeys):
+    """Which patches the student sees: the common keys, and those that single policies add."""
 
 
 class LossConfig(*(term.keys for term in reversed(TERMS))):  # pydantic takes the last base first

@@ -81,8 +81,7 @@ class PictureSet:
             teacher_box=self.teacher_box,
             view_boxes=self.view_boxes,
             progress=progress,
-            anchor_ratio=self.mask.anchor_ratio,
-            cluster_threshold=self.mask.cluster_threshold,
+            keys=self.mask,
         )
 
     def keep_ids(self, policy: str, scores: Tensor | None = None, progress: float = 1.0) -> Tensor:

@@ -172,10 +172,8 @@ class StepInputs:
             progress=progress,
             noise_share=share,
             temperature=mask.temperature,
-            anchor_ratio=mask.anchor_ratio,
-            cluster_threshold=mask.cluster_threshold,
+            keys=mask,
             embeddings=self._embeddings(pixels) if mask.cluster_embeddings else None,
-            embeddings_share=progress * mask.cluster_embeddings,
         )
         return select_patches(policy, views)
 

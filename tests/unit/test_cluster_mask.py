@@ -11,7 +11,7 @@ from small_recipe import SMALL_RECIPE
 
 from aclip.config.recipe_file import load_recipe
 from aclip.data.synthetic import synthetic_batch
-from aclip.method.masks.cluster import anchor_patches
+from aclip.method.masks.cluster import ClusterKeys, anchor_patches
 from aclip.method.masks.policies import POLICIES
 from aclip.method.masks.policy import ViewsToMask, kept_patches, select_patches
 from aclip.models.student import build_student
@@ -50,8 +50,7 @@ def views_to_mask(pixels, noise, num_kept_blocks, block_size=1, threshold=0.4, a
         block_size,
         pixels=pixels,
         noise=noise,
-        anchor_ratio=anchor_ratio,
-        cluster_threshold=threshold,
+        keys=ClusterKeys(anchor_ratio=anchor_ratio, cluster_threshold=threshold),
     )
 
 
@@ -145,7 +144,10 @@ def test_embeddings_take_part_as_in_the_slow_rule(share, block_size, num_views):
     generator = torch.Generator().manual_seed(2)
     embeddings = torch.randn(2, num_views, 36, 3, generator=generator)
     plain = views_to_mask(pixels, noise, 18 // block_size**2, block_size, anchor_ratio=0.1)
-    views = replace(plain, embeddings=embeddings, embeddings_share=share)
+    # At half of the run their weight is half of the key's; at its start it is 0.
+    keys = plain.keys.model_copy(update={"cluster_embeddings": min(2 * share, 1.0)})
+    progress = share / keys.cluster_embeddings
+    views = replace(plain, embeddings=embeddings, keys=keys, progress=progress)
     rows = (tensor.flatten(0, 1).numpy() for tensor in (pixels, noise, embeddings))
     expected = [
         slow_kept(view, of_view, views.num_kept_blocks, block_size, 0.4, 0.1, embedded, share)
@@ -153,7 +155,7 @@ def test_embeddings_take_part_as_in_the_slow_rule(share, block_size, num_views):
     ]
     assert kept_by_policy(views) == expected
     assert kept_by_policy(views) != kept_by_policy(plain)
-    assert kept_by_policy(replace(views, embeddings_share=0)) == kept_by_policy(plain)
+    assert kept_by_policy(replace(views, progress=0.0)) == kept_by_policy(plain)
 
 
 def test_the_student_s_embeddings_count_more_as_the_run_goes_on(monkeypatch):
@@ -178,7 +180,8 @@ def test_the_student_s_embeddings_count_more_as_the_run_goes_on(monkeypatch):
     pixels = torch.randn(2, 1, 3, 64, 64)
     for progress in (0.0, 0.5, 1.0):
         inputs.select(batch, pixels, None, progress)
-    assert [views.embeddings_share for views in read] == [0, 0.4, 0.8]
+    assert [views.progress for views in read] == [0, 0.5, 1]
+    assert read[2].keys.cluster_embeddings == 0.8
     with torch.no_grad():
         expected = image.vit.patch_embed(pixels[:, 0])  # timm's convolution
     torch.testing.assert_close(read[2].embeddings[:, 0], expected)

@@ -12,6 +12,7 @@ import torch
 from small_recipe import SMALL_RECIPE
 
 from aclip.config.geometry import kept_blocks
+from aclip.config.recipe import MaskConfig
 from aclip.config.recipe_file import load_recipe
 from aclip.method.losses.term import StudentOutput, Taught, TermContext, total
 from aclip.method.masks.policies import POLICIES
@@ -100,6 +101,7 @@ def test_mask_does_not_wait_for_the_device(policy, noise):
         pixels=make(BATCH, 2, 3, 64, 64),
         teacher_scores=make(BATCH, GRID, GRID),
         noise=make(BATCH, 2, GRID // 2, GRID // 2),
+        keys=MaskConfig(),
         **_boxes(),
         **noise,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aclip.kernels.attentive_pack import attentive_pack, block_scores
 from aclip.method.masks.noise import draw_by_score, mix_with_noise
+from aclip.section import Section
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,9 @@ class ViewsToMask:
         progress: how much of the run is done, in [0, 1].
         noise_share: how much noise decides in place of the teacher's scores; see noise.py.
         temperature: the recipe's mask.temperature, for a policy that `reads_teacher`.
-        anchor_ratio, cluster_threshold: the recipe's, for the policy that they are keys of.
+        keys: the recipe's mask section, of which a policy reads the `keys` that it declares.
         embeddings: (B, V, P, C) float, the student's patch embeddings, without positions; None
-            where clusters go by pixels alone.
-        embeddings_share: the weight of their similarity beside that of the pixels, in [0, 1].
+            where the recipe's mask.cluster_embeddings is 0.
     """
 
     grid: int
@@ -80,10 +80,8 @@ class ViewsToMask:
     progress: float = 0.0
     noise_share: float = 0.0
     temperature: float = 0.0
-    anchor_ratio: float = 0.0
-    cluster_threshold: float = 0.0
+    keys: Section | None = None
     embeddings: Tensor | None = None
-    embeddings_share: float = 0.0
 
     def by_block(self, scores: Tensor) -> Selection:
         """A selection by scores of the views' blocks, (B, V, g, g)."""
@@ -140,7 +138,7 @@ class MaskPolicy:
         reads_teacher: whether it reads the teacher's scores, so that a teacher runs.
         reads_noise: whether it reads noise, which the data workers draw.
         reads_pixels: whether it reads the views' pixels.
-        keys: keys of the recipe's mask section that it alone reads.
+        keys: the keys of the recipe's mask section that it alone reads; None for none.
         inspect: gives metrics of its mask on some views, and a sentence if a key of its own does
             not suit them, else ""; None where there is nothing to tell.
     """
@@ -151,7 +149,7 @@ class MaskPolicy:
     reads_teacher: bool = False
     reads_noise: bool = False
     reads_pixels: bool = False
-    keys: tuple[str, ...] = ()
+    keys: type[Section] | None = None
     inspect: Callable[[ViewsToMask], tuple[dict[str, float], str]] | None = None
 
 
@@ -163,7 +161,7 @@ def select_patches(policy: MaskPolicy, views: ViewsToMask) -> Selection | None:
 
 
 def kept_patches(selection: Selection, grid: int, num_samples: int, num_views: int) -> Tensor:
-    """The ids that the student's op keeps, without a tower; for pictures and measurements.
+    """The ids of the patches that the `attentive_pack` op keeps for a selection, without a tower.
 
     Returns:
         (B, V, K) int64, ascending.
