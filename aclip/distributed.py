@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aclip.errors import ConfigError, DataError, NotWritten, PortInUse
-from aclip.machine import usable_cores
+from aclip.machine import ranks_of_machine, usable_cores
 
 TASKS = (
     ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
@@ -231,12 +231,6 @@ def default_to_one_rank() -> None:
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     # Ranks that share cores lose more by waiting for each other than they gain from threads.
     limit_threads(ranks_of_machine() or int(os.environ["WORLD_SIZE"]))
-
-
-def ranks_of_machine() -> int | None:
-    """How many ranks run on this machine; torchrun and deepspeed tell it, each by its own name."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    return None if ranks is None else max(1, int(ranks))
 
 
 def limit_threads(processes: int = 1) -> None:

@@ -112,6 +112,12 @@ def compiler_problems() -> list[str]:
     return problems
 
 
+def ranks_of_machine() -> int | None:
+    """How many ranks run on this machine; torchrun and deepspeed tell it, each by its own name."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return None if ranks is None else max(1, int(ranks))
+
+
 def own_device_index(num_devices: int) -> int:
     """The GPU of this rank among those that it sees: its own number on this machine, or the only
     one, where each rank is shown one."""
@@ -137,7 +143,7 @@ def check_shared_memory(num_bytes: int, what: str) -> None:
 
 
 def _check_own_device(num_devices: int) -> None:
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    ranks = ranks_of_machine() or 1
     index = int(os.environ.get("LOCAL_RANK", 0))
     if num_devices > 1 and index >= num_devices:
         raise ConfigError(

@@ -9,7 +9,7 @@ from torch import Tensor
 from aclip.kernels.common import check_device, check_dtype, check_shape
 
 
-def by_chunks(
+def loss_and_gradients(
     rows: Tensor,
     columns: Tensor,
     logit_scale: Tensor,
@@ -68,7 +68,7 @@ def check_arguments(
     labels_offset: int,
     chunk_size: int,
 ) -> None:
-    """Refuses what `by_chunks` can't compute.
+    """Refuses what `loss_and_gradients` can't compute.
 
     Args:
         numbers: the learned numbers of the logits by the op's names, each (1,).
@@ -115,20 +115,21 @@ def scale_gradients(ctx, grad_loss, *_):
 
 
 def count_flops(rows: torch.Size, columns: torch.Size, grad_rows: bool, grad_columns: bool) -> int:
-    """Matrix products of `by_chunks`, two operations a multiply-add, from the arguments' shapes."""
+    """FLOPs of `loss_and_gradients`' matrix products, two for a multiply-add, from the shapes of
+    its arguments."""
     return 2 * rows.numel() * columns[0] * (1 + grad_rows + grad_columns)
 
 
 def work_space(rows: Tensor, columns: Tensor, chunk_size: int) -> int:
-    """Bytes that `by_chunks` holds only while it runs."""
+    """Bytes that `loss_and_gradients` holds only while it runs."""
     return min(chunk_size, len(rows)) * len(columns) * rows.itemsize
 
 
 def moved_bytes(
-    rows: Tensor, columns: Tensor, num_passes: int, grad_rows: bool, grad_columns: bool
+    rows: Tensor, columns: Tensor, num_transfers: int, grad_rows: bool, grad_columns: bool
 ) -> int:
-    """Bytes that `by_chunks` reads and writes: each product its operands and result, and
-    `num_passes` of the loss's own kernel over the logits."""
+    """Bytes that `loss_and_gradients` reads and writes: each product its operands and result, and
+    `num_transfers` of the loss's own kernel over the logits."""
     logits = len(rows) * len(columns) * rows.itemsize
     num_products = 1 + grad_rows + grad_columns
-    return num_products * (logits + rows.nbytes + columns.nbytes) + num_passes * logits
+    return num_products * (logits + rows.nbytes + columns.nbytes) + num_transfers * logits

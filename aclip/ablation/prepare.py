@@ -11,7 +11,7 @@ from aclip.ablation.devices import choose_devices
 from aclip.ablation.rows import Row, choose_rows, decided_by
 from aclip.ablation.rows_file import SUFFIXES, read_rows
 from aclip.ablation.runs import CONTENT, Run, make_runs
-from aclip.ablation.sweep import KEY, SEED, Sweep
+from aclip.ablation.sweep import RATE_KEY, SWEEP_SEED, Sweep
 from aclip.config.ds_config import DsConfig, read_ds_config
 from aclip.config.recipe import Recipe
 from aclip.config.recipe_file import load_recipe, stages_of
@@ -73,7 +73,7 @@ class Prepared:
         cases = []
         for case in self.cases:
             rate = None if self.sweep is None else self.sweep.rate(case.name)
-            cases.append(case if rate is None else case.changed([f"{KEY}={rate:g}"]))
+            cases.append(case if rate is None else case.changed([f"{RATE_KEY}={rate:g}"]))
         return make_runs(cases, self.num_seeds, self.output, self.ds_values, self.data)
 
 
@@ -129,10 +129,11 @@ def check_word_counts(cases: Sequence[Case], shards: list[Shard]) -> None:
 
 
 def choose(arguments: argparse.Namespace) -> list[Row]:
-    """The rows that --rows names, whose keys and the user's are apart.
+    """The rows that --rows names.
 
     Raises:
-        ConfigError: as said, or there is no such row.
+        ConfigError: there is no such row, or the command line gives a key that a row or the
+            ablation itself decides.
     """
     names = arguments.rows
     is_file = [Path(name).suffix in SUFFIXES for name in names]
@@ -142,7 +143,7 @@ def choose(arguments: argparse.Namespace) -> list[Row]:
             "behind it"
         )
     rows = read_rows(names[0], names[1:]) if is_file[0] else choose_rows(names)
-    here = DECIDED_HERE | ({KEY} if arguments.lr_sweep else set())
+    here = DECIDED_HERE | ({RATE_KEY} if arguments.lr_sweep else set())
     decided = here | (decided_by(rows) - LENGTH)
     for override in arguments.overrides:
         key = override.partition("=")[0]
@@ -164,8 +165,8 @@ def choose(arguments: argparse.Namespace) -> list[Row]:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if not 1 <= arguments.seeds <= SEED:
-        raise ConfigError(f"--seeds is {arguments.seeds}; give 1 to {SEED}")
+    if not 1 <= arguments.seeds <= SWEEP_SEED:
+        raise ConfigError(f"--seeds is {arguments.seeds}; give 1 to {SWEEP_SEED}")
     if arguments.processes is not None and arguments.processes < 1:
         raise ConfigError(f"--processes is {arguments.processes}; give 1 or more")
     if not arguments.caption_tokens >= 2:

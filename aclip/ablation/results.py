@@ -37,8 +37,8 @@ class Outcome:
     Attributes:
         metric: the metric's name.
         points: the student's values at 0, 25, 50, 75 and 100 % of the run.
-        objects: the share of the objects' patches that the mask kept at those of them at which
-            there was one; empty if unknown.
+        objects: the share of the objects' patches that the mask kept, at each of the points at
+            which a mask was evaluated; empty where none was.
         seconds: what the steps took, by each stage's median of the log steps; None in kept results
             that do not tell.
     """

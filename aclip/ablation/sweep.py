@@ -7,9 +7,9 @@ from aclip.ablation.cases import Case
 from aclip.ablation.results import reached
 from aclip.ablation.runs import Run, make_run
 
-SEED = 1000
+SWEEP_SEED = 1000
 """The seed of these runs; those of the tables count from 0 and stay below it."""
-KEY = "optimizer.lr"
+RATE_KEY = "optimizer.lr"
 
 
 class Sweep:
@@ -29,8 +29,8 @@ class Sweep:
             quiet = ["train.evaluate_at=[]", "train.evaluate_every=0", "train.keep_checkpoints=1"]
             self._runs[case.name] = {
                 rate: make_run(
-                    case.changed([*quiet, f"{KEY}={rate:g}"]),
-                    SEED,
+                    case.changed([*quiet, f"{RATE_KEY}={rate:g}"]),
+                    SWEEP_SEED,
                     output / f"{case.name}-lr{rate:g}",
                     ds_values,
                     data,

@@ -41,6 +41,11 @@ def _check_text(recipe) -> None:
                     f"model.text.{key} is {str(getattr(text, key)).lower()}, but model.text."
                     "name is empty; name a folder, or remove the key"
                 )
+        if text.width % text.heads:
+            raise ValueError(
+                f"model.text.heads is {text.heads}, which does not divide model.text.width "
+                f"{text.width}; change one of them"
+            )
         return
     for key in ("width", "heads", "layers"):
         if getattr(text, key) != getattr(default, key):
@@ -118,7 +123,7 @@ def _check_teacher(recipe) -> None:
     readers += [
         f"loss.{term.name} {term.weight:g}"
         for term in recipe.terms
-        if term.reads_teacher_view or term.reads_teacher_patches
+        if term.reads_teacher_features or term.reads_teacher_patches
     ]
     if readers and recipe.teacher is None:
         raise ValueError(
@@ -162,7 +167,7 @@ def _check_reuse(recipe) -> None:
             "could be kept; set teacher.reuse to 1, or mask.policy to attentive or inverse"
         )
     for term in recipe.terms:
-        if term.reads_teacher_view or term.reads_teacher_patches:
+        if term.reads_teacher_features or term.reads_teacher_patches:
             raise ValueError(
                 f"{reuse}, but loss.{term.name} {term.weight:g} needs the teacher in every "
                 f"step; set teacher.reuse to 1, or loss.{term.name} to 0"

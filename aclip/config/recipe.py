@@ -132,7 +132,7 @@ class Recipe(OfTerms):
     @property
     def needs_teacher_features(self) -> bool:
         """Whether a loss reads the features of the teacher view; the mask reads its scores."""
-        return any(term.reads_teacher_view for term in self.terms)
+        return any(term.reads_teacher_features for term in self.terms)
 
     @property
     def needs_teacher_patches(self) -> bool:

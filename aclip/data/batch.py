@@ -97,7 +97,7 @@ class Batch:
 PIXELS = ("student_views", "teacher_view", "ssl_views", "whole_images")
 OF_ALL = ("cursors", "skipped", "repeated", "noted")
 PER_SAMPLE = tuple(part.name for part in fields(Batch) if part.name not in OF_ALL)
-OTHERWISE = (
+NOT_STACKED = (
     "key",
     "caption",
     "others",
@@ -107,7 +107,8 @@ OTHERWISE = (
     "notes",
     "to_teach",
 )
-STACKED = tuple(part.name for part in fields(Sample) if part.name not in OTHERWISE)
+"""Fields of Sample that `collate` treats one by one; all others are stacked."""
+STACKED = tuple(part.name for part in fields(Sample) if part.name not in NOT_STACKED)
 MAY_BE_ZEROS = ("teacher_view", "stored_scores")
 """What some samples of a batch may have and others not, for which zeros stand."""
 

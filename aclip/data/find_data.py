@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
-import torch.distributed as dist
-
 from aclip.config.arguments import DEMO
 from aclip.config.caption_keys import split_key
 from aclip.config.recipe import Recipe
@@ -24,13 +22,13 @@ from aclip.data.shards.listing import (
 )
 from aclip.data.shards.remote import is_remote
 from aclip.data.shards.tar import RawSample, ShardError
-from aclip.distributed import world_size
+from aclip.distributed import gather_objects
 from aclip.errors import ConfigError
 
 TEXTS = ("txt", "json")
 LOOKED_INTO, LOOKED_AT = 8, 1000
-"""In how many shards, spread over all, and at how many samples it is seen whether there are pairs
-of images and texts at all."""
+"""The most shards, spread over all, and samples in them that are looked at for pairs of an image
+and a text."""
 
 
 def find_data(recipe: Recipe) -> tuple[list[Shard], list[Shard]]:
@@ -115,14 +113,10 @@ def check_same_shards(shards: list[Shard]) -> None:
     Raises:
         ConfigError: on every rank, if two ranks see different data.
     """
-    if world_size() == 1:
-        return
     content = "\n".join(f"{s.url} {s.num_samples} {s.source}" for s in shards)
     samples = sum(shard.num_samples for shard in shards)
     digest = hashlib.sha256(content.encode(errors="surrogateescape")).hexdigest()
-    mine = (digest, len(shards), samples)
-    every: list[tuple[str, int, int]] = [mine] * world_size()
-    dist.all_gather_object(every, mine)
+    every: list[tuple[str, int, int]] = gather_objects((digest, len(shards), samples))
     for other, seen in enumerate(every):
         if seen[0] != every[0][0]:
             raise ConfigError(

@@ -16,7 +16,7 @@ from aclip.data.word_counts import word_counts_digest
 from aclip.errors import ConfigError
 from aclip.run_folder.layout import SHARDS_FILE
 
-LIST, MARKS = "sha256", "marks"
+SHARD_LIST, MARKS = "sha256", "marks"
 ORDER, ORDER_NOW = "order", 2
 """How the samples are dealt, and the way of this version: lanes that take consecutive parts of an
 epoch. Checkpoints that name none dealt whole shards to the lanes."""
@@ -42,8 +42,8 @@ def fingerprint(recipe: Recipe, shards: list[Shard]) -> dict:
 
     How a sample is treated may change: views, augmentation, masks, losses, captions; and which
     samples are skipped (data.min_image_side, data.on_shard_error, data.captions), since a cursor
-    counts those too. Files of counts beside the data are no settings that somebody could see to
-    have changed, so they are marked here.
+    counts those too. Nobody sees when a file of word counts beside the data changes, so its digest
+    is a part of the fingerprint.
 
     Returns:
         JSON-compatible: the counts, the kind of order, a SHA-256 of list_lines, the marks of
@@ -56,7 +56,7 @@ def fingerprint(recipe: Recipe, shards: list[Shard]) -> dict:
         **({WORD_COUNTS: word_counts_digest(recipe, shards)} if by_frequency else {}),
         **count_shards(recipe.data, shards),
         ORDER: ORDER_NOW,
-        LIST: _digest(list_lines(shards)),
+        SHARD_LIST: _digest(list_lines(shards)),
         MARKS: shard_marks(shards),
         **dict(zip(FIELDS, values, strict=True)),
     }
@@ -67,7 +67,7 @@ def digests(shards: list[Shard]) -> dict[str, str | None]:
     one of the marks of shard_marks, which is None where a shard has no mark."""
     marks = shard_marks(shards)
     return {
-        LIST: _digest(list_lines(shards)),
+        SHARD_LIST: _digest(list_lines(shards)),
         MARKS: None if None in marks else _digest(marks),
     }
 
@@ -126,9 +126,9 @@ def check_continues(recipe: Recipe, shards: list[Shard], then: dict, checkpoint:
         )
     now = fingerprint(recipe, shards)
     anew = "or use --resume none with another --output"
-    if _counted(now) != _counted(then) or then[LIST] != now[LIST]:
+    if _counted(now) != _counted(then) or then[SHARD_LIST] != now[SHARD_LIST]:
         field = "data.sources" if recipe.data.sources else "data.train"
-        difference = _first_difference(list_lines(shards), checkpoint, then[LIST])
+        difference = _first_difference(list_lines(shards), checkpoint, then[SHARD_LIST])
         raise ConfigError(
             f"{field} gives {_counted(now)}, but {checkpoint} was trained on {_counted(then)}"
             f"{difference}; give the same shards in the same order, {anew}"

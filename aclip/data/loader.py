@@ -40,9 +40,8 @@ from aclip.data.workers import (
     signals_held,
     start_method,
 )
-from aclip.distributed import ranks_of_machine
 from aclip.errors import ConfigError, DataError, NotWritten
-from aclip.machine import usable_cores
+from aclip.machine import ranks_of_machine, usable_cores
 
 logger = logging.getLogger(__name__)
 

@@ -196,14 +196,9 @@ def build_student(recipe: Recipe, for_training: bool = True) -> Student:
     """
     model = recipe.model
     torch.manual_seed(recipe.train.seed)
-    if not model.text.name and model.text.width % model.text.heads:
-        raise ConfigError(
-            f"model.text.heads is {model.text.heads}, which does not divide model.text.width "
-            f"{model.text.width}; change one of them"
-        )
     compile = model.compile and for_training
     image = ImageTower(**model.image.model_dump(), compile=compile)
-    _check_mask(recipe, image)
+    _check_with_tower(recipe, image)
     student = Student(
         image,
         build_text_tower(model.text, compile),
@@ -218,7 +213,13 @@ def build_student(recipe: Recipe, for_training: bool = True) -> Student:
     return student
 
 
-def _check_mask(recipe: Recipe, image: ImageTower) -> None:
+def _check_with_tower(recipe: Recipe, image: ImageTower) -> None:
+    """Refuses a mask or a teacher that does not fit the image tower, which only the built tower
+    can tell.
+
+    Raises:
+        ConfigError: one sentence with field, value and what to do.
+    """
     if recipe.mask.policy != "none" and image.grid % recipe.mask.block_size:
         raise ConfigError(
             f"mask.block_size is {recipe.mask.block_size}, which does not divide the {image.grid} "

@@ -67,7 +67,7 @@ class TextTower(nn.Module):
         self.width = width
         self.num_heads = heads
         self.context_length = context_length
-        # What no weight tells of how captions are read.
+        # Settings that change the features but no weight, by which class features are cached.
         self.identity = f"{heads} {context_length}"
         self.recompute = recompute
         # Each batch has its own number of tokens, so sizes must not be compiled in.
@@ -134,6 +134,7 @@ class TextTower(nn.Module):
         return x + embeddings.position_embedding(real_ids % tokens.ids.shape[1])
 
     def _run(self, function: Callable, *args) -> Tensor:
+        # Once for run_block, which may recompute the whole layer, and once for the layer itself.
         return run_block(self.recompute, function, self.recompute, *args)
 
 

@@ -146,8 +146,8 @@ class ImageTower(nn.Module):
     def forward_with_scores(
         self, pixels: Tensor, score_layers: int | None = None, with_features: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The attention to every patch of the query that the feature is read by, and the features
-        if they are wanted.
+        """Encodes the teacher view: its features, if they are wanted, and the attention that scores
+        its patches, that of the query by which the feature is read.
 
         Args:
             pixels: (B, 3, T, T) float, normalised; T may differ from the tower's resolution, then
@@ -158,7 +158,7 @@ class ImageTower(nn.Module):
                 they need.
 
         Returns:
-            features (B, C) or None, and scores (B, g, g) fp32, g patches per side: the CLS row's
+            features (B, C) or None, and scores (B, S, S) fp32, S patches per side: the CLS row's
             softmax, mean over heads and the first `score_layers` blocks; or that of the attention
             pool's query, mean over its heads; None where neither is there. No gradient through the
             scores.
@@ -270,8 +270,9 @@ class ImageTower(nn.Module):
         return x, keep_ids.flatten(0, 1)
 
     def _rows_of_op(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The op's first row (C,), its positions (1 + P, C), and the prefix (1, S, C) that takes
-        that row's place; None where the row is the prefix, one token with a position."""
+        """What `attentive_pack` takes beside the patches: a first row (C,) and the positions
+        (1 + P, C). Then the prefix (1, S, C) that takes the first row's place afterwards; None
+        where that row is the prefix already, a single CLS token with a position."""
         positions, num_positions = self.vit.pos_embed, self.num_prefix_positions
         if positions is not None and self.num_prefix == num_positions == 1:
             return self._prefix().flatten(), positions[0], None
@@ -284,8 +285,9 @@ class ImageTower(nn.Module):
         return nothing[0], torch.cat([nothing.to(positions.dtype), positions]), prefix
 
     def _run(self, function: Callable, *args) -> Tensor:
-        random = self._drops_values
-        return run_block(self.recompute, function, self.recompute, *args, draws_random=random)
+        # Once for run_block, which may recompute the whole block, and once for the block itself.
+        mode, random = self.recompute, self._drops_values
+        return run_block(mode, function, mode, *args, draws_random=random)
 
 
 def _of_block(rotary: RotaryPositions | None, index: int) -> Tensor | None:

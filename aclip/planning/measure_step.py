@@ -112,7 +112,7 @@ def measure_step(
     size, local_size = len(batch), recipe.train.global_batch_size // num_ranks
     meter = Meter()
     meter.name_parts(student)
-    inputs.select = meter.as_part(MASK, inputs.select)
+    inputs.select = meter.as_part(MASK, inputs.select)  # the mask's FLOPs count apart
     with as_first_of(num_ranks), fused_attention(), meter:
         meter.begin(TEACHER, size)
         taught = inputs.teach(batch)

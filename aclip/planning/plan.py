@@ -36,7 +36,8 @@ from aclip.planning.zero_memory import (
 )
 
 MUON_SENT_BYTES = 2 * 2 * 2
-"""Of each element of its matrices, in bf16: all-reduced twice, which sends each twice."""
+"""Bytes that Muon sends for each element of its matrices: two all-reduces in bf16, each of which
+sends the element twice."""
 
 # A run's share of a GPU; the rest is for CUDA's context, NCCL, work space and fragmentation.
 USABLE_SHARE = 0.9
@@ -49,12 +50,16 @@ class Plan:
     Attributes:
         ds_config, gpu, workload: what the plan is made for.
         memory_bytes: the share of a GPU's memory that a run may use.
-        rows: the memory under each stage. own: the ds_config's row.
+        rows: the memory under each ZeRO stage.
+        own: the row of the ds_config's stage.
         micro_batch_size: the micro-batch that the times are for.
-        time: the predicted time of a step, without communication. compiled: of compiled towers.
+        time: the predicted time of a step, without communication.
+        compiled: the same with compiled towers.
         stated_mfu: share of the GPU's peak FLOPs that takes the prediction's place.
-        link_bytes: what a GPU can send in a second. sent_bytes: what it sends in a step.
-        num_steps: the schedule's length. num_samples: of an epoch.
+        link_bytes: what a GPU can send in a second.
+        sent_bytes: what it sends in a step.
+        num_steps: the schedule's length.
+        num_samples: the samples of an epoch.
         teaching_share: the share of the steps in which the teacher runs on its view. FLOPs and
             times are the average over all steps.
         kept_scores_bytes: the disk space that scores take which later epochs read.

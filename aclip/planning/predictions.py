@@ -32,12 +32,15 @@ class Prediction:
     """A step of a system at a batch size.
 
     Attributes:
-        system: a recipe's name, or open_clip. compiled: with torch.compile.
-        batch_size: images of the step, on one GPU.
-        time: the step by part.
-        flops: of matrix products that are needed once, of the whole batch.
-        gpu: what it is predicted for. in_bf16: which of its peaks the MFU is a share of.
-        teaching_share: of a run's steps, whose average this is, those with the teacher's pass.
+        system: a recipe's name, or open_clip.
+        compiled: whether its towers are compiled by torch.compile.
+        batch_size: the images of the step, on one GPU.
+        time: the time of the step by part.
+        flops: the FLOPs of the whole batch in matrix products that are needed once.
+        gpu: the GPU that it is predicted for.
+        in_bf16: whether the MFU is a share of the GPU's peak in bf16, not in fp32.
+        teaching_share: the share of a run's steps that have the teacher's pass; the prediction is
+            the average over all steps.
         keep_ratio: how it changes in the run, see describe_keep_ratio.
     """
 

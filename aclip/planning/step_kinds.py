@@ -23,10 +23,11 @@ class StepKind:
 
     Attributes:
         name: what tables call it.
-        share: of the run's steps.
+        share: how many of the run's steps are such steps, in [0, 1].
         batch: what such a step reads.
-        progress: of the run, at which it is such a step.
-        num_kept_blocks: of a view; the student does the same in all kinds of the same number.
+        progress: how much of the run is done at such a step, in [0, 1].
+        num_kept_blocks: how many blocks of a view are kept; the student does the same in all kinds
+            of the same number.
     """
 
     name: str

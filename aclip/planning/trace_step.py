@@ -163,7 +163,8 @@ def _copied_beside(operations: list[Operation]) -> list[Operation]:
 
 
 def _with_views_apart(operations: list[Operation]) -> list[Operation]:
-    """Copies from the host and colours as a part of their own, in which part they ever ran."""
+    """Copies from the host and colour operations become a part of their own, whichever part they
+    ran in."""
     return [
         replace(each, part=VIEWS) if each.from_host or each.name == "augment_views" else each
         for each in operations

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aclip.distributed import from_rank_0, rank, world_size
+from aclip.distributed import from_rank_0, gather_objects, rank, world_size
 from aclip.engine.host_copy import HostBuffers, Room, host_copies, rooms_of_copies
 from aclip.engine.optimizer import ADAM
 from aclip.engine.sharded_state import MASTER, ShardedState, whole_shape
@@ -230,12 +230,14 @@ def load_optimizer(
             kinds.setdefault(name, []).append(kind)
             if name in names:
                 sharded.load(name, kind, file.get_tensor(key))
-    # What is new in a stage, or was locked before it, has what the optimizer keeps of its like.
+    # Parameters that are new in a stage, or were locked before it, have no saved state and get
+    # zeros, of the kinds that the optimizer keeps of their like: of any saved matrix (Muon), or of
+    # the logit scale, which every run trains and which is no matrix.
     matrices = sharded.orthogonal()
-    of_matrix = next((kinds[name] for name in sorted(matrices & kinds.keys())), ())
+    matrix_kinds = next((kinds[name] for name in sorted(matrices & kinds.keys())), ())
     for name in sharded.parameters.keys() - (kinds.keys() & names):
-        of_like = of_matrix if name in matrices else kinds.get(LOGIT_SCALE, ())
-        for kind in kinds.get(name, of_like):
+        like = matrix_kinds if name in matrices else kinds.get(LOGIT_SCALE, ())
+        for kind in kinds.get(name, like):
             sharded.load(name, kind, torch.zeros(whole_shape(sharded.parameters[name])))
     sharded.load_scalars(scalars | json.loads(described[NUMBERS]))
 
@@ -256,13 +258,9 @@ def _check_shapes(folder: Path, engine) -> None:
 
 
 def _gather_rng() -> dict[str, Tensor]:
-    """The random state of every rank; only rank 0's result is complete."""
-    mine = get_random_state()
-    everyone: list[Any] = [mine]
-    if world_size() > 1:
-        everyone = [None] * world_size()
-        dist.all_gather_object(everyone, mine)
-    return {f"{r}.{device}": s for r, states in enumerate(everyone) for device, s in states.items()}
+    """The random state of every rank, by rank and device."""
+    states_of_ranks = enumerate(gather_objects(get_random_state()))
+    return {f"{r}.{device}": s for r, states in states_of_ranks for device, s in states.items()}
 
 
 def _load_rng(folder: Path) -> None:

@@ -46,11 +46,11 @@ class ScoreKeeper:
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._copied: torch.cuda.Event | None = None
         self._of_epoch: Counter[str] = Counter()
-        self._since_line, self._num_since_line = 0, 0
+        self._taught_since_line, self._samples_since_line = 0, 0
 
     def begins(self, step: int) -> bool:
-        """Whether `begin` is due before a step, since an epoch that keeps or reads scores begins
-        with it, or the process does."""
+        """Whether `begin` has to be called before this step: its epoch keeps or reads scores, and
+        has not been begun by this process."""
         if self.files is None:
             return False
         epoch = self._teaching.epoch(step)
@@ -97,7 +97,8 @@ class ScoreKeeper:
         """Starts to copy what the teacher has scored in a step to the host, without waiting.
 
         Args:
-            to_teach: the batch's. coded: the stepper's.
+            to_teach: Batch.to_teach of the step's batch.
+            coded: Stepper.coded after the step.
 
         Returns:
             What is counted of the step on this rank, for `settle` once it is added over the ranks.
@@ -127,8 +128,8 @@ class ScoreKeeper:
         if self.files is None:
             return
         num_samples, *of_kinds = counts
-        self._num_since_line += num_samples
-        self._since_line += sum(of_kinds)
+        self._samples_since_line += num_samples
+        self._taught_since_line += sum(of_kinds)
         self._of_epoch.update(dict(zip(TO_TEACH, of_kinds, strict=True)))
         if self._copied is not None:
             self._copied.synchronize()
@@ -172,8 +173,8 @@ class ScoreKeeper:
 
     def take_share(self) -> float | None:
         """The share of the samples since the last call that the teacher has scored."""
-        taken, num = self._since_line, self._num_since_line
-        self._since_line = self._num_since_line = 0
+        taken, num = self._taught_since_line, self._samples_since_line
+        self._taught_since_line = self._samples_since_line = 0
         return taken / num if num else None
 
     def forget(self, checkpoints: Path, step: int) -> None:

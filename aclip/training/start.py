@@ -22,7 +22,7 @@ from aclip.distributed import decided_by_rank_0, default_to_one_rank, say
 from aclip.errors import ConfigError
 from aclip.evaluation.sets.validation_check import check_validation
 from aclip.files import write_whole
-from aclip.machine import check_gpus, check_shared_memory
+from aclip.machine import check_gpus, check_shared_memory, ranks_of_machine
 from aclip.run_folder.checkpoint_folder import read_progress
 from aclip.run_folder.layout import SHARED_FILE
 from aclip.training.metrics.wandb_tracker import check_wandb
@@ -157,7 +157,7 @@ def _check_data(recipe: Recipe, rank: int, num_ranks: int) -> tuple[list[Shard],
     # Built once before anything costs time, since it checks lanes, ranks and workers.
     loader = build_train_loader(recipe, shards, rank, num_ranks)
     if loader.num_workers:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        ranks_here = ranks_of_machine() or 1
         needed = ranks_here * shared_bytes(recipe, recipe.train.global_batch_size // num_ranks)
         check_shared_memory(needed, f"the data workers of {ranks_here} ranks")
     return shards, val_shards

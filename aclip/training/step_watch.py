@@ -140,12 +140,8 @@ class StepWatch:
         return any(gather_objects(signal.SIGTERM in self._received | self._signals))
 
     def _describe(self, terms: dict[str, float]) -> str:
-        everyone = [self._keys]
-        if world_size() > 1:
-            everyone = [None] * world_size()
-            dist.all_gather_object(everyone, self._keys)
         listed = ", ".join(f"{name} {value:g}" for name, value in terms.items())
-        samples = " ".join(key for keys in everyone for key in keys)
+        samples = " ".join(key for keys in gather_objects(self._keys) for key in keys)
         return (
             f"the loss or the gradient of step {self._step} is not finite ({listed}); the last "
             f"checkpoint is intact; the batch's samples: {samples}"

@@ -2,23 +2,22 @@
 
 import copy
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from aclip.engine.host_copy import bounded
 from aclip.engine.sharded_state import gathered
 from aclip.method.losses.term import LossTerm, Taught
 from aclip.method.masks.policy import Selection
 from aclip.method.tokens import Tokens
 from aclip.models.student import Student
 
-CHUNK_ELEMENTS = 1 << 25
-"""Weights that an update copies to fp32 at once, and that ZeRO-3 gathers at once."""
-
 
 @dataclass
 class TeacherOutput:
-    """scores (B, g, g) fp32 attention per patch of the teacher view, features (B, C); each of them
+    """scores (B, S, S) fp32 attention per patch of the teacher view, features (B, C); each of them
     None where the tower has or the caller wants none."""
 
     scores: Tensor | None
@@ -99,18 +98,18 @@ class Teacher:
         self._refresh_compute_weights()
 
     def _make_chunks(self, student: nn.Module) -> list[tuple[list[Tensor], list[nn.Parameter]]]:
-        """(averages, the student's parameters) that are updated together."""
-        chunks, room = [], 0
-        for name, parameter in student.named_parameters():
-            if name not in self._average or not parameter.requires_grad:
-                continue
-            average = self._average[name]
-            if average.numel() > room or parameter.dtype != chunks[-1][1][0].dtype:
-                chunks.append(([], []))
-                room = max(CHUNK_ELEMENTS, average.numel())
-            chunks[-1][0].append(average)
-            chunks[-1][1].append(parameter)
-            room -= average.numel()
+        """(averages, the student's parameters) that are updated together: of one dtype, and few
+        enough to be copied to fp32, and gathered by ZeRO-3, at once."""
+        pairs = [
+            (self._average[name], parameter)
+            for name, parameter in student.named_parameters()
+            if name in self._average and parameter.requires_grad
+        ]
+        chunks = []
+        for _, alike in groupby(pairs, key=lambda pair: pair[1].dtype):
+            for some in bounded(alike, lambda pair: pair[0].numel()):
+                averages, parameters = zip(*some, strict=True)
+                chunks.append((list(averages), list(parameters)))
         return chunks
 
     def state_dict(self) -> dict[str, Tensor]:

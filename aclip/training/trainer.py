@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from aclip.data.batch import Batch
-from aclip.data.fingerprint import LIST, check_progress, fingerprint
+from aclip.data.fingerprint import SHARD_LIST, check_progress, fingerprint
 from aclip.data.loader import build_train_loader
 from aclip.data.shards.listing import Shard
 from aclip.distributed import all_gather_rows, rank, world_size
@@ -75,7 +75,7 @@ class Trainer:
         self.wandb_id = ""
         self._fingerprint = fingerprint(recipe, shards)
         self._scores = build_score_keeper(
-            recipe, self.schedule.teaching, run_folder, self._fingerprint[LIST], place
+            recipe, self.schedule.teaching, run_folder, self._fingerprint[SHARD_LIST], place
         )
         cursors, saved = None, None
         if resume_from is not None:
@@ -109,7 +109,7 @@ class Trainer:
         return self.samples, list(self.evaluations)
 
     @property
-    def _place(self) -> str:
+    def _evaluation_name(self) -> str:
         """What an evaluation of this moment is called."""
         return evaluation_at(self.samples)
 
@@ -119,7 +119,7 @@ class Trainer:
             if self.samples == 0:
                 self._evaluate("before")
             elif self._evaluation_is_due():  # a signal ended the run before it
-                self._evaluate(self._place)
+                self._evaluate(self._evaluation_name)
             self._timer.reset()
             batches = iter(self.loader)
             first = self.step + 1
@@ -140,7 +140,7 @@ class Trainer:
                     return False
             self._settle()
             self._scores.end_epoch()
-            end = "end" if self.place.is_last else self._place
+            end = "end" if self.place.is_last else self._evaluation_name
             if end not in self.evaluations:
                 # What was trained is saved first, since an evaluation can fail.
                 self._save(required=True, uploads=self.evaluator is None)
@@ -185,7 +185,7 @@ class Trainer:
         if signal.SIGTERM in signals:
             return True
         if self._evaluation_is_due():
-            self._evaluate(self._place)
+            self._evaluate(self._evaluation_name)
             self._timer.reset()
         is_due = self.schedule.is_due(train.checkpoint_every, self.step)
         if signal.SIGUSR1 in signals or (is_due and self.step < self.num_steps):
@@ -201,7 +201,7 @@ class Trainer:
             self._scores.begin(self.step + 1)
 
     def _evaluation_is_due(self) -> bool:
-        is_new = self.step < self.num_steps and self._place not in self.evaluations
+        is_new = self.step < self.num_steps and self._evaluation_name not in self.evaluations
         return is_new and self.schedule.is_evaluated(self.step, self.place.samples)
 
     def _settle(self) -> None:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aclip.kernels.chunked_logits import by_chunks
+from aclip.kernels.chunked_logits import loss_and_gradients
 from aclip.kernels.common import INTERPRET, on_device_of
 
 NUM_WARPS = 8
@@ -89,4 +89,6 @@ def launch_contrastive_loss(
     def gradient_(dots: Tensor, loss: Tensor, first: int) -> None:
         launch_softmax_gradient_(dots, loss, logit_scale, labels_offset + first, num_rows)
 
-    return by_chunks(rows, columns, logit_scale, chunk_size, grad_rows, grad_columns, gradient_)
+    return loss_and_gradients(
+        rows, columns, logit_scale, chunk_size, grad_rows, grad_columns, gradient_
+    )

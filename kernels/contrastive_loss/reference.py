@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from aclip.kernels.chunked_logits import by_chunks
+from aclip.kernels.chunked_logits import loss_and_gradients
 
 
 def contrastive_loss_reference(
@@ -18,7 +18,7 @@ def contrastive_loss_reference(
 
     loss = mean over i of -log softmax(logit_scale * rows @ columns.T)[i, labels_offset + i].
 
-    The loop is that of `by_chunks`, which says what is in memory.
+    The loop is that of `loss_and_gradients`, which says what is in memory.
 
     Args:
         rows: (n, E) fp32, normalised local embeddings.
@@ -38,7 +38,9 @@ def contrastive_loss_reference(
     def gradient_(dots: Tensor, loss: Tensor, first: int) -> None:
         _softmax_gradient_(dots, loss, logit_scale, labels_offset + first, num_rows)
 
-    return by_chunks(rows, columns, logit_scale, chunk_size, grad_rows, grad_columns, gradient_)
+    return loss_and_gradients(
+        rows, columns, logit_scale, chunk_size, grad_rows, grad_columns, gradient_
+    )
 
 
 def _softmax_gradient_(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aclip.kernels.chunked_logits import by_chunks
+from aclip.kernels.chunked_logits import loss_and_gradients
 from aclip.kernels.common import INTERPRET, on_device_of
 
 NUM_WARPS = 8
@@ -88,7 +88,7 @@ def launch_sigmoid_loss(
                 num_warps=NUM_WARPS,
             )
 
-    loss, *gradients = by_chunks(
+    loss, *gradients = loss_and_gradients(
         rows, columns, logit_scale, chunk_size, grad_rows, grad_columns, gradient_
     )
     d_bias = row_sums.sum().view(1) if grad_rows else rows.new_empty(0)

@@ -102,6 +102,7 @@ def _flops(rows, columns, scale, bias, offset, chunk, grad_rows, grad_columns, o
     return chunked_logits.count_flops(rows, columns, grad_rows, grad_columns)
 
 
+# Twice, since the reference's softplus takes a second chunk; the kernel needs one.
 WORK_SPACE[torch.ops.aclip.sigmoid_loss] = lambda rows, columns, scale, bias, offset, chunk, *_: (
     2 * chunked_logits.work_space(rows, columns, chunk)
 )

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from aclip.kernels.chunked_logits import by_chunks
+from aclip.kernels.chunked_logits import loss_and_gradients
 
 
 def sigmoid_loss_reference(
@@ -19,8 +19,8 @@ def sigmoid_loss_reference(
     """Sum over the columns of -log sigmoid(z * logit), mean over the rows, and its gradients.
 
     logit = logit_scale * rows @ columns.T + logit_bias; z is 1 for row i and column
-    labels_offset + i, and -1 elsewhere. The loop is that of `by_chunks`, which says what is in
-    memory; softplus takes a second chunk for a moment.
+    labels_offset + i, and -1 elsewhere. The loop is that of `loss_and_gradients`, which says what
+    is in memory; softplus takes a second chunk for a moment.
 
     Args:
         rows: (n, E) fp32, normalised local embeddings.
@@ -50,7 +50,7 @@ def sigmoid_loss_reference(
         positives.neg_()
         row_sums[first : first + len(loss)] = logits.sum(1)
 
-    loss, *gradients = by_chunks(
+    loss, *gradients = loss_and_gradients(
         rows, columns, logit_scale, chunk_size, grad_rows, grad_columns, gradient_
     )
     d_bias = row_sums.sum().view(1) if grad_rows else rows.new_empty(0)

@@ -114,6 +114,7 @@ def test_value_of_the_wrong_type_is_refused_with_field_and_value(override, field
         "data.workers=-1",
         "augment.blur_prob=2",
         "model.text.context_length=2",
+        "model.text.heads=7",
     ],
 )
 def test_value_out_of_range_is_refused_with_its_field(override):

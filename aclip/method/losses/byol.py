@@ -18,7 +18,7 @@ class Keys(Section):
 
 class Byol(LossTerm):
     name, keys, trains = "byol", Keys, ("image",)
-    reads_teacher_view = True
+    reads_teacher_features = True
 
     def __init__(self, recipe):
         super().__init__(recipe)

@@ -1,7 +1,7 @@
 """What a term of the loss is: all that it adds to recipe, student, batch and step, in one file.
 
 Dimensions: B samples of this rank, V views, E embedding, C image and W text features, D head
-outputs, G patches per side of a view, P = G * G.
+outputs, G patches per side of a view, P = G * G, S patches per side of the teacher view.
 """
 
 from collections.abc import Callable
@@ -35,10 +35,10 @@ class Taught:
     """What the teacher makes of a micro-batch; what nothing in the recipe reads is None.
 
     Attributes:
-        scores: (B, g, g) fp32 attention per patch of the teacher view.
+        scores: (B, S, S) fp32 attention per patch of the teacher view.
         features: (B, C), features of the teacher view.
         patches: (B, P, C), features of the first student view's patches.
-        codes: (B, g, g) uint8, what the teacher has just scored, as it is kept (score_codes.py).
+        codes: (B, S, S) uint8, what the teacher has just scored, as it is kept (score_codes.py).
     """
 
     scores: Tensor | None = None
@@ -120,8 +120,9 @@ class LossTerm:
         aligns: whether it brings images and captions together. A recipe needs a term that does;
             the others are auxiliary.
         trains: the towers that it trains; with all of them locked the term is refused.
-        reads_ssl_views: whether it reads views.ssl, views of full tokens and strong augmentation.
-        reads_teacher_view: whether it reads Taught.features.
+        reads_ssl_views: whether it reads views.ssl: views that keep all patches and are augmented
+            strongly.
+        reads_teacher_features: whether it reads Taught.features.
         reads_teacher_patches: whether it reads Taught.patches.
     """
 
@@ -131,8 +132,8 @@ class LossTerm:
     aligns: ClassVar[bool] = False
     trains: ClassVar[tuple[str, ...]] = ("image", "text")
     reads_ssl_views: ClassVar[bool] = False
-    reads_teacher_view = False
-    reads_teacher_patches = False
+    reads_teacher_features: ClassVar[bool] = False
+    reads_teacher_patches: ClassVar[bool] = False
 
     def __init__(self, recipe):
         self.weight: float = getattr(recipe.loss, self.name)

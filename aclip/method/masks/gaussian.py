@@ -8,7 +8,7 @@ import torch
 from aclip.method.masks.policy import MaskPolicy, Selection, ViewsToMask
 
 VARIANCE = 0.2
-"""Of the density over a view, whose sides reach from -1 to 1."""
+"""The variance of the density over a view, whose sides reach from -1 to 1."""
 
 
 def select_gaussian(views: ViewsToMask) -> Selection:

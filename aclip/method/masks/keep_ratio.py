@@ -20,6 +20,6 @@ def keep_ratio(progress: float, start: float, end: float | None, shape: KeepRati
 
 
 def count_share(share: float, number: int) -> int:
-    """So many of a number, rounded up: 25 of 49 at 0.5."""
+    """A share of a number, rounded up: count_share(0.5, 49) is 25."""
     # 0.28 * 25 is 7.000000000000001 in floats, and that is not eight.
     return math.ceil(share * number - 1e-9)
