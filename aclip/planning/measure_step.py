@@ -83,6 +83,18 @@ class Measured:
         return recomputed + once.forward * (num_micro_steps - 1) / num_micro_steps
 
 
+def build_on_meta(recipe: Recipe, dtype: torch.dtype) -> tuple[Student, Teacher | None, StepInputs]:
+    """What a step runs, on the meta device and without torch.compile; the teacher where a run keeps
+    an average."""
+    model = recipe.model.model_copy(update={"compile": False})
+    with META:
+        student = build_student(recipe.model_copy(update={"model": model})).to(dtype)
+    keeps_average = recipe.average_momentum is not None
+    teacher = Teacher(student, dtype, META) if keeps_average else None
+    inputs = StepInputs(recipe, student.terms, teacher, student.image, META, dtype)
+    return student, teacher, inputs
+
+
 def measure_step(
     recipe: Recipe,
     batch: Batch,
@@ -103,12 +115,7 @@ def measure_step(
         modes: what all towers recompute, one measurement each; `Measured.flops` needs `none`.
         progress: how much of the run is done, in [0, 1].
     """
-    model = recipe.model.model_copy(update={"compile": False})
-    with META:
-        student = build_student(recipe.model_copy(update={"model": model})).to(dtype)
-    keeps_average = recipe.average_momentum is not None
-    teacher = Teacher(student, dtype, META) if keeps_average else None
-    inputs = StepInputs(recipe, student.terms, teacher, student.image, META, dtype)
+    student, teacher, inputs = build_on_meta(recipe, dtype)
     size, local_size = len(batch), recipe.train.global_batch_size // num_ranks
     meter = Meter()
     meter.name_parts(student)

@@ -20,12 +20,9 @@ from aclip.engine.muon import orthogonal
 from aclip.engine.optimizer import MOMENTS, parameter_groups, student_groups
 from aclip.kernels.augment_views import augment_views
 from aclip.method.losses.term import StudentOutput, total
-from aclip.models.student import build_student
-from aclip.planning.measure_step import META, as_first_of, of_batch, resized
+from aclip.planning.measure_step import META, as_first_of, build_on_meta, of_batch, resized
 from aclip.planning.meter import fused_attention
 from aclip.planning.operations import Operation, OperationLog, fuse
-from aclip.training.step_inputs import StepInputs
-from aclip.training.teacher import Teacher
 
 VIEWS, TEACHER, STUDENT, LOSSES = "views", "teacher", "student forward", "losses"
 BACKWARD, UPDATE, EMA = "backward", "optimizer step", "EMA"
@@ -78,12 +75,7 @@ def trace_step(
         dtype: the dtype of the towers.
         progress: how much of the run is done, in [0, 1].
     """
-    model = recipe.model.model_copy(update={"compile": False})
-    with META:
-        student = build_student(recipe.model_copy(update={"model": model})).to(dtype)
-    keeps_average = recipe.average_momentum is not None
-    teacher = Teacher(student, dtype, META) if keeps_average else None
-    inputs = StepInputs(recipe, student.terms, teacher, student.image, META, dtype)
+    student, teacher, inputs = build_on_meta(recipe, dtype)
     local_size = len(batch) * num_micro_steps
     encodings = 2 * num_micro_steps - 1
     # A run's first step makes the mean and deviation of colours, which the others find there.

@@ -52,8 +52,11 @@ class RunSchedule:
 
     def logged(self, step: int) -> dict[str, float | None]:
         """What a progress line tells of the schedule."""
-        names = ("learning_rate", "momentum", "keep_ratio")
-        return {name: getattr(self, name)(step) for name in names}
+        return {
+            "learning_rate": self.learning_rate(step),
+            "momentum": self.momentum(step),
+            "keep_ratio": self.keep_ratio(step),
+        }
 
     def keep_ratio(self, step: int) -> float | None:
         """The share of the blocks that views keep; None where it is constant."""
