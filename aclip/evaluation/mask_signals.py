@@ -123,8 +123,7 @@ class MaskSignals:
         return f"the teacher looks past what captions speak of: {finding}; in a new run, {advice}"
 
     def _ids_of(self, selection: Selection) -> Tensor:
-        grid, boxes = self._pictured.coverage.shape[-1], self._pictured.view_boxes
-        return kept_patches(selection, grid, *boxes.shape[:2])
+        return kept_patches(selection, self._pictured.coverage.shape[-1])
 
     def _attention_on(self, keep_ids: Tensor, scores: Tensor) -> float:
         boxes = self._pictured.teacher_box, self._pictured.view_boxes

@@ -16,7 +16,6 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from aclip.config.sections import Recompute
-from aclip.kernels.attentive_pack import attentive_pack
 from aclip.method.masks.policy import Selection
 from aclip.models import attention_pool, vit_block
 from aclip.models.recompute import drops_values, run_block
@@ -219,31 +218,31 @@ class ImageTower(nn.Module):
     ) -> tuple[Tensor, Tensor | None, RotaryPositions | None]:
         """What enters the blocks (M, S + K, C), the kept patches (M, K) or None, and their rotary
         positions, where the tower has any."""
-        tokens = self.embed_patches(pixels)
+        patches = self.embed_patches(pixels)
         side = pixels.shape[-1] // self.patch_size
         keep_ids = None
         if selection is None:
-            x = self._add_prefix_and_positions(tokens, side)
+            x = self._add_prefix_and_positions(patches, side)
         else:
-            x, keep_ids = self._pack(tokens, selection)
+            x, keep_ids = self._pack(patches, selection)
         rotary = None
         if self._rotary is not None:
             embeds = self._rotary.of_grid(side, x.device)
             rotary = RotaryPositions(embeds, keep_ids)
         return self.vit.norm_pre(self.vit.pos_drop(x)), keep_ids, rotary
 
-    def _add_prefix_and_positions(self, tokens: Tensor, side: int) -> Tensor:
+    def _add_prefix_and_positions(self, patches: Tensor, side: int) -> Tensor:
         positions, prefix = self.vit.pos_embed, self._prefix()
         if positions is None:
-            return torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
+            return torch.cat([prefix.expand(len(patches), -1, -1), patches], dim=1)
         num_positions = self.num_prefix_positions
-        if tokens.shape[1] + num_positions != positions.shape[1]:
+        if patches.shape[1] + num_positions != positions.shape[1]:
             positions = resample_abs_pos_embed(
                 positions, [side, side], num_prefix_tokens=num_positions
             )
         if num_positions == self.num_prefix:
-            return torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1) + positions
-        return torch.cat([prefix.expand(len(tokens), -1, -1), tokens + positions], dim=1)
+            return torch.cat([prefix.expand(len(patches), -1, -1), patches], dim=1) + positions
+        return torch.cat([prefix.expand(len(patches), -1, -1), patches + positions], dim=1)
 
     def _prefix(self) -> Tensor:
         """(1, S, C): the CLS token and the registers, without positions."""
@@ -252,33 +251,24 @@ class ImageTower(nn.Module):
             return self.vit.patch_embed.proj.weight.new_zeros(1, 0, self.width)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _pack(self, tokens: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+    def _pack(self, patches: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
         """Kept patches with positions behind the prefix (M, S + K, C), and their ids (M, K)."""
-        first, positions, prefix = self._rows_of_op(tokens)
-        x, keep_ids = attentive_pack(
-            tokens,
-            first,
-            positions,
-            selection.scores,
-            selection.teacher_box,
-            selection.view_boxes,
-            selection.num_kept_blocks,
-            selection.block_size,
-        )
+        first, positions, prefix = self._rows_of_op(patches)
+        x, keep_ids = selection.pack(patches, first, positions)
         if prefix is not None:
             x = torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x[:, 1:]], dim=1)
         return x, keep_ids.flatten(0, 1)
 
-    def _rows_of_op(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _rows_of_op(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """What `attentive_pack` takes beside the patches: a first row (C,) and the positions
         (1 + P, C). Then the prefix (1, S, C) that takes the first row's place afterwards; None
         where that row is the prefix already, a single CLS token with a position."""
         positions, num_positions = self.vit.pos_embed, self.num_prefix_positions
         if positions is not None and self.num_prefix == num_positions == 1:
             return self._prefix().flatten(), positions[0], None
-        prefix, nothing = self._prefix(), tokens.new_zeros(1, self.width)
+        prefix, nothing = self._prefix(), patches.new_zeros(1, self.width)
         if positions is None:
-            return nothing[0], nothing.expand(1 + tokens.shape[1], -1), prefix
+            return nothing[0], nothing.expand(1 + patches.shape[1], -1), prefix
         if num_positions:
             prefix = prefix + positions[:, :num_positions]
         positions = positions[0, num_positions:]

@@ -93,7 +93,7 @@ class PictureSet:
             temperature=self.mask.temperature,
         )
         selection = select_patches(POLICIES[policy], views)
-        return kept_patches(selection, views.grid, *self.view_boxes.shape[:2])
+        return kept_patches(selection, views.grid)
 
     def _noise_share(self, progress: float) -> float:
         return noise_share(progress, self.mask.warmup, self.mask.warmup_change)

@@ -1,6 +1,6 @@
 """Triton kernel of attentive_pack: selection and packing in one launch.
 
-m row of tokens (sample b, view v), p patch of P = G * G, s score of the teacher's S x S, j kept
+m row of patches (sample b, view v), p patch of P = G * G, s score of the teacher's S x S, j kept
 patch of K, c channel of C. A block is BLOCK_SIZE x BLOCK_SIZE patches, SIDE blocks per side.
 """
 
@@ -80,7 +80,7 @@ def keep_best(values, valid, num_kept, SIZE: tl.constexpr):
 
 @triton.jit
 def attentive_pack_kernel(
-    tokens_ptr,  # (M, P, C), C contiguous
+    patches_ptr,  # (M, P, C), C contiguous
     cls_ptr,  # (C,)
     pos_ptr,  # (1+P, C)
     scores_ptr,  # (B, U, S, S)
@@ -174,7 +174,7 @@ def attentive_pack_kernel(
         ids = tl.sum(tl.where(j_of_p[None, :] == j[:, None], p[None, :], 0), axis=1)
         tl.store(keep_ids_ptr + m * K + j, ids.to(tl.int64), mask=(j < K) & is_first)
         mask = (j[:, None] < K) & in_c[None, :]
-        source = tokens_ptr + m * stride_tm + ids[:, None] * stride_tp + c[None, :]
+        source = patches_ptr + m * stride_tm + ids[:, None] * stride_tp + c[None, :]
         value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
         value += tl.load(pos_ptr + (1 + ids[:, None]) * C + c[None, :], mask=mask, other=0.0).to(
             tl.float32
@@ -196,7 +196,7 @@ def forward_blocks(grid: int, size: int, width: int, block_size: int) -> dict[st
 
 
 def launch_attentive_pack(
-    tokens: Tensor,
+    patches: Tensor,
     cls_token: Tensor,
     pos_embed: Tensor,
     scores: Tensor,
@@ -206,22 +206,22 @@ def launch_attentive_pack(
     block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """packed, keep_ids and the inverse map, as the op returns them."""
-    rows, patches, width = tokens.shape
+    rows, num_patches, width = patches.shape
     batch = scores.shape[0]
     views = scores.shape[1] if view_boxes is None else view_boxes.shape[1]
-    grid = round(patches**0.5)
+    grid = round(num_patches**0.5)
     kept = num_kept_blocks * block_size**2
-    tokens = tokens if tokens.stride(2) == 1 else tokens.contiguous()
+    patches = patches if patches.stride(2) == 1 else patches.contiguous()
     scores = scores.contiguous()
-    packed = tokens.new_empty(rows, 1 + kept, width)
-    keep_ids = torch.empty(batch, views, kept, dtype=torch.int64, device=tokens.device)
-    inverse = torch.empty(batch, views, patches, dtype=torch.int32, device=tokens.device)
+    packed = patches.new_empty(rows, 1 + kept, width)
+    keep_ids = torch.empty(batch, views, kept, dtype=torch.int64, device=patches.device)
+    inverse = torch.empty(batch, views, num_patches, dtype=torch.int32, device=patches.device)
     if rows == 0:
         return packed, keep_ids, inverse
     blocks = forward_blocks(grid, scores.shape[-1], width, block_size)
-    with on_device_of(tokens):
+    with on_device_of(patches):
         attentive_pack_kernel[(rows, triton.cdiv(width, blocks["BLOCK_C"]))](
-            tokens,
+            patches,
             cls_token.contiguous(),
             pos_embed.contiguous(),
             scores,
@@ -230,7 +230,7 @@ def launch_attentive_pack(
             packed,
             keep_ids,
             inverse,
-            *tokens.stride()[:2],
+            *patches.stride()[:2],
             views,
             grid,
             scores.shape[-1],

@@ -20,7 +20,7 @@ from aclip.kernels.common import (
 
 
 def attentive_pack(
-    tokens: Tensor,
+    patches: Tensor,
     cls_token: Tensor,
     pos_embed: Tensor,
     scores: Tensor,
@@ -34,16 +34,16 @@ def attentive_pack(
     Arguments, dtypes and the exact meaning are those of `attentive_pack_reference`.
 
     Returns:
-        packed (B*V, 1+K, C) in the dtype of tokens, and keep_ids (B, V, K) int64 ascending.
-        Gradients flow to tokens, cls_token and pos_embed, none to scores.
+        packed (B*V, 1+K, C) in the dtype of patches, and keep_ids (B, V, K) int64 ascending.
+        Gradients flow to patches, cls_token and pos_embed, none to scores.
 
     Raises:
         ValueError: a shape, dtype, device or count does not fit; on CPU also a box without area.
             On CUDA reading the boxes would stall the device: a length below 1 counts as 1 there.
     """
-    check_shape("tokens", tokens, (None, None, None))
-    grid = grid_side(tokens.shape[1])
-    _check(tokens, cls_token, pos_embed, scores, teacher_box, view_boxes)
+    check_shape("patches", patches, (None, None, None))
+    grid = grid_side(patches.shape[1])
+    _check(patches, cls_token, pos_embed, scores, teacher_box, view_boxes)
     if block_size < 1 or grid % block_size:
         raise ValueError(f"block_size is {block_size}; it must divide the {grid} patches a side.")
     if not 1 <= num_kept_blocks <= (grid // block_size) ** 2:
@@ -52,7 +52,7 @@ def attentive_pack(
             f"the blocks of a {grid} x {grid} grid."
         )
     packed, keep_ids, _ = _attentive_pack(
-        tokens,
+        patches,
         cls_token,
         pos_embed,
         scores.detach(),
@@ -65,16 +65,16 @@ def attentive_pack(
 
 
 def _check(
-    tokens: Tensor,
+    patches: Tensor,
     cls_token: Tensor,
     pos_embed: Tensor,
     scores: Tensor,
     teacher_box: Tensor | None,
     view_boxes: Tensor | None,
 ) -> None:
-    rows, patches, width = tokens.shape
+    rows, num_patches, width = patches.shape
     check_shape("cls_token", cls_token, (width,))
-    check_shape("pos_embed", pos_embed, (1 + patches, width))
+    check_shape("pos_embed", pos_embed, (1 + num_patches, width))
     check_shape("scores", scores, (None, None, None, None))
     batch, sources = scores.shape[:2]
     if (teacher_box is None) != (view_boxes is None):
@@ -87,22 +87,22 @@ def _check(
         views = view_boxes.shape[1]
         for name, box in (("teacher_box", teacher_box), ("view_boxes", view_boxes)):
             check_dtype(name, box, (torch.int32,))
-            check_device(name, box, tokens.device)
+            check_device(name, box, patches.device)
     else:
         views = sources
-        grid = grid_side(patches)
+        grid = grid_side(num_patches)
         check_shape("scores", scores, (batch, views, grid, grid))
     if rows != batch * views:
-        raise ValueError(f"tokens has {rows} rows; {batch} samples of {views} views need another.")
-    floats = {"tokens": tokens, "cls_token": cls_token, "pos_embed": pos_embed, "scores": scores}
+        raise ValueError(f"patches has {rows} rows; {batch} samples of {views} views need another.")
+    floats = {"patches": patches, "cls_token": cls_token, "pos_embed": pos_embed, "scores": scores}
     for name, tensor in floats.items():
         check_dtype(name, tensor, FLOAT_DTYPES)
-        check_device(name, tensor, tokens.device)
+        check_device(name, tensor, patches.device)
 
 
 @torch.library.custom_op("aclip::attentive_pack", mutates_args=())
 def _attentive_pack(
-    tokens: Tensor,
+    patches: Tensor,
     cls_token: Tensor,
     pos_embed: Tensor,
     scores: Tensor,
@@ -111,11 +111,11 @@ def _attentive_pack(
     num_kept_blocks: int,
     block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not tokens.is_cuda:
+    if not patches.is_cuda:
         _check_areas("teacher_box", teacher_box)
         _check_areas("view_boxes", view_boxes)
     arguments = (
-        tokens,
+        patches,
         cls_token,
         pos_embed,
         scores,
@@ -124,13 +124,13 @@ def _attentive_pack(
         num_kept_blocks,
         block_size,
     )
-    if use_triton(tokens):
+    if use_triton(patches):
         # Triton is imported where it runs: a machine without a GPU need not have it.
         from aclip.kernels.attentive_pack.kernel import launch_attentive_pack
 
         return launch_attentive_pack(*arguments)
     packed, keep_ids = attentive_pack_reference(*arguments)
-    return packed, keep_ids, inverse_map(keep_ids, tokens.shape[1])
+    return packed, keep_ids, inverse_map(keep_ids, patches.shape[1])
 
 
 def _check_areas(name: str, boxes: Tensor | None) -> None:
@@ -139,20 +139,20 @@ def _check_areas(name: str, boxes: Tensor | None) -> None:
 
 
 @_attentive_pack.register_fake
-def _(tokens, cls_token, pos_embed, scores, teacher_box, view_boxes, num_kept_blocks, block_size):
-    rows, patches, width = tokens.shape
+def _(patches, cls_token, pos_embed, scores, teacher_box, view_boxes, num_kept_blocks, block_size):
+    rows, num_patches, width = patches.shape
     batch = scores.shape[0]
     views = scores.shape[1] if view_boxes is None else view_boxes.shape[1]
     kept = num_kept_blocks * block_size**2
     return (
-        tokens.new_empty(rows, 1 + kept, width),
-        tokens.new_empty(batch, views, kept, dtype=torch.int64),
-        tokens.new_empty(batch, views, patches, dtype=torch.int32),
+        patches.new_empty(rows, 1 + kept, width),
+        patches.new_empty(batch, views, kept, dtype=torch.int64),
+        patches.new_empty(batch, views, num_patches, dtype=torch.int32),
     )
 
 
 def _moved_bytes(
-    tokens: Tensor,
+    patches: Tensor,
     cls_token,
     pos_embed: Tensor,
     scores: Tensor,
@@ -163,8 +163,8 @@ def _moved_bytes(
     """Only rows that are kept are read."""
     num_blocks, block_size = kept
     num_kept = num_blocks * block_size**2
-    packed = len(tokens) * (1 + num_kept) * tokens.shape[2] * tokens.itemsize
-    ids = len(tokens) * (num_kept * 8 + tokens.shape[1] * 4)
+    packed = len(patches) * (1 + num_kept) * patches.shape[2] * patches.itemsize
+    ids = len(patches) * (num_kept * 8 + patches.shape[1] * 4)
     return 2 * packed + pos_embed.nbytes + scores.nbytes + ids
 
 
@@ -175,13 +175,13 @@ MOVED_BYTES[torch.ops.aclip.attentive_pack] = _moved_bytes
 def _attentive_pack_backward(
     grad_packed: Tensor,
     inverse: Tensor,
-    grad_tokens: bool,
+    grad_patches: bool,
     grad_cls: bool,
     grad_pos: bool,
     pos_dtype: torch.dtype,
     cls_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (grad_packed, inverse, grad_tokens, grad_cls, grad_pos, pos_dtype, cls_dtype)
+    arguments = (grad_packed, inverse, grad_patches, grad_cls, grad_pos, pos_dtype, cls_dtype)
     if use_triton(grad_packed):
         from aclip.kernels.attentive_pack.kernel_backward import launch_attentive_pack_backward
 
@@ -190,13 +190,13 @@ def _attentive_pack_backward(
 
 
 @_attentive_pack_backward.register_fake
-def _(grad_packed, inverse, grad_tokens, grad_cls, grad_pos, pos_dtype, cls_dtype):
+def _(grad_packed, inverse, grad_patches, grad_cls, grad_pos, pos_dtype, cls_dtype):
     rows, _, width = grad_packed.shape
-    patches = inverse.shape[2]
+    num_patches = inverse.shape[2]
     return (
-        grad_packed.new_empty((rows, patches, width) if grad_tokens else (0,)),
+        grad_packed.new_empty((rows, num_patches, width) if grad_patches else (0,)),
         grad_packed.new_empty((width,) if grad_cls else (0,), dtype=cls_dtype),
-        grad_packed.new_empty((1 + patches, width) if grad_pos else (0,), dtype=pos_dtype),
+        grad_packed.new_empty((1 + num_patches, width) if grad_pos else (0,), dtype=pos_dtype),
     )
 
 

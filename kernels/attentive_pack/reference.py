@@ -12,7 +12,7 @@ SCORE_LIMIT = 1e30
 
 
 def attentive_pack_reference(
-    tokens: Tensor,
+    patches: Tensor,
     cls_token: Tensor,
     pos_embed: Tensor,
     scores: Tensor,
@@ -24,7 +24,7 @@ def attentive_pack_reference(
     """Keeps the best-scored blocks of patches of every view and packs them for the ViT.
 
     Args:
-        tokens: (B*V, P, C) float, patch embeddings; row b*V + v is view v of sample b.
+        patches: (B*V, P, C) float, patch embeddings; row b*V + v is view v of sample b.
         cls_token: (C,) float.
         pos_embed: (1+P, C) float, row 0 for the CLS token.
         scores: (B, U, S, S) float. With boxes, U = 1: the teacher's score of each patch of the
@@ -36,8 +36,8 @@ def attentive_pack_reference(
         block_size: patches per side of a block; divides G.
 
     Returns:
-        packed: (B*V, 1+K, C), dtype of tokens. Row 0 is cls_token + pos_embed[0], row 1+j is
-            tokens[keep_ids[j]] + pos_embed[1 + keep_ids[j]]; summed in fp32, rounded once.
+        packed: (B*V, 1+K, C), dtype of patches. Row 0 is cls_token + pos_embed[0], row 1+j is
+            patches[keep_ids[j]] + pos_embed[1 + keep_ids[j]]; summed in fp32, rounded once.
         keep_ids: (B, V, K) int64, ascending, K = num_kept_blocks * block_size**2.
 
     Source: A-CLIP, arXiv:2212.08653; microsoft/A-CLIP models.py `get_mask`, which resizes, crops
@@ -45,16 +45,16 @@ def attentive_pack_reference(
         two small matrices a view do the batch here. Blocks are ordered by (score descending, index
         ascending); NaN counts as 0, +-inf as +-1e30.
     """
-    num_rows, num_patches, width = tokens.shape
+    num_rows, num_patches, width = patches.shape
     grid = grid_side(num_patches)
     blocks = block_scores(scores, teacher_box, view_boxes, grid, block_size)
     keep_ids = best_patches(blocks, num_kept_blocks, block_size)
 
     ids = keep_ids.flatten(0, 1)
-    kept = tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, width))
-    packed = tokens.new_empty(num_rows, 1 + ids.shape[1], width)
-    packed[:, 0] = (cls_token.float() + pos_embed[0].float()).to(tokens.dtype)
-    packed[:, 1:] = (kept.float() + pos_embed[1:].float()[ids]).to(tokens.dtype)
+    kept = patches.gather(1, ids.unsqueeze(-1).expand(-1, -1, width))
+    packed = patches.new_empty(num_rows, 1 + ids.shape[1], width)
+    packed[:, 0] = (cls_token.float() + pos_embed[0].float()).to(patches.dtype)
+    packed[:, 1:] = (kept.float() + pos_embed[1:].float()[ids]).to(patches.dtype)
     return packed, keep_ids
 
 
@@ -68,7 +68,7 @@ def inverse_map(keep_ids: Tensor, num_patches: int) -> Tensor:
 def attentive_pack_backward_reference(
     grad_packed: Tensor,
     inverse: Tensor,
-    grad_tokens: bool,
+    grad_patches: bool,
     grad_cls: bool,
     grad_pos: bool,
     pos_dtype: torch.dtype,
@@ -79,38 +79,38 @@ def attentive_pack_backward_reference(
     Args:
         grad_packed: (B*V, 1+K, C) float.
         inverse: (B, V, P) int32, from `inverse_map`.
-        grad_tokens, grad_cls, grad_pos: whether that input needs a gradient.
+        grad_patches, grad_cls, grad_pos: whether that input needs a gradient.
         pos_dtype, cls_dtype: dtypes of the inputs.
 
     Returns:
-        d_tokens (B*V, P, C), zero at dropped patches; d_cls (C,); d_pos (1+P, C). Sums over samples
+        d_patches (B*V, P, C), zero where dropped; d_cls (C,); d_pos (1+P, C). Sums over samples
         run in fp32, without atomics, in one fixed order.
     """
     width = grad_packed.shape[-1]
     rows = inverse.flatten(0, 1)
-    d_tokens = grad_packed.new_empty(0)
+    d_patches = grad_packed.new_empty(0)
     d_cls = grad_packed.new_empty(0, dtype=cls_dtype)
     d_pos = grad_packed.new_empty(0, dtype=pos_dtype)
     first = grad_packed[:, 0].sum(0, dtype=torch.float32)
     if grad_cls:
         d_cls = first.to(cls_dtype, copy=True)
-    if grad_tokens or grad_pos:
+    if grad_patches or grad_pos:
         index = (rows.long() + 1).unsqueeze(-1)
         at_patches = grad_packed.gather(1, index.expand(-1, -1, width))
         at_patches = at_patches.masked_fill_(rows.unsqueeze(-1) < 0, 0)
         if grad_pos:
             per_patch = at_patches.sum(0, dtype=torch.float32)
             d_pos = torch.cat([first.unsqueeze(0), per_patch]).to(pos_dtype)
-        if grad_tokens:
-            d_tokens = at_patches
-    return d_tokens, d_cls, d_pos
+        if grad_patches:
+            d_patches = at_patches
+    return d_patches, d_cls, d_pos
 
 
 def grid_side(num_patches: int) -> int:
     """Patches per side of a square grid of `num_patches`; ValueError if the grid is not square."""
     side = round(num_patches**0.5)
     if side * side != num_patches:
-        raise ValueError(f"tokens has {num_patches} patches per view, which is not a square grid.")
+        raise ValueError(f"patches has {num_patches} patches per view, which is not a square grid.")
     return side
 
 

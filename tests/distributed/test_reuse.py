@@ -50,7 +50,7 @@ def train(run: Path, shards, overrides=(), **options) -> None:
 
     def note(inputs, micro, pixels, scores, progress):
         selection = select(inputs, micro, pixels, scores, progress)
-        ids = kept_patches(selection, 4, *pixels.shape[:2]).flatten(1).tolist()
+        ids = kept_patches(selection, 4).flatten(1).tolist()
         kept[:] = zip(micro.keys, ids, strict=True)
         return selection
 

@@ -14,18 +14,18 @@ BATCH = 256 if torch.cuda.is_available() else 16
 VIEWS, BLOCK_SIZE, ELEMENT = 2, 2, 2
 
 
-def make_arguments(grid, width, device, trainable_tokens):
+def make_arguments(grid, width, device, trained_patches):
     def draw(*shape):
         return torch.randn(*shape, device=device, dtype=torch.bfloat16)
 
-    tokens = draw(BATCH * VIEWS, grid * grid, width).requires_grad_(trainable_tokens)
+    patches = draw(BATCH * VIEWS, grid * grid, width).requires_grad_(trained_patches)
     cls_token, pos_embed = draw(width).requires_grad_(), draw(1 + grid * grid, width)
     teacher_box = torch.tensor([[10, 20, 400, 380]], dtype=torch.int32, device=device)
     view_boxes = torch.tensor(
         [[[30, 40, 300, 280], [60, 50, 320, 340]]], dtype=torch.int32, device=device
     )
     return (
-        tokens,
+        patches,
         cls_token,
         pos_embed.requires_grad_(),
         torch.rand(BATCH, 1, grid, grid, device=device),
@@ -41,7 +41,7 @@ def num_blocks(grid):
 
 
 def packed_bytes(grid, width):
-    """(read, written) by the forward: the kept tokens, then those and the CLS row."""
+    """(read, written) by the forward: the kept patches, then those and the CLS row."""
     rows, kept = BATCH * VIEWS, num_blocks(grid) * BLOCK_SIZE**2
     return rows * kept * width * ELEMENT, rows * (1 + kept) * width * ELEMENT
 
@@ -67,18 +67,18 @@ def bench_forward(grid, width, backend, measure, device):
     measure(forward, read + written, flops=read // ELEMENT)
 
 
-@pytest.mark.parametrize("trainable_tokens", [False, True], ids=["frozen-patches", "trained"])
+@pytest.mark.parametrize("trained_patches", [False, True], ids=["frozen-patches", "trained"])
 @pytest.mark.parametrize("grid, width", SHAPES)
-def bench_forward_and_backward(grid, width, trainable_tokens, backend, measure, device):
-    arguments = make_arguments(grid, width, device, trainable_tokens)
+def bench_forward_and_backward(grid, width, trained_patches, backend, measure, device):
+    arguments = make_arguments(grid, width, device, trained_patches)
     function = function_of(backend)
     read, written = packed_bytes(grid, width)
     grad = torch.randn(written // (2 * width), width, device=device).bfloat16()
     grad = grad.view(BATCH * VIEWS, -1, width)
-    needed = arguments[:3] if trainable_tokens else arguments[1:3]
+    needed = arguments[:3] if trained_patches else arguments[1:3]
 
     def forward_and_backward():
         torch.autograd.grad(function(*arguments)[0], needed, grad)
 
-    d_tokens = arguments[0].numel() * ELEMENT if trainable_tokens else 0
-    measure(forward_and_backward, read + 2 * written + d_tokens, flops=2 * read // ELEMENT)
+    d_patches = arguments[0].numel() * ELEMENT if trained_patches else 0
+    measure(forward_and_backward, read + 2 * written + d_patches, flops=2 * read // ELEMENT)

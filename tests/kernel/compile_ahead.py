@@ -53,7 +53,7 @@ def cases():
             yield Case(
                 f"attentive_pack {tower}{'' if with_boxes else ' random'}",
                 pack.attentive_pack_kernel,
-                dict.fromkeys(("tokens_ptr", "cls_ptr", "pos_ptr", "packed_ptr"), "bf16")
+                dict.fromkeys(("patches_ptr", "cls_ptr", "pos_ptr", "packed_ptr"), "bf16")
                 | {"scores_ptr": "fp32", "keep_ids_ptr": "i64", "inverse_ptr": "i32"}
                 | {"teacher_box_ptr": "i32", "view_boxes_ptr": "i32"},
                 {"stride_tm": grid * grid * width, "stride_tp": width, "V": VIEWS, "G": grid}
@@ -61,14 +61,14 @@ def cases():
                 {"HAS_BOXES": with_boxes, **pack.forward_blocks(grid, grid, width, BLOCK_SIZE)},
                 pack.NUM_WARPS,
             )
-        for with_tokens in (True, False):
+        for with_patches in (True, False):
             yield Case(
-                f"attentive_pack backward {tower}{' with tokens' if with_tokens else ''}",
+                f"attentive_pack backward {tower}{' with patches' if with_patches else ''}",
                 pack_backward.attentive_pack_backward_kernel,
-                dict.fromkeys(("grad_ptr", "d_tokens_ptr", "d_cls_ptr", "d_pos_ptr"), "bf16")
+                dict.fromkeys(("grad_ptr", "d_patches_ptr", "d_cls_ptr", "d_pos_ptr"), "bf16")
                 | {"inverse_ptr": "i32"},
                 {"M": ROWS, "P": grid * grid, "K": kept_blocks * BLOCK_SIZE**2, "C": width},
-                {"GRAD_TOKENS": with_tokens, "GRAD_CLS": True, "GRAD_POS": True}
+                {"GRAD_PATCHES": with_patches, "GRAD_CLS": True, "GRAD_POS": True}
                 | pack_backward.backward_blocks(width),
                 pack_backward.NUM_WARPS,
             )

@@ -75,10 +75,10 @@ def slow_selection(block_scores, num_kept, grid, block_size):
     return sorted(ids), (last - following) / max(abs(last), abs(following), 1e-30)
 
 
-def slow_pack(tokens, cls_token, pos_embed, keep_ids):
+def slow_pack(patches, cls_token, pos_embed, keep_ids):
     """Differentiable packing, one row of the result at a time."""
     packed = []
-    for image, ids in zip(tokens, keep_ids.flatten(0, 1).tolist(), strict=True):
+    for image, ids in zip(patches, keep_ids.flatten(0, 1).tolist(), strict=True):
         rows = [cls_token + pos_embed[0]] + [image[i] + pos_embed[1 + i] for i in ids]
         packed.append(torch.stack(rows))
     return torch.stack(packed)
@@ -189,14 +189,14 @@ def test_nan_counts_as_zero_and_infinities_as_large_numbers(device):
     assert kept == [[2], [2, 3], [0, 2, 3], [0, 2, 3, 5, 7], [0, 1, 2, 3, 5, 6, 7, 8]]
 
 
-def test_tokens_may_be_a_transposed_view(device):
-    tokens = torch.randn(2, 5, 16, device=device).transpose(1, 2).requires_grad_()
+def test_patches_may_be_a_transposed_view(device):
+    patches = torch.randn(2, 5, 16, device=device).transpose(1, 2).requires_grad_()
     _, cls_token, pos_embed = make_inputs(2, 1, 4, 5, torch.float32, device)
     scores = torch.rand(2, 1, 4, 4, device=device)
-    packed, keep_ids = attentive_pack(tokens, cls_token, pos_embed, scores, None, None, 6, 1)
-    torch.testing.assert_close(packed, slow_pack(tokens, cls_token, pos_embed, keep_ids))
+    packed, keep_ids = attentive_pack(patches, cls_token, pos_embed, scores, None, None, 6, 1)
+    torch.testing.assert_close(packed, slow_pack(patches, cls_token, pos_embed, keep_ids))
     grad = torch.randn(packed.shape[::-1], device=device).permute(2, 1, 0)
-    (actual,) = torch.autograd.grad(packed, tokens, grad)
+    (actual,) = torch.autograd.grad(packed, patches, grad)
     expected = torch.zeros_like(actual)
     for row in range(2):
         expected[row, keep_ids[row, 0]] = grad[row, 1:]
@@ -267,10 +267,10 @@ def wrong(name, index, value, message=""):
 @pytest.mark.parametrize(
     "name, index, value, message",
     [
-        wrong("tokens", 0, torch.rand(4, 16), "shape"),
-        wrong("tokens", 0, torch.rand(4, 15, 6), "grid"),
-        wrong("tokens", 0, torch.rand(4, 16, 6).double(), "dtype"),
-        wrong("tokens", 0, torch.rand(3, 16, 6), "rows"),
+        wrong("patches", 0, torch.rand(4, 16), "shape"),
+        wrong("patches", 0, torch.rand(4, 15, 6), "grid"),
+        wrong("patches", 0, torch.rand(4, 16, 6).double(), "dtype"),
+        wrong("patches", 0, torch.rand(3, 16, 6), "rows"),
         wrong("cls_token", 1, torch.rand(1, 1, 6), "shape"),
         wrong("pos_embed", 2, torch.rand(16, 6), "shape"),
         wrong("scores", 3, torch.rand(2, 5, 5), "shape"),

@@ -56,8 +56,7 @@ def views_to_mask(pixels, noise, num_kept_blocks, block_size=1, threshold=0.4, a
 
 def kept_by_policy(views):
     selection = select_patches(CLUSTER, views)
-    batch, num_views = views.pixels.shape[:2]
-    return kept_patches(selection, views.grid, batch, num_views).flatten(0, 1).tolist()
+    return kept_patches(selection, views.grid).flatten(0, 1).tolist()
 
 
 def slow_anchors(noise, block_size, anchor_ratio):

@@ -71,7 +71,7 @@ def test_a_step_keeps_what_its_place_in_the_run_says(policy, num_views):
     found, last = [], None
     for step in (1, schedule.num_steps // 2 + 1, schedule.num_steps):
         given = inputs.student(batch, Taught(scores, None, None), {}, schedule.progress(step))
-        ids = kept_patches(given.selection, 8, 4, num_views)
+        ids = kept_patches(given.selection, 8)
         found.append(ids.shape[2] // 4)
         kept = [set(row) for row in ids.flatten(0, 1).tolist()]
         # What was kept stays, since scores and noise are the same.

@@ -42,7 +42,7 @@ def views_of(grid, block_size, num_kept_blocks, num_views, batch=3, **more):
 
 def kept_ids(policy, views):
     selection = select_patches(POLICIES[policy], views)
-    return kept_patches(selection, views.grid, *views.view_boxes.shape[:2])
+    return kept_patches(selection, views.grid)
 
 
 def kept_by(numbers, num_kept_blocks, block_size):
@@ -222,7 +222,7 @@ def select_in_a_step(overrides, progress):
     batch = synthetic_batch(recipe, 4)
     with Operations() as operations:
         selection = inputs.select(batch, None, random(4, 8, 8), progress)
-    return operations.seen, kept_patches(selection, 8, 4, 2)
+    return operations.seen, kept_patches(selection, 8)
 
 
 @pytest.mark.parametrize("policy", SIGN)

@@ -61,7 +61,7 @@ def knows_captions_by(patch):
     """A teacher whose embeds of an image fit its caption only if this patch is shown."""
 
     def embed_kept(views, selection):
-        shown = kept_patches(selection, SIDE, *views.shape[:2])
+        shown = kept_patches(selection, SIDE)
         is_shown = (shown == patch).any(2).float()
         return torch.eye(NUM).unsqueeze(1) * is_shown.unsqueeze(2) + 1e-3
 

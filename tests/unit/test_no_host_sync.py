@@ -105,7 +105,7 @@ def test_mask_does_not_wait_for_the_device(policy, noise):
         **_boxes(),
         **noise,
     )
-    keep_ids = kept_patches(POLICIES[policy].select(views), GRID, BATCH, 2)
+    keep_ids = kept_patches(POLICIES[policy].select(views), GRID)
     assert keep_ids.shape == (BATCH, 2, 20)
 
 

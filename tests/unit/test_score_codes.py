@@ -66,7 +66,7 @@ def test_fresh_and_stored_scores_keep_the_same_patches(monkeypatch):
 
     def kept(batch):
         selection = inputs.select(batch, views, inputs.teach(batch).scores, 1.0)
-        return kept_patches(selection, 8, 6, recipe.views.student)
+        return kept_patches(selection, 8)
 
     fresh = inputs.teach(batch)
     stored = replace(batch, teacher_view=None, to_teach=[""] * 6, stored_scores=fresh.codes)

@@ -103,7 +103,7 @@ class Distill(SampleTerm):
         num_kept = num_patches - int(self.config.mask_ratio * num_patches)
         noise = context.to_device(context.noise)
         selection = Selection(noise, None, None, num_kept, block_size=1)
-        keep_ids = kept_patches(selection, context.grid, len(noise), 1)[:, 0]
+        keep_ids = kept_patches(selection, context.grid)[:, 0]
         masked_ids = other_patches(keep_ids, num_patches)
         if self.config.targets == "pixels":
             targets = normalised_patches(context.pixels[:, 0], context.patch_size)
@@ -124,8 +124,8 @@ class Distill(SampleTerm):
     def encode(self, student: nn.Module, inputs, features: dict[str, Tensor]) -> Tensor:
         """(B,) fp32, the term of each sample."""
         own: DistillInput = inputs.of_terms[self.name]
-        tokens, keep_ids = student.image.forward_patches(inputs.pixels[:, 0], own.selection)
-        predictions = student.distill_decoder(tokens, keep_ids, own.masked_ids)
+        rows, keep_ids = student.image.forward_patches(inputs.pixels[:, 0], own.selection)
+        predictions = student.distill_decoder(rows, keep_ids, own.masked_ids)
         if self.config.targets != "codewords":
             return reconstruct(predictions, own.targets)
         similarities = student.codewords(predictions)
@@ -152,24 +152,24 @@ class PatchDecoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = head
 
-    def forward(self, tokens: Tensor, keep_ids: Tensor, masked_ids: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, keep_ids: Tensor, masked_ids: Tensor) -> Tensor:
         """Predicts the masked patches.
 
         Args:
-            tokens: (B, S + K, C), the image tower's normalised prefix rows (CLS token, registers)
+            rows: (B, S + K, C), the image tower's normalised prefix rows (CLS token, registers)
                 and kept patches.
-            keep_ids: (B, K) int64, the patch of each kept token.
+            keep_ids: (B, K) int64, the patch of each kept row.
             masked_ids: (B, M) int64, the patches to predict.
 
         Returns:
             (B, M, D), what the head makes of each masked patch.
         """
         # Attention knows no order: the mask tokens follow the kept ones, each with its position.
-        num_prefix = tokens.shape[1] - keep_ids.shape[1]
-        visible = tokens + self.positions[F.pad(keep_ids + 1, (num_prefix, 0))]
+        num_prefix = rows.shape[1] - keep_ids.shape[1]
+        visible = rows + self.positions[F.pad(keep_ids + 1, (num_prefix, 0))]
         masked = self.mask_token + self.positions[masked_ids + 1]
         x = self.blocks(torch.cat([visible, masked], dim=1))
-        return self.head(self.norm(x[:, tokens.shape[1] :]))
+        return self.head(self.norm(x[:, rows.shape[1] :]))
 
 
 class Codewords(nn.Module):

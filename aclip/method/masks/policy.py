@@ -35,9 +35,18 @@ class Selection:
     num_kept_blocks: int
     block_size: int
 
-    @property
-    def num_kept_patches(self) -> int:
-        return self.num_kept_blocks * self.block_size**2
+    def pack(self, patches: Tensor, cls_token: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Packs the patches that are kept; arguments and results are those of `attentive_pack`."""
+        return attentive_pack(
+            patches,
+            cls_token,
+            positions,
+            self.scores,
+            self.teacher_box,
+            self.view_boxes,
+            self.num_kept_blocks,
+            self.block_size,
+        )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Selection":
         """The selection with its tensors changed by `change`."""
@@ -160,25 +169,19 @@ def select_patches(policy: MaskPolicy, views: ViewsToMask) -> Selection | None:
     return policy.select(views)
 
 
-def kept_patches(selection: Selection, grid: int, num_samples: int, num_views: int) -> Tensor:
-    """The ids of the patches that the `attentive_pack` op keeps for a selection, without a tower.
+def kept_patches(selection: Selection, grid: int) -> Tensor:
+    """The ids of the patches that `Selection.pack` keeps, without a tower.
+
+    Args:
+        grid: G.
 
     Returns:
         (B, V, K) int64, ascending.
     """
-    rows, patches = num_samples * num_views, grid * grid
-    blank = selection.scores.new_zeros(rows, patches, 1)
-    _, keep_ids = attentive_pack(
-        blank,
-        blank.new_zeros(1),
-        blank.new_zeros(1 + patches, 1),
-        selection.scores,
-        selection.teacher_box,
-        selection.view_boxes,
-        selection.num_kept_blocks,
-        selection.block_size,
-    )
-    return keep_ids
+    boxes = selection.view_boxes
+    num_samples, num_views = (selection.scores if boxes is None else boxes).shape[:2]
+    blank = selection.scores.new_zeros(num_samples * num_views, grid * grid, 1)
+    return selection.pack(blank, blank.new_zeros(1), blank.new_zeros(1 + grid * grid, 1))[1]
 
 
 def other_patches(keep_ids: Tensor, num_patches: int) -> Tensor:
