@@ -101,14 +101,14 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
             f"data.val is empty in {arguments.recipe}; give validation shards, on which the rows "
             "are compared"
         )
-    dataset_size = sum(shard.num_samples for shard in shards)
-    _check_length(recipe, dataset_size)
+    num_samples = sum(shard.num_samples for shard in shards)
+    _check_length(recipe, num_samples)
     cases = make_cases(rows, arguments.recipe, arguments.overrides, arguments.keep_ratio)
     check_word_counts(cases, shards)
     data = count_shards(recipe.data, shards)
     data["val_samples"] = sum(shard.num_samples for shard in val_shards)
     data[CONTENT] = {"train": digests(shards), "val": digests(val_shards)}
-    cases, swept = _with_lengths(arguments, cases, dataset_size, ds_config)
+    cases, swept = _with_lengths(arguments, cases, num_samples, ds_config)
     sweep = None
     if arguments.lr_sweep:
         sweep = Sweep(swept, arguments.lr_sweep, output, ds_config.values, data)
@@ -191,10 +191,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("--budget_row is given without --budget; say what is to be equal")
 
 
-def _check_length(recipe: Recipe, dataset_size: int) -> None:
-    train, steps = recipe.train, recipe.num_steps(dataset_size)
+def _check_length(recipe: Recipe, num_samples: int) -> None:
+    train, steps = recipe.train, recipe.num_steps(num_samples)
     if steps < LEAST_STEPS:
-        enough = math.ceil(100 * LEAST_STEPS * train.global_batch_size / dataset_size) / 100
+        enough = math.ceil(100 * LEAST_STEPS * train.global_batch_size / num_samples) / 100
         length = "epochs" if train.samples is None else "samples"
         raise ConfigError(
             f"train.{length} is {getattr(train, length):g}, which is {steps} steps, but the rows "
@@ -204,7 +204,7 @@ def _check_length(recipe: Recipe, dataset_size: int) -> None:
 
 
 def _with_lengths(
-    arguments: argparse.Namespace, cases: list[Case], dataset_size: int, ds_config: DsConfig
+    arguments: argparse.Namespace, cases: list[Case], num_samples: int, ds_config: DsConfig
 ) -> tuple[list[Case], list[Case]]:
     """The cases at their lengths, for the tables and for the sweep."""
     # Imported here, since the towers take seconds.
@@ -226,10 +226,10 @@ def _with_lengths(
             Path(arguments.output),
             Path(arguments.script).with_name("benchmark.py"),
             ds_config.micro_batch_size,
-            dataset_size,
+            num_samples,
             device,
         )
-    lengths = Lengths(arguments.budget, dataset_size, arguments.caption_tokens, seconds)
+    lengths = Lengths(arguments.budget, num_samples, arguments.caption_tokens, seconds)
     cases = lengths.equal(cases, of)
     swept = []
     if arguments.lr_sweep:

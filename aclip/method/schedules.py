@@ -3,9 +3,9 @@
 import math
 
 
-def count_steps(epochs: float, dataset_size: float, global_batch_size: int) -> int:
+def count_steps(epochs: float, num_samples: float, global_batch_size: int) -> int:
     """Optimizer steps of a run: the batches nearest to that many passes, at least one."""
-    return max(1, round(epochs * dataset_size / global_batch_size))
+    return max(1, round(epochs * num_samples / global_batch_size))
 
 
 def learning_rate(

@@ -10,19 +10,19 @@ class RunSchedule:
 
     Args:
         recipe: the run's recipe.
-        dataset_size: samples of an epoch.
+        num_samples: samples of an epoch.
 
     Attributes:
         num_steps, total_samples: the length of the whole run.
         teaching: what the teacher does in each step.
     """
 
-    def __init__(self, recipe: Recipe, dataset_size: int):
+    def __init__(self, recipe: Recipe, num_samples: int):
         train = recipe.train
-        self.teaching = recipe.teaching(dataset_size)
+        self.teaching = recipe.teaching(num_samples)
         self.num_steps = self.teaching.num_steps
         self.total_samples = self.num_steps * train.global_batch_size
-        self._warmup_samples = round(train.warmup_epochs * dataset_size)
+        self._warmup_samples = round(train.warmup_epochs * num_samples)
         self._recipe = recipe
 
     def learning_rate(self, step: int) -> float:

@@ -67,7 +67,7 @@ def test_a_step_keeps_what_its_place_in_the_run_says(policy, num_views):
     image = SimpleNamespace(grid=8, patch_size=8)
     inputs = StepInputs(recipe, (), None, image, torch.device("cpu"), torch.float32)
     scores = torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(0))
-    schedule = RunSchedule(recipe, dataset_size=32)
+    schedule = RunSchedule(recipe, num_samples=32)
     found, last = [], None
     for step in (1, schedule.num_steps // 2 + 1, schedule.num_steps):
         given = inputs.student(batch, Taught(scores, None, None), {}, schedule.progress(step))
