@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+SAME = 0.02
+"""FLOPs that differ by a smaller share count as equal: quarters of runs end with whole steps."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -16,11 +19,11 @@ class Point:
 def frontier(points: Iterable[Point]) -> list[Point]:
     """The points that no other one beats, by their FLOPs: none has as much accuracy with fewer
     FLOPs, or more accuracy with as many. Equal points are all among them."""
-    best = float("-inf")
-    chosen: list[Point] = []
-    for point in sorted(points, key=lambda each: (each.flops, -each.accuracy)):
-        is_equal = bool(chosen) and (point.flops, point.accuracy) == (chosen[-1].flops, best)
-        if point.accuracy > best or is_equal:
-            chosen.append(point)
-            best = point.accuracy
-    return chosen
+    ordered = sorted(points, key=lambda each: (each.flops, -each.accuracy))
+    return [point for point in ordered if not any(_beats(other, point) for other in ordered)]
+
+
+def _beats(other: Point, point: Point) -> bool:
+    if other.accuracy == point.accuracy:
+        return (1 + SAME) * other.flops < point.flops
+    return other.accuracy > point.accuracy and other.flops <= (1 + SAME) * point.flops

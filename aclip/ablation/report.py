@@ -40,7 +40,7 @@ ALIKE = "~"
 """Stands between two rows that the seeds can't tell apart."""
 NUM_COLORS = 10
 WIDTH = 7.2
-"""Of the chart of the frontier, in inches; it may hold many rows."""
+"""The width of the frontier's chart in inches; it may hold many rows."""
 LEGEND = (
     "Mean of the seeds ± standard error, of the student, at each quarter of a run. "
     "Object's patches kept: by the mask at the end, in brackets by that before training. "
@@ -94,7 +94,7 @@ def make_report(page: Page) -> dict[str, bytes]:
         name = f"{_metric(known)}, %"
         if any(result.keep_ratio is not None for result in group):
             name += f", {keep} % of the patches kept"
-        chart = Picture(name, draw_chart(_curves(known)), f"accuracy-keep{keep}.png")
+        chart = Picture(name, draw_chart(_curves(known), y_label=name), f"accuracy-keep{keep}.png")
         pictures.append(chart)
         blocks += [Heading(name), _table(group)]
         if len(known) > 1:
@@ -240,8 +240,9 @@ def _frontier(results: list[Result], blocks: list[Block]) -> Picture:
     flops = [*(point.flops for point in points), max(result.flops[-1] for result in results)]
     best = [100 * point.accuracy for point in points]
     lines.append(Line("frontier", flops, [*best, best[-1]], None, dashed=True, in_steps=True))
-    name = f"{_metric(results)}, %, over FLOPs"
-    content = draw_chart(lines, x_label="FLOPs of training", width=WIDTH)
+    accuracy = f"{_metric(results)}, %"
+    name = f"{accuracy}, over FLOPs"
+    content = draw_chart(lines, x_label="FLOPs of training", y_label=accuracy, width=WIDTH)
     chart = Picture(name, content, "frontier.png")
     rows = [(each.row, f"{each.flops:.3g}", f"{100 * each.accuracy:.1f}") for each in points]
     table = Table(["frontier", "FLOPs", _metric(results)], rows)

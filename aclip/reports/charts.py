@@ -39,13 +39,14 @@ def draw_chart(
     lines: list[Line],
     marks: Iterable[int] = (),
     x_label: str = "samples",
+    y_label: str = "",
     width: float = SIZE[0],
 ) -> bytes:
     """A PNG of the curves, with a legend where there are several: above them if it is long.
 
     Args:
         marks: samples at which a thin vertical line is drawn.
-        x_label: what the x axis shows.
+        x_label, y_label: what the axes show; the y axis may leave that to the chart's title.
         width: in inches.
     """
     plot_height = SIZE[1] * (width / SIZE[0])
@@ -76,6 +77,7 @@ def draw_chart(
         axes.axvline(samples, color="0.5", linewidth=0.8, linestyle=":")
     axes.grid(alpha=0.3)
     axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.locator_params(nbins=5)

@@ -134,6 +134,7 @@ def test_the_frontier_is_what_no_other_point_beats():
         Point("e", 2.5, 0.4),
         Point("f", 3.0, 0.1),
         Point("g", 1.0, 0.1),
+        Point("i", 1.97, 0.39),  # its quarter ended a step before b's
     ]
     twin = Point("h", 2.0, 0.4)
     assert frontier([*beaten, c, b, a, twin]) == [a, b, twin, c]
