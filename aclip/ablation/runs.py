@@ -15,7 +15,7 @@ STATE_FILE, LOG_FILE = "ablation.json", "log.txt"
 CLAIM_FILE = ".ablation"
 """The lock of the ablation that trains a run; the run itself has its own."""
 CONTENT = "content"
-"""Of the data's counts: digests of what lies in the shards, which may be unknown."""
+"""The key, beside the data's counts, of digests of what lies in the shards; some may be unknown."""
 PLACES = {"data.train", "data.sources.shards", "text.word_counts"}
 """Keys that may differ where a run goes on on another machine; the data are compared by what lies
 in them."""
